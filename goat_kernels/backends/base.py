@@ -1,0 +1,126 @@
+"""The passes of a GOAT layer as a small interface, implemented once per backend.
+
+``operators.py`` strings them together; they hold everything but the base product, which is the vendor's matmul
+whatever the backend. All of them work on flattened tokens. Dtypes: "compute" is x's dtype, "stats" is float32
+(float64 for float64 x), "adapter" is whatever dtype the trainable tensors have.
+
+Forward
+    prefill             one read of x -> hidden, router logits, gate, balance-loss statistics, and the adapter's share
+                        of y (plus bias, or plus the base's output), onto which the base product accumulates
+Backward
+    hidden_gradient     one read of dY -> gradients of the hidden columns and of the router's logits
+    lora_B_gradient     dY^T h~
+    lora_A_router_gradient   [dh | dlogits]^T x, one read of x
+    input_prefill       [dh | dlogits | dh0] [lora_A; router; A0], onto which dY W accumulates
+
+Symbols: T tokens, N in_features, M out_features, E experts, R total rank, R' (R0) frozen residual columns, K top_k.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Adapter(NamedTuple):
+    """Everything of one adapter that a pass may need.
+
+    lora_A [R, N], lora_B [M, R], router [E, N] in the adapter's dtype; residual_A [R', N] and residual_B [M, R'] or
+    both None; scaling_E stats-dtype [E] or None, in which case the number ``scaling`` holds; seed int32 [2] or None.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    router: Tensor
+    residual_A: Tensor | None
+    residual_B: Tensor | None
+    scaling: float
+    scaling_E: Tensor | None
+    top_k: int
+    dropout_p: float
+    seed: Tensor | None
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def expert_rank(self) -> int:
+        return self.lora_A.shape[0] // self.router.shape[0]
+
+    @property
+    def residual_rank(self) -> int:
+        return 0 if self.residual_A is None else self.residual_A.shape[0]
+
+
+class Routing(NamedTuple):
+    """What the forward keeps for the backward, beside x: about T*(R + 2E) numbers.
+
+    hidden_TR: x A^T before gate and scaling, compute dtype (with dropout: of each expert's own slot).
+    gate_TE: softmax over the K selected logits, zero elsewhere, stats dtype.
+    probs_TE: softmax over all logits, stats dtype.
+    load_E: f of the balance loss, the share of tokens routed to each expert (sums to K), stats dtype.
+    """
+
+    hidden_TR: Tensor
+    gate_TE: Tensor
+    probs_TE: Tensor
+    load_E: Tensor
+
+
+class HiddenGradient(NamedTuple):
+    """What hidden_gradient hands to the weight and input gradients.
+
+    columns: [T, R + E + R'] = [dh | dlogits | dh0], compute dtype; dh is the gradient of the hidden columns, dh0 that
+        of the residual's. dh0 is absent where no input gradient was asked for.
+    """
+
+    columns: Tensor
+
+
+class Passes(Protocol):
+    """The passes, in the order in which they run; every method is deterministic and synchronises nothing."""
+
+    name: str
+
+    def unavailable_reason(self) -> str | None:
+        """None, or why this backend cannot run on this machine."""
+
+    def supports(self, device: torch.device) -> str | None:
+        """None, or why tensors on ``device`` cannot be computed."""
+
+    def prefill(
+        self, x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """(y0 [T, M] compute dtype, balance loss 0-d stats dtype, routing).
+
+        y0 = (s expand(gate) h) lora_B^T - (x A0^T) B0^T + bias, or + base_output in place of bias; a new tensor.
+        """
+
+    def hidden_gradient(
+        self,
+        grad_y_TM: Tensor,
+        grad_balance: Tensor | None,
+        adapter: Adapter,
+        routing: Routing,
+        *,
+        with_residual: bool,
+    ) -> HiddenGradient:
+        """dh, dlogits and (``with_residual``) dh0 from dY and the gradient of the balance loss (0-d or None)."""
+
+    def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
+        """[M, R] in the adapter's dtype: dY^T (s expand(gate) h)."""
+
+    def lora_A_router_gradient(
+        self, x_TN: Tensor, adapter: Adapter, routing: Routing, gradient: HiddenGradient
+    ) -> tuple[Tensor, Tensor]:
+        """([R, N], [E, N]) in the adapter's dtype, from one read of x."""
+
+    def input_prefill(self, adapter: Adapter, routing: Routing, gradient: HiddenGradient) -> Tensor:
+        """dX0 [T, N], compute dtype: the adapter's, router's and residual's share of the input gradient."""

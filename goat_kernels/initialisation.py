@@ -1,0 +1,335 @@
+"""From a pretrained weight to a GOAT adapter: SVD, segments, scaling, residual (paper, Secs. 3.2-3.4).
+
+    W0 = U diag(S) Vt                            thin SVD, float32 or better
+    B0_i = U_seg sqrt(S_seg / (s_i rho))         expert i's segment of the triples
+    A0_i = sqrt(S_seg / (s_i rho)) Vt_seg        so that s_i B0_i A0_i = segment_i / rho, whatever s is
+    W_res = c * sum_i s_i B0_i A0_i,  c = 1/E    (Thm 3.4) subtracted from W0, or run as frozen hidden columns
+
+:func:`initialise_adapter` does one weight, :func:`initialise_adapters` a model's worth with a progress bar; nothing
+here touches a module or changes a weight. The rules themselves are in ``rules.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from goat_kernels.rules import (
+    SCALING_RULES,
+    SEGMENT_RULES,
+    needs_only_largest,
+    segment_capacity,
+)
+from goat_kernels.settings import AdapterSettings
+
+#: A singular value below this share of the largest one, times max(M, N), is zero to the SVD's precision.
+_RELATIVE_ZERO = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: torch.finfo(torch.float64).eps}
+
+#: Randomised SVD: extra columns beyond R, and power iterations. Both above the values Halko et al. (2011) advise.
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 6
+
+#: Weights of one shape are stacked into one SVD call up to this many elements.
+_BATCH_ELEMENTS = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class InitialAdapter:
+    """The tensors that one adapter starts from.
+
+    Attributes:
+        lora_A: [R, N]; [D, N] for ``hydralora``, whose experts share it.
+        lora_B: [M, R].
+        router: [E, N], nn.Linear's default initialisation.
+        scaling: s, a float, or float32 [E] where it differs by expert.
+        residual: the frozen pair (A0 [R, N], B0 [M, R]) with W_res = B0 A0 and every factor inside B0; None where
+            W_res is zero.
+        svd_error: 0 for a full SVD; for the randomised one ||W V - U S||_F / ||S||_F over the triples used.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    router: Tensor
+    scaling: float | Tensor
+    residual: tuple[Tensor, Tensor] | None
+    svd_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Triples:
+    """Singular triples of a weight: U [M, k], S [k] descending, Vt [k, N]."""
+
+    U: Tensor
+    S: Tensor
+    Vt: Tensor
+    error: float = 0.0
+
+
+def initialise_adapter(
+    weight: Tensor,
+    settings: AdapterSettings,
+    *,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    name: str = "weight",
+) -> InitialAdapter:
+    """The adapter that ``settings`` prescribes for one pretrained weight.
+
+    Args:
+        weight: [M, N], any floating dtype; the SVD runs on its device, in float32 (float64 for a float64 weight).
+        settings: the hyper-parameters.
+        dtype: dtype of the result; by default float32, float64 for a float64 weight.
+        generator: CPU generator for every random draw; the global one by default.
+        name: how error messages and warnings call the weight.
+
+    Raises:
+        TypeError: the weight is not floating-point.
+        ValueError: the weight is not a matrix, has non-finite entries, or has too few singular values for the rule.
+    """
+    check_weight(weight, settings, name)
+    triples = None
+    if settings.init in SEGMENT_RULES:
+        triples = _svd(weight.detach(), settings, generator)
+    return _adapter_from_triples(weight, triples, settings, dtype, generator, name)
+
+
+def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight") -> None:
+    """Raise unless ``settings`` can initialise an adapter on ``weight``; reads the shape and dtype alone."""
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating-point to be decomposed, got {weight.dtype}; dequantise a quantised weight first"
+        )
+    if weight.ndim != 2:
+        raise ValueError(f"{name} must be a matrix [out_features, in_features], got shape {tuple(weight.shape)}")
+    if settings.init not in SEGMENT_RULES:
+        return
+    h = min(weight.shape)
+    capacity = segment_capacity(settings.init, h, settings.num_experts)
+    if settings.expert_rank > capacity:
+        raise ValueError(
+            f"{name} of shape {tuple(weight.shape)} has {h} singular values, but init={settings.init!r} with "
+            f"r={settings.r} and num_experts={settings.num_experts} needs {settings.num_experts} segments of "
+            f"{settings.expert_rank}: lower its rank to at most {capacity * settings.num_experts} (rank_pattern), "
+            "leave the module out (exclude_modules), or use init='lora'"
+        )
+    if settings.svd == "randomized" and not needs_only_largest(settings.init, settings.num_experts):
+        raise ValueError(
+            f"svd='randomized' finds only the largest singular triples, but init={settings.init!r} with "
+            f"num_experts={settings.num_experts} needs others too; use svd='full', or init='pissa'"
+        )
+
+
+@dataclass(frozen=True)
+class InitialisationTask:
+    """One weight to initialise: ``weight()`` is called when its turn comes, so that dequantised copies do not pile up."""
+
+    name: str
+    shape: tuple[int, int]
+    settings: AdapterSettings
+    weight: Callable[[], Tensor]
+    dtype: torch.dtype | None = None
+
+
+def initialise_adapters(
+    tasks: Iterable[InitialisationTask],
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool | None = None,
+    description: str = "GOAT initialisation",
+) -> Iterator[tuple[InitialisationTask, InitialAdapter]]:
+    """Initialise many weights, yielding each as soon as it is ready.
+
+    Weights of one shape and the same settings are decomposed in one stacked call (bounded in memory), and a weight
+    that several tasks share (tied layers) is decomposed once.
+
+    Args:
+        tasks: the weights; those of one shape are taken together, so the order of the results may differ.
+        generator: as for :func:`initialise_adapter`.
+        progress: whether to show a bar; by default for more than a few weights.
+        description: the bar's label.
+    """
+    groups: dict[tuple, list[InitialisationTask]] = {}
+    for task in tasks:
+        groups.setdefault((task.shape, task.settings), []).append(task)
+    total = sum(len(group) for group in groups.values())
+    show = total > 4 if progress is None else progress
+    with tqdm(total=total, desc=description, unit="layer", disable=not show) as bar:
+        for (shape, settings), group in groups.items():
+            size = max(1, _BATCH_ELEMENTS // math.prod(shape))
+            for start in range(0, len(group), size):
+                for task, adapter in _initialise_batch(group[start : start + size], settings, generator):
+                    yield task, adapter
+                    bar.update()
+
+
+def _initialise_batch(
+    tasks: list[InitialisationTask], settings: AdapterSettings, generator: torch.Generator | None
+) -> Iterator[tuple[InitialisationTask, InitialAdapter]]:
+    """Initialise weights of one shape with one stacked SVD, each distinct weight once."""
+    weights = [task.weight().detach() for task in tasks]
+    for task, weight in zip(tasks, weights, strict=True):
+        check_weight(weight, settings, task.name)
+    triples: dict[tuple, Triples | None] = {_identity(weight): None for weight in weights}
+    if settings.init in SEGMENT_RULES:
+        distinct = {_identity(weight): weight for weight in weights}
+        if settings.svd == "full" and len({(w.device, w.dtype) for w in weights}) == 1:
+            stacked = torch.stack([w.to(_svd_dtype(w)) for w in distinct.values()])
+            U, S, Vt = _full_svd(stacked)
+            triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(distinct)}
+        else:
+            triples = {key: _svd(weight, settings, generator) for key, weight in distinct.items()}
+    for task, weight in zip(tasks, weights, strict=True):
+        yield (
+            task,
+            _adapter_from_triples(weight, triples[_identity(weight)], settings, task.dtype, generator, task.name),
+        )
+
+
+def _identity(weight: Tensor) -> tuple:
+    """Equal for two tensors that are the same memory seen the same way (tied weights)."""
+    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device
+
+
+# --- decomposition ------------------------------------------------------------------------------------------------
+
+
+def _svd_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _svd(weight: Tensor, settings: AdapterSettings, generator: torch.Generator | None) -> Triples:
+    matrix = weight.to(_svd_dtype(weight))
+    if settings.svd == "randomized":
+        return randomized_svd(matrix, settings.r, generator=generator)
+    U, S, Vt = _full_svd(matrix)
+    return Triples(U, S, Vt)
+
+
+def _full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("weight has entries that are not finite, so it has no singular value decomposition")
+    return torch.linalg.svd(matrix, full_matrices=False)
+
+
+def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | None = None) -> Triples:
+    """The ``rank`` largest singular triples by subspace iteration (Halko, Martinsson & Tropp 2011, Alg. 4.4 and 5.1).
+
+    The error is that of the subspace, measured and returned: ||W V - U S||_F / ||S||_F over the returned
+    triples. Six power iterations shrink the share of direction j > rank + 16 by (S_j / S_rank)^13 in each; on a flat
+    spectrum (a random matrix) single vectors still mix with their neighbours, while the subspace's energy is right.
+
+    Args:
+        matrix: [M, N], float32 or float64.
+        rank: how many triples.
+        generator: CPU generator of the random start.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError("weight has entries that are not finite, so it has no singular value decomposition")
+    M, N = matrix.shape
+    columns = min(rank + _OVERSAMPLING, M, N)
+    start = torch.randn(N, columns, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    Q = torch.linalg.qr(matrix @ start).Q
+    for _ in range(_POWER_ITERATIONS):
+        Q = torch.linalg.qr(matrix.T @ Q).Q
+        Q = torch.linalg.qr(matrix @ Q).Q
+    U, S, Vt = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
+    U, S, Vt = (Q @ U)[:, :rank], S[:rank], Vt[:rank]
+    # Vt comes from Q^T W, so W^T U = V S holds by construction; the error of the subspace shows on the other side.
+    error = torch.linalg.norm(matrix @ Vt.T - U * S) / torch.linalg.norm(S).clamp_min(torch.finfo(S.dtype).tiny)
+    return Triples(U, S, Vt, error=float(error))
+
+
+# --- from triples to tensors --------------------------------------------------------------------------------------
+
+
+def _adapter_from_triples(
+    weight: Tensor,
+    triples: Triples | None,
+    settings: AdapterSettings,
+    dtype: torch.dtype | None,
+    generator: torch.Generator | None,
+    name: str,
+) -> InitialAdapter:
+    M, N = weight.shape
+    E, D = settings.num_experts, settings.expert_rank
+    dtype = dtype or _svd_dtype(weight)
+    router = _kaiming_uniform((E, N), weight.device, dtype, generator)
+    if triples is None:
+        rows = D if settings.init == "hydralora" else settings.r
+        return InitialAdapter(
+            lora_A=_kaiming_uniform((rows, N), weight.device, dtype, generator),
+            lora_B=torch.zeros(M, settings.r, device=weight.device, dtype=dtype),
+            router=router,
+            scaling=adapter_scaling(settings, N, None),
+            residual=None,
+        )
+
+    index = _segment_index(settings, min(M, N))
+    S_segments = triples.S[index.to(triples.S.device)]  # [E, D]
+    _warn_about_idle_experts(S_segments, triples.S[0], max(M, N), name)
+    scaling = adapter_scaling(settings, N, S_segments.sum(dim=1))
+    s_E = scaling.to(S_segments) if isinstance(scaling, Tensor) else S_segments.new_full((E,), scaling)
+    root = (S_segments / (s_E[:, None] * settings.rho)).sqrt().reshape(-1)  # [R]
+    flat = index.reshape(-1).to(triples.S.device)
+    A0 = root[:, None] * triples.Vt[flat]
+    B0 = triples.U[:, flat] * root
+    coefficient = settings.w_res_coefficient
+    residual = None
+    if coefficient != 0:
+        residual = (A0.to(dtype, copy=True), (coefficient * B0 * s_E.repeat_interleave(D)).to(dtype))
+    return InitialAdapter(
+        lora_A=A0.to(dtype),
+        lora_B=B0.to(dtype),
+        router=router,
+        scaling=scaling,
+        residual=residual,
+        svd_error=triples.error,
+    )
+
+
+def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None) -> float | Tensor:
+    """s for an adapter on a layer with ``in_features`` inputs: a float, or float32 [E] for the per-expert rules.
+
+    Args:
+        settings: the adapter's hyper-parameters.
+        in_features: N.
+        segment_sums: [E] sums of the singular values of each expert's segment; None where there are none.
+    """
+    if not isinstance(settings.scaling, str):
+        return float(settings.scaling)
+    rule = SCALING_RULES[settings.scaling]
+    scaling = rule(in_features, settings.expert_rank, settings.eta, settings.lora_alpha, segment_sums)
+    return scaling.float() if isinstance(scaling, Tensor) else scaling
+
+
+def _segment_index(settings: AdapterSettings, h: int) -> Tensor:
+    """Indices [E, D] of the singular triples of each expert."""
+    generator = torch.Generator().manual_seed(settings.seed) if settings.init == "random" else None
+    return SEGMENT_RULES[settings.init](h, settings.num_experts, settings.expert_rank, generator)
+
+
+def _warn_about_idle_experts(S_segments: Tensor, largest: Tensor, longest_side: int, name: str) -> None:
+    zero = largest * longest_side * _RELATIVE_ZERO[S_segments.dtype]
+    idle = (S_segments <= zero).all(dim=1).nonzero().flatten().tolist()
+    if idle:
+        warnings.warn(
+            f"{name}: the singular values of the segments of experts {idle} are zero, so these experts start at zero "
+            "on both sides and would never learn; use fewer experts, a lower rank, or init='lora'",
+            stacklevel=4,
+        )
+
+
+def _kaiming_uniform(
+    shape: tuple[int, int], device: torch.device, dtype: torch.dtype, generator: torch.Generator | None
+) -> Tensor:
+    """nn.Linear's default weight initialisation, uniform in +-1/sqrt(fan_in), drawn on the CPU in float32 or better."""
+    draw_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.empty(shape, dtype=draw_dtype)
+    torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    return values.to(device=device, dtype=dtype)

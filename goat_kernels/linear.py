@@ -1,0 +1,310 @@
+"""``GoatLinear``: a drop-in nn.Linear with a GOAT adapter inside."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from goat_kernels.backends import BACKEND_NAMES
+from goat_kernels.functional import routed_linear
+from goat_kernels.initialisation import InitialAdapter, adapter_scaling, check_weight, initialise_adapter
+from goat_kernels.residual import FoldedWeight
+from goat_kernels.routed_module import RoutedModule
+from goat_kernels.rules import ZERO_RULES
+from goat_kernels.settings import AdapterSettings, check_name
+
+
+class GoatLinear(RoutedModule, nn.Module):
+    """nn.Linear with E routed LoRA experts on a frozen weight (GOAT).
+
+    A new one draws its weight as nn.Linear does; :meth:`from_linear` adapts a pretrained layer. Weight and bias are
+    frozen; ``lora_A``, ``lora_B`` and ``router`` train, in float32 even over a half-precision weight.
+
+    With all gates at 1/E the layer computes exactly what the pretrained one did (Thm 3.4); with the router's own
+    gates the first outputs differ a little. That is the method. :meth:`disable_adapter` gives the pretrained layer
+    exactly, :meth:`to_linear` takes it out.
+
+    Args:
+        in_features: N.
+        out_features: M.
+        bias: whether there is a bias [M].
+        r, num_experts, top_k, scaling, eta, rho, lora_alpha, init, residual, residual_coefficient, dropout,
+            balance_coefficient, svd, seed: see :class:`goat_kernels.AdapterSettings`.
+        backend: as for :func:`goat_kernels.goat_linear`.
+        device: of every tensor; on ``"meta"`` nothing is computed until ``to_empty`` and :meth:`reset_parameters`.
+        dtype: of weight and bias; the adapter has float32, float64 over a float64 weight.
+        generator: CPU generator for every random draw; the global one by default.
+
+    Attributes:
+        weight: [M, N], W0 (``residual="path"``) or, while the adapter is on, W0 - W_res (``"fold"``). The state dict
+            holds W0 either way.
+        bias: [M] or None.
+        lora_A: [R, N]; [D, N] for ``hydralora``.
+        lora_B: [M, R].
+        router: [E, N].
+        scaling: s, a float, or float32 [E] for ``scaling="goat_s"``.
+        residual_A, residual_B: the frozen pair with W_res = B0 A0, or None where W_res is zero.
+        balance_loss, expert_load: of the last forward, detached.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; or a weight with too few singular values for the rule.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 32,
+        num_experts: int = 8,
+        top_k: int = 2,
+        scaling: str | float = "goat",
+        eta: float = 1.0,
+        rho: float = 10.0,
+        lora_alpha: float = 16,
+        init: str = "goat",
+        residual: str = "path",
+        residual_coefficient: float | None = None,
+        dropout: float = 0.0,
+        balance_coefficient: float = 0.0,
+        svd: str = "full",
+        seed: int = 0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        settings = AdapterSettings(
+            r=r,
+            num_experts=num_experts,
+            top_k=top_k,
+            scaling=scaling,
+            eta=eta,
+            rho=rho,
+            lora_alpha=lora_alpha,
+            init=init,
+            residual=residual,
+            residual_coefficient=residual_coefficient,
+            dropout=dropout,
+            balance_coefficient=balance_coefficient,
+            svd=svd,
+            seed=seed,
+        )
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        check_weight(weight, settings)
+        super().__init__()
+        self._build(
+            settings,
+            nn.Parameter(weight, requires_grad=False),
+            nn.Parameter(weight.new_empty(out_features), requires_grad=False) if bias else None,
+            backend,
+        )
+        if not weight.is_meta:
+            self.reset_parameters(generator)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        backend: str = "auto",
+        generator: torch.Generator | None = None,
+        **settings,
+    ) -> GoatLinear:
+        """A GoatLinear on the weight and bias of ``linear``, which it shares (and freezes) rather than copies.
+
+        Args:
+            linear: the pretrained layer, of a floating dtype.
+            backend, generator: as for the class.
+            **settings: the fields of :class:`goat_kernels.AdapterSettings`.
+
+        Raises:
+            TypeError: ``linear`` is not an nn.Linear, or a keyword is unknown.
+            ValueError: a bad setting, or a weight with too few singular values for the rule.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        adapter_settings = AdapterSettings(**settings)
+        check_weight(linear.weight, adapter_settings)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._build(adapter_settings, linear.weight, linear.bias, backend)
+        layer.train(linear.training)
+        if not linear.weight.is_meta:
+            layer.reset_adapter(generator)
+        return layer
+
+    def _build(self, settings: AdapterSettings, weight: nn.Parameter, bias: nn.Parameter | None, backend: str) -> None:
+        """Register every tensor with its final shape; values come with reset_adapter or a state dict."""
+        check_name("backend", backend, BACKEND_NAMES)
+        self.settings = settings
+        self.backend = backend
+        self.balance_coefficient = settings.balance_coefficient
+        self.out_features, self.in_features = weight.shape
+        M, N, R, E = self.out_features, self.in_features, settings.r, settings.num_experts
+        self.weight = weight.requires_grad_(False)
+        self.bias = None if bias is None else bias.requires_grad_(False)
+        self._folded_weight = FoldedWeight(self.weight)
+        self._adapter_enabled = True
+
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        rows_A = settings.expert_rank if settings.init == "hydralora" else R
+        new = {"device": weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(rows_A, N, **new))
+        self.lora_B = nn.Parameter(torch.empty(M, R, **new))
+        self.router = nn.Parameter(torch.empty(E, N, **new))
+        has_residual = settings.init not in ZERO_RULES and settings.w_res_coefficient != 0
+        self.register_buffer("residual_A", torch.empty(R, N, **new) if has_residual else None)
+        self.register_buffer("residual_B", torch.empty(M, R, **new) if has_residual else None)
+        if settings.scaling == "goat_s":
+            self.register_buffer("scaling", torch.ones(E, device=weight.device))
+        else:
+            self.scaling = adapter_scaling(settings, N, None)
+
+    # --- values ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw a new weight and bias as nn.Linear does, and initialise the adapter from them."""
+        self._folded_weight.restore()
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound, generator=generator)
+        self.reset_adapter(generator)
+
+    @torch.no_grad()
+    def reset_adapter(self, generator: torch.Generator | None = None) -> None:
+        """Initialise the adapter from the pretrained weight, by the rules of ``settings``."""
+        self._folded_weight.restore()
+        initial = initialise_adapter(self.weight, self.settings, dtype=self.lora_A.dtype, generator=generator)
+        self._load_initial(initial)
+        self._fold_if_wanted()
+
+    def _load_initial(self, initial: InitialAdapter) -> None:
+        self.lora_A.copy_(initial.lora_A)
+        self.lora_B.copy_(initial.lora_B)
+        self.router.copy_(initial.router)
+        if initial.residual is not None:
+            self.residual_A.copy_(initial.residual[0])
+            self.residual_B.copy_(initial.residual[1])
+        if isinstance(initial.scaling, Tensor):
+            self.scaling.copy_(initial.scaling)
+
+    def _fold_if_wanted(self) -> None:
+        if self.settings.residual == "fold" and self.residual_A is not None and self._adapter_enabled:
+            self._folded_weight.fold(self.residual_A, self.residual_B)
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., N] of the weight's dtype -> [..., M].
+
+        Raises:
+            TypeError: x is not of the weight's dtype (outside autocast).
+            ValueError: the last dimension of x is not N.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be [..., N] = [..., {self.in_features}], got {list(x.shape)}")
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x is {x.dtype} but weight is {self.weight.dtype}; cast one, or use autocast")
+        if not self._adapter_enabled:
+            return F.linear(x, self.weight, self.bias)
+        settings = self.settings
+        lora_A = self.lora_A
+        if settings.init == "hydralora":
+            lora_A = lora_A.repeat(settings.num_experts, 1)
+        on_path = settings.residual == "path" and self.residual_A is not None
+        routed = routed_linear(
+            x,
+            lora_A,
+            self.lora_B,
+            self.router,
+            weight=self.weight,
+            bias=self.bias,
+            scaling=self.scaling,
+            top_k=settings.top_k,
+            dropout_p=settings.dropout if self.training else 0.0,
+            residual=(self.residual_A, self.residual_B) if on_path else None,
+            balance_coefficient=self.balance_coefficient if self.training else 0.0,
+            balance_scale=self.balance_scale,
+            backend=self.backend,
+        )
+        self.balance_loss = routed.balance_loss.detach()
+        self.expert_load = routed.load
+        return routed.output
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        """Within this context the layer is the pretrained nn.Linear, bit for bit."""
+        was_enabled, self._adapter_enabled = self._adapter_enabled, False
+        self._folded_weight.restore()
+        try:
+            yield self
+        finally:
+            self._adapter_enabled = was_enabled
+            if was_enabled:
+                self._fold_if_wanted()
+
+    def to_linear(self) -> nn.Linear:
+        """The pretrained layer, exactly, as an nn.Linear that shares nothing with this one.
+
+        There is no merged form: routing is per token, so no single weight computes what this layer does.
+        """
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self._folded_weight.original())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves and casts as nn.Module does, but a per-expert scaling keeps its float32 values (device moves only)."""
+        exact = self.scaling if isinstance(self.scaling, Tensor) else None
+        super()._apply(fn, recurse)
+        if exact is not None and self.scaling.dtype != exact.dtype:
+            self.scaling = exact.to(self.scaling.device)
+        self._folded_weight.weight = self.weight
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._folded_weight.folded:
+            destination[prefix + "weight"] = self._folded_weight.original().to(self.weight)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # A state dict holds W0: take the fold out, load, and fold with the pair that was loaded.
+        self._folded_weight.restore()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._folded_weight.weight = self.weight
+        if not self.weight.is_meta:
+            self._fold_if_wanted()
+
+    def extra_repr(self) -> str:
+        s = self.settings
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={s.r}, "
+            f"num_experts={s.num_experts}, top_k={s.top_k}, init={s.init!r}, scaling={s.scaling!r}, "
+            f"residual={s.residual!r}"
+        )

@@ -1,0 +1,233 @@
+"""The two custom operators of a GOAT layer: the passes of a backend strung together with the base product.
+
+``goat_kernels::forward`` and ``goat_kernels::backward`` are opaque to a tracer, so torch.compile sees one node per
+direction and the in-place accumulation of the base product onto the prefilled output survives. Each has a fake
+(shapes and dtypes alone) and a FLOP count. Their autograd formula is in ``functional.py``.
+
+Everything about the order of passes, and about which gradients are computed, is here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from goat_kernels.backends import get_backend
+from goat_kernels.backends.base import Adapter, Routing
+from goat_kernels.backends.torch_backend import stats_dtype
+
+_library = torch.library.Library("goat_kernels", "DEF")
+
+# Tensors of the adapter, in one order for both operators.
+_ADAPTER = (
+    "Tensor lora_A, Tensor lora_B, Tensor router, Tensor? residual_A, Tensor? residual_B, Tensor? scaling_E, "
+    "Tensor? seed"
+)
+_OPTIONS = "float scaling, int top_k, float dropout_p, float balance_coefficient, str backend"
+
+_library.define(
+    f"forward(Tensor x, Tensor? weight, Tensor? base_output, Tensor? bias, {_ADAPTER}, Tensor? balance_scale, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"backward(Tensor? grad_y, Tensor? grad_balance, Tensor x, Tensor? weight, {_ADAPTER}, Tensor? balance_scale, "
+    f"Tensor hidden, Tensor gate, Tensor probs, Tensor load, {_OPTIONS}, bool[] needs) -> Tensor[]"
+)
+
+#: The gradients that ``backward`` can return, in the order of its ``needs``.
+GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B", "router")
+
+
+def _no_autocast(device_type: str):
+    """The operators choose their own precision: autocast has done its casts before they are called."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    base_output: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router: Tensor,
+    residual_A: Tensor | None,
+    residual_B: Tensor | None,
+    scaling_E: Tensor | None,
+    seed: Tensor | None,
+    balance_scale: Tensor | None,
+    scaling: float,
+    top_k: int,
+    dropout_p: float,
+    balance_coefficient: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y [..., M], balance loss [], load [E], hidden [T, R], gate [T, E], probs [T, E]).
+
+    Exactly one of ``weight`` (the base product runs here) and ``base_output`` [..., M] (it has run elsewhere) is
+    given. ``balance_scale`` and ``balance_coefficient`` matter to the backward alone.
+    """
+    with _no_autocast(x.device.type):
+        passes = get_backend(backend)
+        adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
+        x_TN = x.reshape(-1, x.shape[-1])
+        base_output_TM = None if base_output is None else base_output.reshape(-1, base_output.shape[-1])
+        y_TM, balance_loss, routing = passes.prefill(x_TN, adapter, bias, base_output_TM)
+        if weight is not None:
+            y_TM.addmm_(x_TN, weight.t())
+        return (
+            y_TM.view(*x.shape[:-1], y_TM.shape[1]),
+            balance_loss,
+            routing.load_E,
+            routing.hidden_TR,
+            routing.gate_TE,
+            routing.probs_TE,
+        )
+
+
+def _backward(
+    grad_y: Tensor | None,
+    grad_balance: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router: Tensor,
+    residual_A: Tensor | None,
+    residual_B: Tensor | None,
+    scaling_E: Tensor | None,
+    seed: Tensor | None,
+    balance_scale: Tensor | None,
+    hidden: Tensor,
+    gate: Tensor,
+    probs: Tensor,
+    load: Tensor,
+    scaling: float,
+    top_k: int,
+    dropout_p: float,
+    balance_coefficient: float,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs`` asks for, in the order of ``GRADIENTS`` and without gaps.
+
+    ``balance_coefficient`` * ``balance_scale`` (1 where there is none) is added to the gradient of the balance loss:
+    this is how the loss reaches any trainer (training/balance.py).
+    """
+    needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router = needs
+    with _no_autocast(x.device.type):
+        passes = get_backend(backend)
+        adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
+        routing = Routing(hidden, gate, probs, load)
+        x_TN = x.reshape(-1, x.shape[-1])
+        if grad_y is None:  # only the balance loss was differentiated
+            grad_y_TM = x_TN.new_zeros(x_TN.shape[0], lora_B.shape[0])
+        else:
+            grad_y_TM = grad_y.reshape(-1, grad_y.shape[-1])
+            if balance_coefficient:
+                injected = (
+                    gate.new_full((), balance_coefficient)
+                    if balance_scale is None
+                    else (balance_scale.to(gate.dtype) * balance_coefficient)
+                )
+                grad_balance = injected if grad_balance is None else grad_balance + injected
+
+        gradients = []
+        hidden_gradient = None
+        if needs_x or needs_A or needs_router:
+            hidden_gradient = passes.hidden_gradient(grad_y_TM, grad_balance, adapter, routing, with_residual=needs_x)
+        if needs_x:
+            grad_x_TN = passes.input_prefill(adapter, routing, hidden_gradient)
+            if weight is not None and grad_y is not None:
+                grad_x_TN.addmm_(grad_y_TM, weight)
+            gradients.append(grad_x_TN.view(x.shape))
+        if needs_weight:
+            gradients.append(grad_y_TM.t() @ x_TN)
+        if needs_bias:
+            gradients.append(grad_y_TM.sum(dim=0))
+        if needs_A or needs_router:
+            grad_A, grad_router = passes.lora_A_router_gradient(x_TN, adapter, routing, hidden_gradient)
+        if needs_A:
+            gradients.append(grad_A)
+        if needs_B:
+            gradients.append(passes.lora_B_gradient(grad_y_TM, adapter, routing))
+        if needs_router:
+            gradients.append(grad_router)
+        return gradients
+
+
+def _forward_fake(x, weight, base_output, bias, lora_A, lora_B, router, *rest):
+    T = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    E = router.shape[0]
+    stats = stats_dtype(x)
+    return (
+        x.new_empty(*x.shape[:-1], lora_B.shape[0]),
+        x.new_empty((), dtype=stats),
+        x.new_empty(E, dtype=stats),
+        x.new_empty(T, lora_A.shape[0]),
+        x.new_empty(T, E, dtype=stats),
+        x.new_empty(T, E, dtype=stats),
+    )
+
+
+def _backward_fake(grad_y, grad_balance, x, weight, lora_A, lora_B, router, *rest):
+    needs = rest[-1]
+    M = lora_B.shape[0]
+    fakes = {
+        "x": lambda: x.new_empty(x.shape),
+        "weight": lambda: x.new_empty(M, x.shape[-1]),
+        "bias": lambda: x.new_empty(M),
+        "lora_A": lambda: torch.empty_like(lora_A, memory_format=torch.contiguous_format),
+        "lora_B": lambda: torch.empty_like(lora_B, memory_format=torch.contiguous_format),
+        "router": lambda: torch.empty_like(router, memory_format=torch.contiguous_format),
+    }
+    return [fakes[name]() for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("goat_kernels::forward", _forward_fake, lib=_library)
+torch.library.register_fake("goat_kernels::backward", _backward_fake, lib=_library)
+
+forward_operator = torch.ops.goat_kernels.forward.default
+backward_operator = torch.ops.goat_kernels.backward.default
+
+
+def _tokens(x_shape: torch.Size) -> int:
+    return x_shape.numel() // max(x_shape[-1], 1)
+
+
+@register_flop_formula(torch.ops.goat_kernels.forward)
+def _forward_flops(x_shape, weight_shape, base_shape, bias_shape, A_shape, B_shape, router_shape, A0_shape, *rest, **_):
+    (R, N), M, E = A_shape, B_shape[0], router_shape[0]
+    R0 = A0_shape[0] if A0_shape else 0
+    base = M * N if weight_shape is not None else 0
+    return 2 * _tokens(torch.Size(x_shape)) * (base + (R + E + R0) * N + (R + R0) * M)
+
+
+@register_flop_formula(torch.ops.goat_kernels.backward)
+def _backward_flops(
+    grad_y_shape, grad_balance_shape, x_shape, weight_shape, A_shape, B_shape, router_shape, A0_shape, *rest, **_
+):
+    needs_x, needs_weight, _bias, needs_A, needs_B, needs_router = next(
+        r for r in reversed(rest) if isinstance(r, list)
+    )
+    (R, N), M, E = A_shape, B_shape[0], router_shape[0]
+    R0 = A0_shape[0] if A0_shape and needs_x else 0
+    products = 0
+    if needs_x or needs_A or needs_router:
+        products += (R + R0) * M
+    if needs_x:
+        products += (R + E + R0) * N + (M * N if weight_shape is not None else 0)
+    if needs_weight:
+        products += M * N
+    if needs_A or needs_router:
+        products += (R + E) * N
+    if needs_B:
+        products += R * M
+    return 2 * _tokens(torch.Size(x_shape)) * products

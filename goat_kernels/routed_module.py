@@ -1,0 +1,25 @@
+"""What every module with routed experts shows to the outside: statistics of its last forward, balance-loss injection.
+
+``GoatLinear`` and the PEFT layer inherit it, so that the balance loss, callbacks and reports find both the same way.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class RoutedModule:
+    """Mixin of the modules that route tokens to experts.
+
+    Attributes:
+        balance_coefficient: weight of the balance loss that the layer injects in backward while training.
+        balance_scale: 0-d float32 tensor read in backward, what the trainer scales its loss by; None is 1
+            (``goat_kernels.training`` attaches it).
+        balance_loss: the last forward's balance loss, detached, 0-d float32 (float64 for float64 input); None before.
+        expert_load: the last forward's share of tokens per expert [E], summing to K, detached; None before.
+    """
+
+    balance_coefficient: float = 0.0
+    balance_scale: Tensor | None = None
+    balance_loss: Tensor | None = None
+    expert_load: Tensor | None = None

@@ -1,0 +1,132 @@
+"""The rules a GOAT adapter is initialised and scaled by, each under the name users write in a configuration.
+
+Two tables: ``SEGMENT_RULES`` says which singular triples of the pretrained weight each expert receives, and
+``SCALING_RULES`` says how the adapter's scaling s is derived. A new rule is one function and one entry here;
+the names are checked, and listed in error messages, from these tables.
+
+Symbols (docs/math.md): N in_features, M out_features, E experts, R total rank, D = R / E, s scaling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+# --- which singular triples an expert gets ------------------------------------------------------------------------
+#
+# A segment rule maps (h, E, D, generator) to indices [E, D] into the h singular values in descending order.
+# It may assume that the triples fit: `segment_capacity` has been checked.
+
+SegmentRule = Callable[[int, int, int, torch.Generator | None], torch.Tensor]
+
+
+def _chunk_heads(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
+    """``goat``: the largest D triples of each of E equal chunks, [i*t, i*t + D) with t = h // E (paper, Eq. 8)."""
+    t = h // E
+    return torch.arange(E)[:, None] * t + torch.arange(D)
+
+
+def _chunk_tails(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
+    """``goat_mini``: the smallest D triples of each chunk, [(i+1)*t - D, (i+1)*t)."""
+    t = h // E
+    return (torch.arange(E)[:, None] + 1) * t - D + torch.arange(D)
+
+
+def _principal(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
+    """``pissa``: the R largest triples, D consecutive ones per expert."""
+    return torch.arange(E * D).reshape(E, D)
+
+
+def _minor(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
+    """``milora``: the R smallest triples, D consecutive ones per expert."""
+    return (h - E * D + torch.arange(E * D)).reshape(E, D)
+
+
+def _principal_and_minor(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
+    """``pissa_milora``: the ceil(R/2) largest triples, then the floor(R/2) smallest."""
+    R = E * D
+    largest, smallest = R - R // 2, R // 2
+    return torch.cat([torch.arange(largest), torch.arange(h - smallest, h)]).reshape(E, D)
+
+
+def _random(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
+    """``random``: R distinct triples drawn without replacement; each expert's triples in descending order."""
+    drawn = torch.randperm(h, generator=generator)[: E * D].reshape(E, D)
+    return drawn.sort(dim=1).values
+
+
+SEGMENT_RULES: dict[str, SegmentRule] = {
+    "goat": _chunk_heads,
+    "goat_mini": _chunk_tails,
+    "pissa": _principal,
+    "milora": _minor,
+    "pissa_milora": _principal_and_minor,
+    "random": _random,
+}
+
+#: Rules that take nothing from the weight: A is Kaiming-uniform, B is zero. ``hydralora`` shares one A among experts.
+ZERO_RULES = ("lora", "hydralora")
+
+INIT_RULES: tuple[str, ...] = (*SEGMENT_RULES, *ZERO_RULES)
+
+
+def segment_capacity(init: str, h: int, num_experts: int) -> int:
+    """The largest expert rank D that rule ``init`` can serve from h singular values."""
+    # With chunks of t = h // E the bound is t; without chunks, R = E*D <= h gives the same number.
+    return h // num_experts
+
+
+def needs_only_largest(init: str, num_experts: int) -> bool:
+    """Whether rule ``init`` uses just the R largest triples, so that a partial SVD suffices."""
+    return init == "pissa" or (init == "goat" and num_experts == 1)
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------
+#
+# A scaling rule maps (N, D, eta, lora_alpha, segment_sums) to s: a float, or one number per expert [E].
+# segment_sums [E] is the sum of the singular values of each expert's segment, None for the zero rules.
+
+ScalingRule = Callable[[int, int, float, float, torch.Tensor | None], "float | torch.Tensor"]
+
+
+def _theorem(N: int, D: int, eta: float, lora_alpha: float, segment_sums: torch.Tensor | None) -> float:
+    """``goat``: s = sqrt(3 * eta * N / D) (paper, Thm 3.5)."""
+    return math.sqrt(3 * eta * N / D)
+
+
+def _theorem_per_expert(
+    N: int, D: int, eta: float, lora_alpha: float, segment_sums: torch.Tensor | None
+) -> torch.Tensor:
+    """``goat_s``: s_i = s_1 * sqrt(sum S of segment 1 / sum S of segment i), with s_1 from ``goat``."""
+    if segment_sums is None:
+        raise ValueError(
+            "scaling='goat_s' derives one number per expert from the singular values of its segment, which "
+            f"init rules {', '.join(ZERO_RULES)} do not have; use one of {', '.join(SEGMENT_RULES)}, or another scaling"
+        )
+    if bool((segment_sums <= 0).any()):
+        idle = [i for i, total in enumerate(segment_sums.tolist()) if total <= 0]
+        raise ValueError(
+            f"scaling='goat_s' divides by the sum of each segment's singular values, which is 0 for experts {idle}; "
+            "use scaling='goat', or fewer experts"
+        )
+    return _theorem(N, D, eta, lora_alpha, None) * (segment_sums[0] / segment_sums).sqrt()
+
+
+def _alpha_over_rank(N: int, D: int, eta: float, lora_alpha: float, segment_sums: torch.Tensor | None) -> float:
+    """``lora``: s = alpha / D."""
+    return lora_alpha / D
+
+
+def _alpha_over_sqrt_rank(N: int, D: int, eta: float, lora_alpha: float, segment_sums: torch.Tensor | None) -> float:
+    """``rslora``: s = alpha / sqrt(D)."""
+    return lora_alpha / math.sqrt(D)
+
+
+SCALING_RULES: dict[str, ScalingRule] = {
+    "goat": _theorem,
+    "goat_s": _theorem_per_expert,
+    "lora": _alpha_over_rank,
+    "rslora": _alpha_over_sqrt_rank,
+}
