@@ -1,7 +1,7 @@
 """``goat_linear``: the GOAT layer as a function, and its one autograd formula.
 
 Read it downwards: the public function checks its arguments, :func:`routed_linear` prepares them (autocast, seed,
-backend), :class:`_GoatFunction` is the autograd Function over the two operators of ``operators.py``.
+backend), :class:`_GoatFunction` is the autograd Function over the forward and backward of ``operators.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from goat_kernels.argument_checks import check_scalars, check_tensors, unpack_residual
 from goat_kernels.backends import resolve_backend
 from goat_kernels.backends.dropout import draw_seed
-from goat_kernels.operators import backward_operator, forward_operator
-from goat_kernels.settings import check_dropout, check_number
+from goat_kernels.operators import backward_operator, forward_operator, run_backward, run_forward
 
 
 class GoatOutput(NamedTuple):
@@ -82,9 +82,9 @@ def goat_linear(
             not positive or that requires grad, a dropout outside [0, 1), an unknown backend.
         RuntimeError: the backend asked for cannot run here, and why.
     """
-    residual_A, residual_B = _check_residual(residual)
-    _check_tensors(x, weight, lora_A, lora_B, router, bias, residual_A, residual_B)
-    _check_scalars(x, router, scaling, top_k, dropout_p)
+    residual_A, residual_B = unpack_residual(residual)
+    check_tensors(x, weight, lora_A, lora_B, router, bias, residual_A, residual_B)
+    check_scalars(x, router, scaling, top_k, dropout_p)
     routed = routed_linear(
         x,
         lora_A,
@@ -128,6 +128,7 @@ def routed_linear(
         balance_coefficient: times the balance loss, added to the loss in backward without appearing in it.
         balance_scale: 0-d, read in backward: what the trainer scales its loss by. None is 1.
     """
+    backend = resolve_backend(backend, x.device)  # may raise: before anything else happens
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
@@ -157,9 +158,9 @@ def routed_linear(
         top_k,
         dropout_p,
         balance_coefficient,
-        resolve_backend(backend, x.device),
+        backend,
     )
-    # A compiler sees the operator, whose autograd is registered below; eager mode skips the dispatcher's wrapper.
+    # A compiler sees the operator, whose autograd is registered below; both run the same code.
     run = forward_operator if torch.compiler.is_compiling() else _GoatFunction.apply
     output, balance_loss, load, *_ = run(*arguments)
     return RoutedOutput(output, balance_loss, load)
@@ -172,41 +173,34 @@ _X, _WEIGHT, _BASE_OUTPUT, _BIAS, _LORA_A, _LORA_B, _ROUTER = range(7)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    """Save x, h, gate, probs and f, and the parameters that the gradients asked for will need."""
-    x, weight, _, bias, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, balance_scale = inputs[:12]
-    _, _, load, hidden, gate, probs = output
-    ctx.mark_non_differentiable(load, hidden, gate, probs)
+    """Keep x, h~, gate, probs and f, and the parameters that the gradients asked for will need.
+
+    ``output`` is the operator's; its last three tensors are internal and not the caller's to see.
+    """
+    x, weight, _, _, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, balance_scale = inputs[:12]
+    _, _, load, weighted, gate, probs = output
     ctx.set_materialize_grads(False)
     ctx.options = inputs[12:]
-    ctx.has_bias = bias is not None
     ctx.balance_scale = balance_scale  # not saved: the trainer's loss writes it between forward and backward
-    needs = ctx.needs_input_grad
-    if not (needs[_X] or residual_A is None):
-        residual_A = residual_B = None  # the frozen pair acts on the gradient of x alone
+    if not ctx.needs_input_grad[_X]:
+        weight = residual_A = residual_B = None  # they act on the gradient of x alone
     ctx.save_for_backward(
-        x,
-        weight if needs[_X] else None,
-        lora_A,
-        lora_B,
-        router,
-        residual_A,
-        residual_B,
-        scaling_E,
-        seed,
-        hidden,
-        gate,
-        probs,
-        load,
+        x, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, weighted, gate, probs, load
     )
 
 
-def _backward(ctx, grad_y, grad_balance, *_):
-    """One call of the backward operator; its gradients go back to the arguments that asked for them."""
+def _setup_context_of_operator(ctx, inputs, output) -> None:
+    _setup_context(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _backward_with(run, ctx, grad_y, grad_balance):
+    """One call of ``run``, the backward; its gradients go back to the arguments that asked for them."""
     needs = [ctx.needs_input_grad[i] for i in (_X, _WEIGHT, _BIAS, _LORA_A, _LORA_B, _ROUTER)]
     x, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, *routing = ctx.saved_tensors
     with torch.no_grad():
         computed = iter(
-            backward_operator(
+            run(
                 grad_y,
                 grad_balance,
                 x,
@@ -226,7 +220,7 @@ def _backward(ctx, grad_y, grad_balance, *_):
         )
     in_order = [next(computed) if needed else None for needed in needs]
     if torch.is_grad_enabled():  # create_graph=True
-        sources = (grad_y, grad_balance, x, lora_A, lora_B, router)
+        sources = (grad_y, grad_balance, x, weight, lora_A, lora_B, router)
         in_order = [None if g is None else _NoSecondDerivative.apply(g, *sources) for g in in_order]
     grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_router = in_order
     grad_base = grad_y if ctx.needs_input_grad[_BASE_OUTPUT] else None
@@ -234,14 +228,42 @@ def _backward(ctx, grad_y, grad_balance, *_):
 
 
 class _GoatFunction(torch.autograd.Function):
-    """The formula for eager mode: the forward operator, with the context and backward shared with the compiler."""
+    """The formula for eager mode, which calls the passes without a dispatcher in between.
 
-    forward = staticmethod(forward_operator)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+    The forward takes ctx, rather than leaving it to setup_context, because torch then inspects no signatures: at
+    small sizes that is a tenth of the layer's time.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = run_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        output, balance_loss, load, *_ = output
+        ctx.mark_non_differentiable(load)
+        return output, balance_loss, load
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_balance, *_):
+        return _backward_with(run_backward, ctx, grad_y, grad_balance)
 
 
-torch.library.register_autograd("goat_kernels::forward", _backward, setup_context=_setup_context)
+def _backward_of_operator(ctx, grad_y, grad_balance, *_):
+    return _backward_with(backward_operator, ctx, grad_y, grad_balance)
+
+
+torch.library.register_autograd(
+    "goat_kernels::forward", _backward_of_operator, setup_context=_setup_context_of_operator
+)
+
+
+def _refuse_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "goat_linear has no second derivative: its backward is fused. Use goat_kernels.reference.goat_reference "
+        "where create_graph=True must be differentiated again"
+    )
+
+
+torch.library.register_autograd("goat_kernels::backward", _refuse_second_derivative)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -251,104 +273,4 @@ class _NoSecondDerivative(torch.autograd.Function):
     def forward(ctx, gradient, *sources):
         return gradient.clone()
 
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "goat_linear has no second derivative: its backward is fused. Use goat_kernels.reference.goat_reference "
-            "where create_graph=True must be differentiated again"
-        )
-
-
-# --- argument checks ----------------------------------------------------------------------------------------------
-
-
-def _check_residual(residual) -> tuple[Tensor | None, Tensor | None]:
-    if residual is None:
-        return None, None
-    if not (isinstance(residual, tuple | list) and len(residual) == 2):
-        raise TypeError(f"residual must be None or a pair (A0 [R', N], B0 [M, R']), got {type(residual).__name__}")
-    return residual[0], residual[1]
-
-
-def _check_tensors(x, weight, lora_A, lora_B, router, bias, residual_A, residual_B) -> None:
-    """Types, dtypes, devices and shapes; the messages name the argument, what came and what is needed."""
-    tensors = {
-        "x": x,
-        "weight": weight,
-        "lora_A": lora_A,
-        "lora_B": lora_B,
-        "router": router,
-        "bias": bias,
-        "residual[0]": residual_A,
-        "residual[1]": residual_B,
-    }
-    no_residual = residual_A is None and residual_B is None
-    for name, tensor in tensors.items():
-        if tensor is None and (name == "bias" or (no_residual and name.startswith("residual"))):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating-point, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; all tensors must share one device")
-    if x.ndim == 0:
-        raise ValueError("x must have at least one dimension [..., N], got a 0-d tensor")
-
-    M, N, R, E = _dimensions(weight, lora_A, router)
-    _check_shape("x", x, (*x.shape[:-1], N), "[..., N]")
-    _check_shape("lora_A", lora_A, (R, N), "[R, N]")
-    _check_shape("lora_B", lora_B, (M, R), "[M, R]")
-    _check_shape("router", router, (E, N), "[E, N]")
-    if R % E:
-        raise ValueError(f"lora_A has R={R} rows, which must be divisible by the E={E} rows of router")
-    if bias is not None:
-        _check_shape("bias", bias, (M,), "[M]")
-    if residual_A is not None:
-        R0 = residual_A.shape[0] if residual_A.ndim == 2 else -1
-        _check_shape("residual[0]", residual_A, (R0, N), "[R', N]")
-        _check_shape("residual[1]", residual_B, (M, R0), "[M, R']")
-    if not torch.is_autocast_enabled(x.device.type):
-        for name in ("weight", "bias"):
-            if tensors[name] is not None and tensors[name].dtype != x.dtype:
-                raise TypeError(f"{name} is {tensors[name].dtype} but x is {x.dtype}; cast one, or use autocast")
-
-
-def _dimensions(weight: Tensor, lora_A: Tensor, router: Tensor) -> tuple[int, int, int, int]:
-    """(M, N, R, E), from the matrices whose first dimension defines them."""
-    for name, tensor, layout in (
-        ("weight", weight, "[M, N]"),
-        ("lora_A", lora_A, "[R, N]"),
-        ("router", router, "[E, N]"),
-    ):
-        if tensor.ndim != 2:
-            raise ValueError(f"{name} must be a matrix {layout}, got shape {tuple(tensor.shape)}")
-        if tensor.shape[0] < 1:
-            raise ValueError(f"{name} must have at least one row, got shape {tuple(tensor.shape)}")
-    return weight.shape[0], weight.shape[1], lora_A.shape[0], router.shape[0]
-
-
-def _check_shape(name: str, tensor: Tensor, needed: tuple[int, ...], layout: str) -> None:
-    if tuple(tensor.shape) != needed:
-        wanted = f"[..., {needed[-1]}]" if layout.startswith("[...") else str(list(needed))
-        raise ValueError(f"{name} must be {layout} = {wanted} to fit the other tensors, got {list(tensor.shape)}")
-
-
-def _check_scalars(x: Tensor, router: Tensor, scaling, top_k, dropout_p) -> None:
-    E = router.shape[0]
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise TypeError(f"top_k must be an int, got {top_k!r}")
-    if not 1 <= top_k <= E:
-        raise ValueError(f"top_k={top_k} must lie in 1..{E}, the number of rows of router")
-    check_dropout("dropout_p", dropout_p)
-    if not isinstance(scaling, Tensor):
-        check_number("scaling", scaling, minimum=0, exclusive=True)
-        return
-    if scaling.shape != (E,):
-        raise ValueError(f"scaling must be a number or a tensor [E] = [{E}], got shape {list(scaling.shape)}")
-    if not scaling.is_floating_point():
-        raise TypeError(f"scaling must be floating-point, got {scaling.dtype}")
-    if scaling.device != x.device:
-        raise ValueError(f"scaling is on {scaling.device} but x is on {x.device}; all tensors must share one device")
-    if scaling.requires_grad:
-        raise ValueError("scaling requires grad, but it is a derived constant (Thm 3.5); pass scaling.detach()")
+    backward = staticmethod(_refuse_second_derivative)

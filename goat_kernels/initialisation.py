@@ -95,6 +95,7 @@ def initialise_adapter(
     check_weight(weight, settings, name)
     triples = None
     if settings.init in SEGMENT_RULES:
+        _check_finite(weight, name)
         triples = _svd(weight.detach(), settings, generator)
     return _adapter_from_triples(weight, triples, settings, dtype, generator, name)
 
@@ -127,7 +128,7 @@ def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight"
 
 @dataclass(frozen=True)
 class InitialisationTask:
-    """One weight to initialise: ``weight()`` is called when its turn comes, so that dequantised copies do not pile up."""
+    """One weight to initialise; ``weight()`` is called when its turn comes, so dequantised copies do not pile up."""
 
     name: str
     shape: tuple[int, int]
@@ -145,8 +146,8 @@ def initialise_adapters(
 ) -> Iterator[tuple[InitialisationTask, InitialAdapter]]:
     """Initialise many weights, yielding each as soon as it is ready.
 
-    Weights of one shape and the same settings are decomposed in one stacked call (bounded in memory), and a weight
-    that several tasks share (tied layers) is decomposed once.
+    Weights of one shape and the same settings are decomposed in stacked calls (bounded in memory), and a weight that
+    tasks of one stack share (tied layers) is decomposed once.
 
     Args:
         tasks: the weights; those of one shape are taken together, so the order of the results may differ.
@@ -175,12 +176,14 @@ def _initialise_batch(
     weights = [task.weight().detach() for task in tasks]
     for task, weight in zip(tasks, weights, strict=True):
         check_weight(weight, settings, task.name)
+        if settings.init in SEGMENT_RULES:
+            _check_finite(weight, task.name)
     triples: dict[tuple, Triples | None] = {_identity(weight): None for weight in weights}
     if settings.init in SEGMENT_RULES:
         distinct = {_identity(weight): weight for weight in weights}
         if settings.svd == "full" and len({(w.device, w.dtype) for w in weights}) == 1:
             stacked = torch.stack([w.to(_svd_dtype(w)) for w in distinct.values()])
-            U, S, Vt = _full_svd(stacked)
+            U, S, Vt = torch.linalg.svd(stacked, full_matrices=False)
             triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(distinct)}
         else:
             triples = {key: _svd(weight, settings, generator) for key, weight in distinct.items()}
@@ -207,14 +210,12 @@ def _svd(weight: Tensor, settings: AdapterSettings, generator: torch.Generator |
     matrix = weight.to(_svd_dtype(weight))
     if settings.svd == "randomized":
         return randomized_svd(matrix, settings.r, generator=generator)
-    U, S, Vt = _full_svd(matrix)
-    return Triples(U, S, Vt)
+    return Triples(*torch.linalg.svd(matrix, full_matrices=False))
 
 
-def _full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("weight has entries that are not finite, so it has no singular value decomposition")
-    return torch.linalg.svd(matrix, full_matrices=False)
+def _check_finite(weight: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name} has entries that are not finite, so it has no singular value decomposition")
 
 
 def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | None = None) -> Triples:
@@ -225,12 +226,10 @@ def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | No
     spectrum (a random matrix) single vectors still mix with their neighbours, while the subspace's energy is right.
 
     Args:
-        matrix: [M, N], float32 or float64.
+        matrix: [M, N], float32 or float64, finite.
         rank: how many triples.
         generator: CPU generator of the random start.
     """
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("weight has entries that are not finite, so it has no singular value decomposition")
     M, N = matrix.shape
     columns = min(rank + _OVERSAMPLING, M, N)
     start = torch.randn(N, columns, generator=generator, dtype=matrix.dtype).to(matrix.device)

@@ -145,6 +145,10 @@ class GoatLinear(RoutedModule, nn.Module):
         layer.train(linear.training)
         if not linear.weight.is_meta:
             layer.reset_adapter(generator)
+        # Last, so that a layer that is refused is left as it came.
+        layer.weight.requires_grad_(False)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
         return layer
 
     def _build(self, settings: AdapterSettings, weight: nn.Parameter, bias: nn.Parameter | None, backend: str) -> None:
@@ -155,8 +159,8 @@ class GoatLinear(RoutedModule, nn.Module):
         self.balance_coefficient = settings.balance_coefficient
         self.out_features, self.in_features = weight.shape
         M, N, R, E = self.out_features, self.in_features, settings.r, settings.num_experts
-        self.weight = weight.requires_grad_(False)
-        self.bias = None if bias is None else bias.requires_grad_(False)
+        self.weight = weight
+        self.bias = bias
         self._folded_weight = FoldedWeight(self.weight)
         self._adapter_enabled = True
 
@@ -214,12 +218,17 @@ class GoatLinear(RoutedModule, nn.Module):
         """x [..., N] of the weight's dtype -> [..., M].
 
         Raises:
-            TypeError: x is not of the weight's dtype (outside autocast).
-            ValueError: the last dimension of x is not N.
+            TypeError: x is not of the weight's dtype (outside autocast), or not floating-point.
+            ValueError: the last dimension of x is not N, or x is on another device than the weight.
         """
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [..., N] = [..., {self.in_features}], got {list(x.shape)}")
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.device != self.weight.device:
+            raise ValueError(f"x is on {x.device} but weight is on {self.weight.device}; move one")
+        if x.dtype != self.weight.dtype and not (
+            # autocast casts floating-point tensors, but leaves float64 alone
+            torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
+        ):
             raise TypeError(f"x is {x.dtype} but weight is {self.weight.dtype}; cast one, or use autocast")
         if not self._adapter_enabled:
             return F.linear(x, self.weight, self.bias)
@@ -272,10 +281,15 @@ class GoatLinear(RoutedModule, nn.Module):
             dtype=self.weight.dtype,
         )
         with torch.no_grad():
-            linear.weight.copy_(self._folded_weight.original())
+            linear.weight.copy_(self._pretrained_weight())
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear
+
+    def _pretrained_weight(self) -> Tensor:
+        """W0 [M, N]: the weight, or the copy kept of it while it is folded."""
+        original = self._folded_weight.original
+        return self.weight.detach() if original is None else original
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -291,7 +305,7 @@ class GoatLinear(RoutedModule, nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._folded_weight.folded:
-            destination[prefix + "weight"] = self._folded_weight.original().to(self.weight)
+            destination[prefix + "weight"] = self._pretrained_weight().to(self.weight)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A state dict holds W0: take the fold out, load, and fold with the pair that was loaded.
@@ -299,6 +313,9 @@ class GoatLinear(RoutedModule, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._folded_weight.weight = self.weight
         if not self.weight.is_meta:
+            loaded = state_dict.get(prefix + "weight")
+            if self.settings.residual == "fold" and loaded is not None and loaded.data_ptr() == self.weight.data_ptr():
+                self.weight.data = self.weight.data.clone()  # assign=True: the fold must not write into the state dict
             self._fold_if_wanted()
 
     def extra_repr(self) -> str:

@@ -1,8 +1,9 @@
-"""The two custom operators of a GOAT layer: the passes of a backend strung together with the base product.
+"""Forward and backward of a GOAT layer: the passes of a backend strung together with the base product.
 
-``goat_kernels::forward`` and ``goat_kernels::backward`` are opaque to a tracer, so torch.compile sees one node per
-direction and the in-place accumulation of the base product onto the prefilled output survives. Each has a fake
-(shapes and dtypes alone) and a FLOP count. Their autograd formula is in ``functional.py``.
+Eager mode calls :func:`run_forward` and :func:`run_backward` from the autograd Function of ``functional.py``. The same
+two are registered as custom operators, ``goat_kernels::forward`` and ``goat_kernels::backward``, opaque to a tracer:
+torch.compile sees one node per direction, and the in-place accumulation of the base product onto the prefilled output
+survives. Each operator has a fake (shapes and dtypes alone) and a FLOP count.
 
 Everything about the order of passes, and about which gradients are computed, is here and nowhere else.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from goat_kernels.backends import get_backend
-from goat_kernels.backends.base import Adapter, Routing
+from goat_kernels.backends.base import Adapter, Passes, Routing
 from goat_kernels.backends.torch_backend import stats_dtype
 
 _library = torch.library.Library("goat_kernels", "DEF")
@@ -34,7 +35,7 @@ _library.define(
 )
 _library.define(
     f"backward(Tensor? grad_y, Tensor? grad_balance, Tensor x, Tensor? weight, {_ADAPTER}, Tensor? balance_scale, "
-    f"Tensor hidden, Tensor gate, Tensor probs, Tensor load, {_OPTIONS}, bool[] needs) -> Tensor[]"
+    f"Tensor weighted, Tensor gate, Tensor probs, Tensor load, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
 
 #: The gradients that ``backward`` can return, in the order of its ``needs``.
@@ -48,7 +49,18 @@ def _no_autocast(device_type: str):
     return contextlib.nullcontext()
 
 
-def _forward(
+def _fold_if_cheaper(
+    passes: Passes, x_TN: Tensor, weight: Tensor | None, residual_A: Tensor | None, residual_B: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(weight, residual_A, residual_B), with W0 - B0 A0 formed for this call where the backend finds that cheaper."""
+    if weight is None or residual_A is None:
+        return weight, residual_A, residual_B
+    if not passes.folds_residual(x_TN, weight, residual_A.shape[0]):
+        return weight, residual_A, residual_B
+    return torch.addmm(weight, residual_B.to(weight.dtype), residual_A.to(weight.dtype), alpha=-1), None, None
+
+
+def run_forward(
     x: Tensor,
     weight: Tensor | None,
     base_output: Tensor | None,
@@ -67,30 +79,33 @@ def _forward(
     balance_coefficient: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y [..., M], balance loss [], load [E], hidden [T, R], gate [T, E], probs [T, E]).
+    """(y [..., M], balance loss [], load [E], h~ [T, R], gate [E, T], probs [E, T]).
 
     Exactly one of ``weight`` (the base product runs here) and ``base_output`` [..., M] (it has run elsewhere) is
     given. ``balance_scale`` and ``balance_coefficient`` matter to the backward alone.
     """
     with _no_autocast(x.device.type):
         passes = get_backend(backend)
-        adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
         x_TN = x.reshape(-1, x.shape[-1])
+        weight, residual_A, residual_B = _fold_if_cheaper(passes, x_TN, weight, residual_A, residual_B)
+        adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
         base_output_TM = None if base_output is None else base_output.reshape(-1, base_output.shape[-1])
         y_TM, balance_loss, routing = passes.prefill(x_TN, adapter, bias, base_output_TM)
         if weight is not None:
             y_TM.addmm_(x_TN, weight.t())
+        # Not a view for autograd's eyes (as in torch's own linear), so that the caller may modify y in place.
+        y = torch.ops.aten._unsafe_view.default(y_TM, (*x.shape[:-1], y_TM.shape[1]))
         return (
-            y_TM.view(*x.shape[:-1], y_TM.shape[1]),
+            y,
             balance_loss,
             routing.load_E,
-            routing.hidden_TR,
-            routing.gate_TE,
-            routing.probs_TE,
+            routing.weighted_TR,
+            routing.gate_ET,
+            routing.probs_ET,
         )
 
 
-def _backward(
+def run_backward(
     grad_y: Tensor | None,
     grad_balance: Tensor | None,
     x: Tensor,
@@ -103,7 +118,7 @@ def _backward(
     scaling_E: Tensor | None,
     seed: Tensor | None,
     balance_scale: Tensor | None,
-    hidden: Tensor,
+    weighted: Tensor,
     gate: Tensor,
     probs: Tensor,
     load: Tensor,
@@ -122,43 +137,41 @@ def _backward(
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router = needs
     with _no_autocast(x.device.type):
         passes = get_backend(backend)
-        adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
-        routing = Routing(hidden, gate, probs, load)
         x_TN = x.reshape(-1, x.shape[-1])
+        if needs_x:
+            weight, residual_A, residual_B = _fold_if_cheaper(passes, x_TN, weight, residual_A, residual_B)
+        adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
+        routing = Routing(weighted, gate, probs, load)
         if grad_y is None:  # only the balance loss was differentiated
             grad_y_TM = x_TN.new_zeros(x_TN.shape[0], lora_B.shape[0])
         else:
             grad_y_TM = grad_y.reshape(-1, grad_y.shape[-1])
             if balance_coefficient:
-                injected = (
-                    gate.new_full((), balance_coefficient)
-                    if balance_scale is None
-                    else (balance_scale.to(gate.dtype) * balance_coefficient)
-                )
+                injected = balance_coefficient
+                if balance_scale is not None:
+                    injected = balance_scale.to(gate.dtype) * balance_coefficient
                 grad_balance = injected if grad_balance is None else grad_balance + injected
 
-        gradients = []
-        hidden_gradient = None
+        # Passes over dY first, then over dX, then over x: each is still in the cache when it is needed again.
+        gradients: dict[str, Tensor] = {}
         if needs_x or needs_A or needs_router:
             hidden_gradient = passes.hidden_gradient(grad_y_TM, grad_balance, adapter, routing, with_residual=needs_x)
+        if needs_B:
+            gradients["lora_B"] = passes.lora_B_gradient(grad_y_TM, adapter, routing)
+        if needs_bias:
+            gradients["bias"] = grad_y_TM.sum(dim=0)
         if needs_x:
             grad_x_TN = passes.input_prefill(adapter, routing, hidden_gradient)
             if weight is not None and grad_y is not None:
                 grad_x_TN.addmm_(grad_y_TM, weight)
-            gradients.append(grad_x_TN.view(x.shape))
+            gradients["x"] = grad_x_TN.view(x.shape)
         if needs_weight:
-            gradients.append(grad_y_TM.t() @ x_TN)
-        if needs_bias:
-            gradients.append(grad_y_TM.sum(dim=0))
+            gradients["weight"] = grad_y_TM.t() @ x_TN
         if needs_A or needs_router:
-            grad_A, grad_router = passes.lora_A_router_gradient(x_TN, adapter, routing, hidden_gradient)
-        if needs_A:
-            gradients.append(grad_A)
-        if needs_B:
-            gradients.append(passes.lora_B_gradient(grad_y_TM, adapter, routing))
-        if needs_router:
-            gradients.append(grad_router)
-        return gradients
+            gradients["lora_A"], gradients["router"] = passes.lora_A_router_gradient(
+                x_TN, adapter, routing, hidden_gradient
+            )
+        return [gradients[name] for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
 
 
 def _forward_fake(x, weight, base_output, bias, lora_A, lora_B, router, *rest):
@@ -170,8 +183,8 @@ def _forward_fake(x, weight, base_output, bias, lora_A, lora_B, router, *rest):
         x.new_empty((), dtype=stats),
         x.new_empty(E, dtype=stats),
         x.new_empty(T, lora_A.shape[0]),
-        x.new_empty(T, E, dtype=stats),
-        x.new_empty(T, E, dtype=stats),
+        x.new_empty(E, T, dtype=stats),
+        x.new_empty(E, T, dtype=stats),
     )
 
 
@@ -189,8 +202,8 @@ def _backward_fake(grad_y, grad_balance, x, weight, lora_A, lora_B, router, *res
     return [fakes[name]() for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
 
 
-_library.impl("forward", _forward, "CompositeExplicitAutograd")
-_library.impl("backward", _backward, "CompositeExplicitAutograd")
+_library.impl("forward", run_forward, "CompositeExplicitAutograd")
+_library.impl("backward", run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("goat_kernels::forward", _forward_fake, lib=_library)
 torch.library.register_fake("goat_kernels::backward", _backward_fake, lib=_library)
 

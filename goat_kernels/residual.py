@@ -1,8 +1,4 @@
-"""``residual="fold"``: W_res subtracted inside the weight, and the pretrained weight restored exactly.
-
-Rounding makes the subtraction impossible to undo by arithmetic (in bfloat16 it loses a good part of W_res), so the
-original is kept, in host memory, for as long as the weight is folded.
-"""
+"""``residual="fold"``: a weight that holds W0 - W_res for a while and gets W0 back, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,38 +7,51 @@ from torch import Tensor, nn
 
 
 class FoldedWeight:
-    """A weight that can hold W = W0 - B0 A0 in place of W0, and give W0 back bit for bit.
+    """Overwrites a weight with W0 - B0 A0 in place and restores W0 exactly.
 
-    The Parameter object stays the same throughout: only its values change, under no_grad.
+    The Parameter object stays the same, so optimisers, tied references and hooks keep seeing it. W0 is kept as a copy
+    on the CPU: a subtraction in half precision cannot be undone by an addition.
+
+    Attributes:
+        folded: whether the weight now holds W0 - W_res.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
+        """``weight``: [M, N], float16, bfloat16, float32 or float64, on a real device."""
         self.weight = weight
         self._original: Tensor | None = None
 
     @property
     def folded(self) -> bool:
-        """Whether the weight holds W rather than W0."""
         return self._original is not None
 
-    def original(self) -> Tensor:
-        """W0 [M, N]: the kept copy (in host memory) while folded, the weight itself otherwise."""
-        return self.weight.detach() if self._original is None else self._original
+    @property
+    def original(self) -> Tensor | None:
+        """W0 [M, N] on the CPU while folded, else None."""
+        return self._original
 
     @torch.no_grad()
-    def fold(self, residual_A: Tensor, residual_B: Tensor) -> None:
-        """Subtract B0 A0 ([M, R'] x [R', N]) in float32 or better, rounded once to the weight's dtype."""
-        if self._original is not None:
-            raise RuntimeError("the weight is folded already; restore it first")
-        weight = self.weight
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self._original = weight.detach().to("cpu", copy=True)
-        W_res = residual_B.to(wide) @ residual_A.to(wide)
-        weight.copy_(weight.to(wide) - W_res)
+    def fold(self, A0: Tensor, B0: Tensor) -> None:
+        """Overwrite the weight with W0 - B0 A0, computed in float32 or better and rounded once.
+
+        Args:
+            A0: [R', N].
+            B0: [M, R'], with every factor (s, 1/E) inside.
+
+        Raises:
+            RuntimeError: the weight is folded already.
+        """
+        if self.folded:
+            raise RuntimeError("the weight is folded already; restore() it before folding another pair")
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        W_res = B0.to(self.weight.device, wide) @ A0.to(self.weight.device, wide)
+        self._original = self.weight.detach().to("cpu", copy=True)
+        self.weight.copy_(self.weight.to(wide) - W_res)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put W0 back, bit for bit; nothing happens to a weight that is not folded."""
-        if self._original is not None:
-            self.weight.copy_(self._original)
-            self._original = None
+        """Write W0 back; does nothing on a weight that is not folded."""
+        if self._original is None:
+            return
+        self.weight.copy_(self._original)
+        self._original = None

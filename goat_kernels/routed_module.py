@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,9 @@ class RoutedModule:
     balance_scale: Tensor | None = None
     balance_loss: Tensor | None = None
     expert_load: Tensor | None = None
+
+    @property
+    def routing_device(self) -> torch.device | None:
+        """Where the module routes; None while it has no parameters."""
+        parameter = next(self.parameters(), None)
+        return None if parameter is None else parameter.device

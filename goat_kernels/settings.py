@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from goat_kernels.rules import INIT_RULES, SCALING_RULES
+from goat_kernels.rules import INIT_RULES, SCALING_RULES, SEGMENT_RULES, ZERO_RULES
 
 RESIDUAL_FORMS = ("path", "fold")
 SVD_METHODS = ("full", "randomized")
@@ -69,6 +69,11 @@ class AdapterSettings:
             check_name("scaling", self.scaling, SCALING_RULES, alternative="a positive number")
         else:
             check_number("scaling", self.scaling, minimum=0, exclusive=True)
+        if self.scaling == "goat_s" and self.init in ZERO_RULES:
+            raise ValueError(
+                f"scaling='goat_s' needs the singular values of each expert's segment, which init={self.init!r} does "
+                f"not take; use init {', '.join(SEGMENT_RULES)}, or another scaling"
+            )
         check_number("eta", self.eta, minimum=0, exclusive=True)
         check_number("rho", self.rho, minimum=0, exclusive=True)
         check_number("lora_alpha", self.lora_alpha, minimum=0, exclusive=True)
@@ -110,7 +115,7 @@ def check_number(name: str, value: object, *, minimum: float, exclusive: bool = 
     """Raise unless ``value`` is a finite number of at least (``exclusive``: above) ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+    if not minimum <= value < math.inf or (exclusive and value == minimum):  # NaN fails too; comparisons can be traced
         bound = f"above {minimum}" if exclusive else f"at least {minimum}"
         raise ValueError(f"{name}={value} must be a finite number {bound}")
 

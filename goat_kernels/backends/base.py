@@ -28,7 +28,7 @@ class Adapter(NamedTuple):
     """Everything of one adapter that a pass may need.
 
     lora_A [R, N], lora_B [M, R], router [E, N] in the adapter's dtype; residual_A [R', N] and residual_B [M, R'] or
-    both None; scaling_E stats-dtype [E] or None, in which case the number ``scaling`` holds; seed int32 [2] or None.
+    both None; s is ``scaling``, or (``scaling`` is 1 then) stats-dtype ``scaling_E`` [E]; seed int32 [2] or None.
     """
 
     lora_A: Tensor
@@ -62,15 +62,15 @@ class Adapter(NamedTuple):
 class Routing(NamedTuple):
     """What the forward keeps for the backward, beside x: about T*(R + 2E) numbers.
 
-    hidden_TR: x A^T before gate and scaling, compute dtype (with dropout: of each expert's own slot).
-    gate_TE: softmax over the K selected logits, zero elsewhere, stats dtype.
-    probs_TE: softmax over all logits, stats dtype.
+    weighted_TR: h~ = s expand(gate) h, compute dtype. h itself is not needed: gate_i dgate_i = <h~_i, dh~_i>.
+    gate_ET: softmax over the K selected logits, zero elsewhere, stats dtype, expert-major.
+    probs_ET: softmax over all logits, stats dtype, expert-major.
     load_E: f of the balance loss, the share of tokens routed to each expert (sums to K), stats dtype.
     """
 
-    hidden_TR: Tensor
-    gate_TE: Tensor
-    probs_TE: Tensor
+    weighted_TR: Tensor
+    gate_ET: Tensor
+    probs_ET: Tensor
     load_E: Tensor
 
 
@@ -95,6 +95,9 @@ class Passes(Protocol):
     def supports(self, device: torch.device) -> str | None:
         """None, or why tensors on ``device`` cannot be computed."""
 
+    def folds_residual(self, x_TN: Tensor, weight_MN: Tensor, residual_rank: int) -> bool:
+        """Whether forming W0 - B0 A0 for one product is cheaper than R' more hidden columns (and loses no bits)."""
+
     def prefill(
         self, x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
     ) -> tuple[Tensor, Tensor, Routing]:
@@ -106,16 +109,16 @@ class Passes(Protocol):
     def hidden_gradient(
         self,
         grad_y_TM: Tensor,
-        grad_balance: Tensor | None,
+        grad_balance: Tensor | float | None,
         adapter: Adapter,
         routing: Routing,
         *,
         with_residual: bool,
     ) -> HiddenGradient:
-        """dh, dlogits and (``with_residual``) dh0 from dY and the gradient of the balance loss (0-d or None)."""
+        """dh, dlogits and (``with_residual``) dh0, from dY and the gradient of the balance loss, if there is one."""
 
     def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
-        """[M, R] in the adapter's dtype: dY^T (s expand(gate) h)."""
+        """[M, R] in the adapter's dtype: dY^T h~."""
 
     def lora_A_router_gradient(
         self, x_TN: Tensor, adapter: Adapter, routing: Routing, gradient: HiddenGradient

@@ -1,17 +1,28 @@
 """The passes in plain PyTorch: the fast path on a CPU and wherever Triton cannot run.
 
-Each pass is a handful of torch calls, because at small sizes the number of calls is the cost. In float32 and float64
-the router and the residual ride in the same product as lora_A, so x is read once; in half precision the router takes
-a float32 product of its own, because a bfloat16 one would pick other experts.
+Each pass is a handful of torch calls, because at small sizes the number of calls is the cost. Per-expert quantities
+are laid out expert-major, [E, T]: a softmax or a maximum over eight experts then runs along contiguous tokens and
+takes a tenth of the time that it takes over rows of eight. Repeating a gate D times, and summing D products, are
+products with a constant 0/1 matrix for the same reason.
+
+In float32 and float64 the router and the residual ride in the same product as lora_A, so x is read once; in half
+precision the router takes a float32 product of its own, because a bfloat16 one would pick other experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from goat_kernels.backends.base import Adapter, HiddenGradient, Routing
 from goat_kernels.backends.dropout import expert_slots, keep_mask, keep_scale
+
+#: What writing one element of a fresh matrix costs, in the floating-point operations of a product done meanwhile
+#: (measured on two Zen 4 cores: 0.2-0.8 ns against 170 GFLOP/s; docs/design.md).
+_FLOPS_PER_WRITTEN_ELEMENT = 64
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
@@ -30,92 +41,79 @@ class TorchPasses:
     def supports(self, device: torch.device) -> str | None:
         return None
 
+    def folds_residual(self, x_TN: Tensor, weight_MN: Tensor, residual_rank: int) -> bool:
+        if x_TN.dtype not in (torch.float32, torch.float64):
+            return False  # in half precision the subtraction would round W_res away
+        T, (M, N) = x_TN.shape[0], weight_MN.shape
+        forming = M * N * (2 * residual_rank + _FLOPS_PER_WRITTEN_ELEMENT)
+        return forming < 2 * T * residual_rank * (M + N)
+
     def prefill(
         self, x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
     ) -> tuple[Tensor, Tensor, Routing]:
-        T = x_TN.shape[0]
-        R, E = adapter.rank, adapter.num_experts
+        R, E, R0 = adapter.rank, adapter.num_experts, adapter.residual_rank
         compute, stats = x_TN.dtype, stats_dtype(x_TN)
 
-        # 1. Hidden columns and logits.
-        dropped = adapter.seed is not None
-        matrices = [] if dropped else [adapter.lora_A]
-        if compute == stats:
-            matrices.append(adapter.router)
-        if adapter.residual_A is not None:
-            matrices.append(adapter.residual_A)
-        columns = _times_transposed(x_TN, matrices)
-        if compute == stats:
-            logits_TE = columns[:, R : R + E] if not dropped else columns[:, :E]
-        else:
+        # 1. Hidden columns and logits, from one product wherever the dtypes and the dropout allow it.
+        in_product = {
+            "hidden": (adapter.lora_A, R if adapter.seed is None else 0),
+            "logits": (adapter.router, E if compute == stats else 0),
+            "residual": (adapter.residual_A, R0),
+        }
+        widths = [width for _, width in in_product.values()]
+        columns = _times_transposed(x_TN, [matrix for matrix, width in in_product.values() if width])
+        hidden_TR, logits_TE, residual_hidden = columns.split(widths, dim=1)
+        if not widths[1]:
             logits_TE = x_TN.to(stats) @ adapter.router.to(stats).t()
 
         # 2. Gate and balance loss.
-        gate_TE, probs_TE, load_E = _route(logits_TE, adapter.top_k)
-        balance_loss = E * torch.dot(load_E, probs_TE.sum(dim=0)) / max(T, 1)
-        if dropped:
-            hidden_TR = _dropped_hidden(x_TN, adapter, gate_TE)
-        else:
-            hidden_TR = columns[:, :R].contiguous() if columns.shape[1] > R else columns
-        routing = Routing(hidden_TR, gate_TE, probs_TE, load_E)
+        gate_ET, probs_ET, load_E, balance_loss = _route(logits_TE.t().contiguous(), adapter.top_k)
+        if adapter.seed is not None:
+            hidden_TR = _dropped_hidden(x_TN, adapter, gate_ET)
+        weighted_TR = torch.mul(hidden_TR, _factor(adapter, gate_ET), out=x_TN.new_empty(x_TN.shape[0], R))
 
         # 3. The adapter's share of y, onto the bias or the base's output.
-        weighted = hidden_TR.new_empty(T, R + adapter.residual_rank)
-        _weighted_hidden(adapter, routing, out=weighted[:, :R])
-        out_matrix = adapter.lora_B.to(compute)
-        if adapter.residual_A is not None:
-            weighted[:, R:] = columns[:, columns.shape[1] - adapter.residual_rank :]
-            out_matrix = torch.cat([out_matrix, -adapter.residual_B.to(compute)], dim=1)
-        if base_output_TM is not None:
-            y0_TM = torch.addmm(base_output_TM, weighted, out_matrix.t())
-        elif bias_M is not None:
-            y0_TM = torch.addmm(bias_M, weighted, out_matrix.t())
-        else:
-            y0_TM = weighted @ out_matrix.t()
-        return y0_TM, balance_loss, routing
+        onto = bias_M if base_output_TM is None else base_output_TM
+        lora_B_t = adapter.lora_B.to(compute).t()
+        y0_TM = weighted_TR @ lora_B_t if onto is None else torch.addmm(onto, weighted_TR, lora_B_t)
+        if R0:
+            y0_TM.addmm_(residual_hidden, adapter.residual_B.to(compute).t(), alpha=-1)
+        return y0_TM, balance_loss, Routing(weighted_TR, gate_ET, probs_ET, load_E)
 
     def hidden_gradient(
         self,
         grad_y_TM: Tensor,
-        grad_balance: Tensor | None,
+        grad_balance: Tensor | float | None,
         adapter: Adapter,
         routing: Routing,
         *,
         with_residual: bool,
     ) -> HiddenGradient:
-        T = grad_y_TM.shape[0]
-        R, E, D = adapter.rank, adapter.num_experts, adapter.expert_rank
-        compute = grad_y_TM.dtype
-        with_residual = with_residual and adapter.residual_A is not None
-        out_matrix = adapter.lora_B.to(compute)
-        if with_residual:
-            out_matrix = torch.cat([out_matrix, -adapter.residual_B.to(compute)], dim=1)
-        grad_weighted = grad_y_TM @ out_matrix  # gradient of [h~ | h0]
-        grad_weighted_TED = grad_weighted[:, :R].unflatten(1, (E, D))
+        R, E = adapter.rank, adapter.num_experts
+        R0 = adapter.residual_rank if with_residual else 0
+        compute, stats = grad_y_TM.dtype, routing.gate_ET.dtype
+        columns = grad_y_TM.new_empty(grad_y_TM.shape[0], R + E + R0)
 
-        # dgate_i = s_i <h_i, dh~_i>; then back through the softmax over the selected logits.
-        scaling = adapter.scaling if adapter.scaling_E is None else adapter.scaling_E
-        gate_TE, probs_TE = routing.gate_TE, routing.probs_TE
-        stats = gate_TE.dtype
-        products = routing.hidden_TR.to(stats).unflatten(1, (E, D)) * grad_weighted_TED
-        gated_TE = products.sum(dim=-1) * scaling * gate_TE  # gate_i dgate_i
-        grad_logits = torch.addcmul(gated_TE, gate_TE, gated_TE.sum(dim=-1, keepdim=True), value=-1)
+        # gate_i dgate_i = <h~_i, dh~_i>; then back through the softmax over the selected logits.
+        grad_weighted_TR = grad_y_TM @ adapter.lora_B.to(compute)
+        products_TR = routing.weighted_TR.to(stats) * grad_weighted_TR
+        gated_ET = _expansion(E, adapter.expert_rank, 1.0, stats, products_TR.device) @ products_TR.t()
+        grad_logits_ET = gated_ET.addcmul(routing.gate_ET, gated_ET.sum(dim=0), value=-1)
         if grad_balance is not None:
             # balance = E/T sum_i f_i sum_t p_ti: a dense softmax gradient with the same dp for every token.
-            grad_probs_E = routing.load_E * (grad_balance * (E / max(T, 1)))
-            grad_logits += probs_TE * (grad_probs_E - (probs_TE @ grad_probs_E)[:, None])
+            grad_probs_E = routing.load_E * (grad_balance * (E / max(grad_y_TM.shape[0], 1)))
+            centred_ET = grad_probs_E[:, None] - grad_probs_E @ routing.probs_ET
+            grad_logits_ET.addcmul_(routing.probs_ET, centred_ET)
 
-        columns = grad_weighted.new_empty(T, grad_weighted.shape[1] + E)
-        torch.mul(grad_weighted_TED, (gate_TE * scaling).unsqueeze(-1), out=columns[:, :R].unflatten(1, (E, D)))
-        columns[:, R : R + E] = grad_logits
-        if with_residual:
-            columns[:, R + E :] = grad_weighted[:, R:]
+        torch.mul(grad_weighted_TR, _factor(adapter, routing.gate_ET), out=columns[:, :R])
+        columns[:, R : R + E] = grad_logits_ET.t()
+        if R0:
+            # The sign of - W_res x goes here, so that A0 itself multiplies the columns in input_prefill.
+            torch.mm(grad_y_TM, adapter.residual_B.to(compute).neg(), out=columns[:, R + E :])
         return HiddenGradient(columns)
 
     def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
-        weighted_TR = torch.empty_like(routing.hidden_TR)
-        _weighted_hidden(adapter, routing, out=weighted_TR)
-        return (grad_y_TM.t() @ weighted_TR).to(adapter.lora_B.dtype)
+        return (grad_y_TM.t() @ routing.weighted_TR).to(adapter.lora_B.dtype)
 
     def lora_A_router_gradient(
         self, x_TN: Tensor, adapter: Adapter, routing: Routing, gradient: HiddenGradient
@@ -123,73 +121,83 @@ class TorchPasses:
         R, E = adapter.rank, adapter.num_experts
         dtype_A, dtype_router = adapter.lora_A.dtype, adapter.router.dtype
         if adapter.seed is None:
-            # x^T [dh | dlogits] is the faster order on a CPU; the transposed result is small.
-            stacked = (x_TN.t() @ gradient.columns[:, : R + E]).t()
-            return stacked[:R].to(dtype_A).contiguous(), stacked[R:].to(dtype_router).contiguous()
-        grad_router = (x_TN.t() @ gradient.columns[:, R : R + E]).t().to(dtype_router).contiguous()
-        grad_A = adapter.lora_A.new_zeros(R, x_TN.shape[1], dtype=x_TN.dtype)
-        for keep_TN, slot_columns in _slots(x_TN, adapter, routing.gate_TE, gradient.columns[:, :R]):
-            grad_A += slot_columns.t() @ (x_TN * keep_TN)
-        return (grad_A * keep_scale(adapter.dropout_p)).to(dtype_A), grad_router
+            stacked = gradient.columns[:, : R + E].t() @ x_TN
+            return stacked[:R].to(dtype_A, copy=True), stacked[R:].to(dtype_router, copy=True)
+        grad_router = gradient.columns[:, R : R + E].t() @ x_TN
+        grad_A = x_TN.new_zeros(R, x_TN.shape[1])
+        for keep_TN, in_slot_TR in _slots(x_TN, adapter, routing.gate_ET):
+            grad_A += (gradient.columns[:, :R] * in_slot_TR).t() @ (x_TN * keep_TN)
+        return (grad_A * keep_scale(adapter.dropout_p)).to(dtype_A), grad_router.to(dtype_router)
 
     def input_prefill(self, adapter: Adapter, routing: Routing, gradient: HiddenGradient) -> Tensor:
-        columns, compute = gradient.columns, gradient.columns.dtype
-        R = adapter.rank
+        columns, R = gradient.columns, adapter.rank
         matrices = [adapter.lora_A, adapter.router]
         if adapter.residual_A is not None:
             matrices.append(adapter.residual_A)
         if adapter.seed is None:
-            return columns @ _stack(matrices, compute)
-        grad_x_TN = columns[:, R:] @ _stack(matrices[1:], compute)
-        lora_A = adapter.lora_A.to(compute) * keep_scale(adapter.dropout_p)
-        for keep_TN, slot_columns in _slots(grad_x_TN, adapter, routing.gate_TE, columns[:, :R]):
-            grad_x_TN += (slot_columns @ lora_A).mul_(keep_TN)
+            return columns @ _stack(matrices, columns.dtype)
+        grad_x_TN = columns[:, R:] @ _stack(matrices[1:], columns.dtype)
+        lora_A = adapter.lora_A.to(columns.dtype) * keep_scale(adapter.dropout_p)
+        for keep_TN, in_slot_TR in _slots(grad_x_TN, adapter, routing.gate_ET):
+            grad_x_TN += ((columns[:, :R] * in_slot_TR) @ lora_A).mul_(keep_TN)
         return grad_x_TN
 
 
-def _route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(gate [T, E], probs [T, E], load [E]) from the logits.
+def _route(logits_ET: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(gate [E, T], probs [E, T], load [E], balance loss 0-d) from the logits.
 
-    The stable descending sort puts ties in index order and NaN above every number, on every device.
+    K rounds of "largest, then set aside". torch.max takes the first of equal entries and NaN above every number;
+    -inf is raised to the lowest finite number first, so that what is still to be chosen differs from what is not.
     """
-    probs_TE = torch.softmax(logits_TE, dim=-1)
-    T, E = logits_TE.shape
+    E, T = logits_ET.shape
+    probs_ET = torch.softmax(logits_ET, dim=0)
     if top_k == E:
-        return probs_TE.clone(), probs_TE, logits_TE.new_full((E,), float(T > 0))
-    values, order = torch.sort(logits_TE, dim=-1, descending=True, stable=True)
-    chosen = order[:, :top_k]
-    gate_TE = torch.zeros_like(probs_TE).scatter_(1, chosen, torch.softmax(values[:, :top_k], dim=-1))
-    selected = torch.zeros_like(probs_TE).scatter_(1, chosen, 1.0)
-    return gate_TE, probs_TE, selected.sum(dim=0) / max(T, 1)
+        gate_ET, load_E = probs_ET.clone(), logits_ET.new_full((E,), 1.0 if T else 0.0)
+    else:
+        left_ET = logits_ET.clamp(min=torch.finfo(logits_ET.dtype).min)
+        for _ in range(top_k):
+            left_ET.scatter_(0, left_ET.max(dim=0, keepdim=True).indices, float("-inf"))
+        unselected = left_ET != float("-inf")
+        gate_ET = torch.softmax(logits_ET.masked_fill(unselected, float("-inf")), dim=0)
+        load_E = unselected.sum(dim=1, dtype=logits_ET.dtype).mul_(-1 / max(T, 1)).add_(float(T > 0))
+    balance_loss = torch.dot(load_E, probs_ET.sum(dim=1)) * (E / max(T, 1))
+    return gate_ET, probs_ET, load_E, balance_loss
 
 
-def _weighted_hidden(adapter: Adapter, routing: Routing, out: Tensor) -> None:
-    """out [T, R] = s expand(gate) h, rounded once to out's dtype."""
-    shape = (adapter.num_experts, adapter.expert_rank)
-    scaling = adapter.scaling if adapter.scaling_E is None else adapter.scaling_E
-    factor = (routing.gate_TE * scaling).unsqueeze(-1)
-    torch.mul(routing.hidden_TR.unflatten(1, shape), factor, out=out.unflatten(1, shape))
+@lru_cache(maxsize=256)
+def _expansion(E: int, D: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[E, R] with ``value`` in expert i's D columns of row i: gate^T times it repeats, and scales, the gates."""
+    return torch.eye(E, dtype=dtype, device=device).mul_(value).repeat_interleave(D, dim=1)
 
 
-def _dropped_hidden(x_TN: Tensor, adapter: Adapter, gate_TE: Tensor) -> Tensor:
+def _factor(adapter: Adapter, gate_ET: Tensor) -> Tensor:
+    """s expand(gate) [T, R], stats dtype."""
+    E, D = adapter.num_experts, adapter.expert_rank
+    expansion_ER = _expansion(E, D, adapter.scaling, gate_ET.dtype, gate_ET.device)
+    if adapter.scaling_E is not None:
+        expansion_ER = expansion_ER * adapter.scaling_E[:, None]
+    return gate_ET.t() @ expansion_ER
+
+
+def _dropped_hidden(x_TN: Tensor, adapter: Adapter, gate_ET: Tensor) -> Tensor:
     """h [T, R] with each expert's x dropped by the mask of its slot; zero for experts the token does not use."""
     hidden_TR = x_TN.new_zeros(x_TN.shape[0], adapter.rank)
-    lora_A = adapter.lora_A.to(x_TN.dtype) * keep_scale(adapter.dropout_p)
-    ones = torch.ones_like(hidden_TR)
-    for keep_TN, in_slot_TR in _slots(x_TN, adapter, gate_TE, ones):
-        hidden_TR += ((x_TN * keep_TN) @ lora_A.t()).mul_(in_slot_TR)
+    lora_A_t = (adapter.lora_A.to(x_TN.dtype) * keep_scale(adapter.dropout_p)).t()
+    for keep_TN, in_slot_TR in _slots(x_TN, adapter, gate_ET):
+        hidden_TR += ((x_TN * keep_TN) @ lora_A_t).mul_(in_slot_TR)
     return hidden_TR
 
 
-def _slots(like_TN: Tensor, adapter: Adapter, gate_TE: Tensor, columns_TR: Tensor):
-    """For each slot: its keep mask [T, N] and ``columns_TR`` with the columns of other slots set to zero."""
+def _slots(like_TN: Tensor, adapter: Adapter, gate_ET: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each slot: its keep mask, bool [T, N], and which hidden columns belong to it, bool [T, R]."""
     T, N = like_TN.shape
-    slots_TR = expert_slots(gate_TE).repeat_interleave(adapter.expert_rank, dim=1)
+    slots_TR = expert_slots(gate_ET.t()).repeat_interleave(adapter.expert_rank, dim=1)
     for slot in range(adapter.top_k):
-        yield keep_mask(adapter.seed, T, N, slot, adapter.dropout_p), columns_TR * (slots_TR == slot)
+        yield keep_mask(adapter.seed, T, N, slot, adapter.dropout_p), slots_TR == slot
 
 
 def _stack(matrices: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The matrices below one another, in ``dtype``."""
     if len(matrices) == 1:
         return matrices[0].to(dtype)
     return torch.cat([matrix.to(dtype) for matrix in matrices])

@@ -1,0 +1,1 @@
+"""Benchmarks: the layer beside its peers in one interleaved run."""

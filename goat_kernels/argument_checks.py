@@ -1,0 +1,100 @@
+"""The checks of goat_linear's arguments: every message names the argument, what came and what is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from goat_kernels.settings import check_dropout, check_number
+
+
+def unpack_residual(residual) -> tuple[Tensor | None, Tensor | None]:
+    if residual is None:
+        return None, None
+    if not (isinstance(residual, tuple | list) and len(residual) == 2):
+        raise TypeError(f"residual must be None or a pair (A0 [R', N], B0 [M, R']), got {type(residual).__name__}")
+    return residual[0], residual[1]
+
+
+def check_tensors(x, weight, lora_A, lora_B, router, bias, residual_A, residual_B) -> None:
+    """Types, dtypes, devices and shapes; the messages name the argument, what came and what is needed."""
+    tensors = {
+        "x": x,
+        "weight": weight,
+        "lora_A": lora_A,
+        "lora_B": lora_B,
+        "router": router,
+        "bias": bias,
+        "residual[0]": residual_A,
+        "residual[1]": residual_B,
+    }
+    no_residual = residual_A is None and residual_B is None
+    for name, tensor in tensors.items():
+        if tensor is None and (name == "bias" or (no_residual and name.startswith("residual"))):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating-point, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; all tensors must share one device")
+    if x.ndim == 0:
+        raise ValueError("x must have at least one dimension [..., N], got a 0-d tensor")
+
+    M, N, R, E = _dimensions(weight, lora_A, router)
+    _check_shape("x", x, (*x.shape[:-1], N), "[..., N]")
+    _check_shape("lora_A", lora_A, (R, N), "[R, N]")
+    _check_shape("lora_B", lora_B, (M, R), "[M, R]")
+    _check_shape("router", router, (E, N), "[E, N]")
+    if R % E:
+        raise ValueError(f"lora_A has R={R} rows, which must be divisible by the E={E} rows of router")
+    if bias is not None:
+        _check_shape("bias", bias, (M,), "[M]")
+    if residual_A is not None:
+        R0 = residual_A.shape[0] if residual_A.ndim == 2 else -1
+        _check_shape("residual[0]", residual_A, (R0, N), "[R', N]")
+        _check_shape("residual[1]", residual_B, (M, R0), "[M, R']")
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):  # autocast leaves float64 alone
+        for name in ("weight", "bias"):
+            if tensors[name] is not None and tensors[name].dtype != x.dtype:
+                raise TypeError(f"{name} is {tensors[name].dtype} but x is {x.dtype}; cast one, or use autocast")
+
+
+def _dimensions(weight: Tensor, lora_A: Tensor, router: Tensor) -> tuple[int, int, int, int]:
+    """(M, N, R, E), from the matrices whose first dimension defines them."""
+    for name, tensor, layout in (
+        ("weight", weight, "[M, N]"),
+        ("lora_A", lora_A, "[R, N]"),
+        ("router", router, "[E, N]"),
+    ):
+        if tensor.ndim != 2:
+            raise ValueError(f"{name} must be a matrix {layout}, got shape {tuple(tensor.shape)}")
+        if tensor.shape[0] < 1:
+            raise ValueError(f"{name} must have at least one row, got shape {tuple(tensor.shape)}")
+    return weight.shape[0], weight.shape[1], lora_A.shape[0], router.shape[0]
+
+
+def _check_shape(name: str, tensor: Tensor, needed: tuple[int, ...], layout: str) -> None:
+    if tuple(tensor.shape) != needed:
+        wanted = f"[..., {needed[-1]}]" if layout.startswith("[...") else str(list(needed))
+        raise ValueError(f"{name} must be {layout} = {wanted} to fit the other tensors, got {list(tensor.shape)}")
+
+
+def check_scalars(x: Tensor, router: Tensor, scaling, top_k, dropout_p) -> None:
+    E = router.shape[0]
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an int, got {top_k!r}")
+    if not 1 <= top_k <= E:
+        raise ValueError(f"top_k={top_k} must lie in 1..{E}, the number of rows of router")
+    check_dropout("dropout_p", dropout_p)
+    if not isinstance(scaling, Tensor):
+        check_number("scaling", scaling, minimum=0, exclusive=True)
+        return
+    if scaling.shape != (E,):
+        raise ValueError(f"scaling must be a number or a tensor [E] = [{E}], got shape {list(scaling.shape)}")
+    if not scaling.is_floating_point():
+        raise TypeError(f"scaling must be floating-point, got {scaling.dtype}")
+    if scaling.device != x.device:
+        raise ValueError(f"scaling is on {scaling.device} but x is on {x.device}; all tensors must share one device")
+    if scaling.requires_grad:
+        raise ValueError("scaling requires grad, but it is a derived constant (Thm 3.5); pass scaling.detach()")
