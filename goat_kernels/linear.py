@@ -248,7 +248,7 @@ class GoatLinear(RoutedModule, nn.Module):
             top_k=settings.top_k,
             dropout_p=settings.dropout if self.training else 0.0,
             residual=(self.residual_A, self.residual_B) if on_path else None,
-            balance_coefficient=self.balance_coefficient if self.training else 0.0,
+            balance_coefficient=self.balance_coefficient if self.training and self.router.requires_grad else 0.0,
             balance_scale=self.balance_scale,
             backend=self.backend,
         )
@@ -294,12 +294,16 @@ class GoatLinear(RoutedModule, nn.Module):
     # --- state ----------------------------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves and casts as nn.Module does, but a per-expert scaling keeps its float32 values (device moves only)."""
+        """Moves and casts as nn.Module does; a per-expert scaling keeps its float32 values, a fold is of the new W0."""
+        was_folded = self._folded_weight.folded
+        self._folded_weight.restore()
         exact = self.scaling if isinstance(self.scaling, Tensor) else None
         super()._apply(fn, recurse)
         if exact is not None and self.scaling.dtype != exact.dtype:
             self.scaling = exact.to(self.scaling.device)
         self._folded_weight.weight = self.weight
+        if was_folded and not self.weight.is_meta:
+            self._fold_if_wanted()
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

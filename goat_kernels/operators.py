@@ -52,12 +52,12 @@ def _no_autocast(device_type: str):
 def _fold_if_cheaper(
     passes: Passes, x_TN: Tensor, weight: Tensor | None, residual_A: Tensor | None, residual_B: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(weight, residual_A, residual_B), with W0 - B0 A0 formed for this call where the backend finds that cheaper."""
-    if weight is None or residual_A is None:
-        return weight, residual_A, residual_B
-    if not passes.folds_residual(x_TN, weight, residual_A.shape[0]):
-        return weight, residual_A, residual_B
-    return torch.addmm(weight, residual_B.to(weight.dtype), residual_A.to(weight.dtype), alpha=-1), None, None
+    """(weight, residual_A, residual_B), with W0 - B0 A0 and no pair where the backend forms it for this call."""
+    if weight is not None and residual_A is not None:
+        folded = passes.folded_weight(x_TN, weight, residual_A, residual_B)
+        if folded is not None:
+            return folded, None, None
+    return weight, residual_A, residual_B
 
 
 def run_forward(

@@ -47,9 +47,12 @@ def resolve_backend(name: str, device: torch.device) -> str:
         RuntimeError: the backend asked for cannot run here, and why.
     """
     asked = name if name != "auto" else os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    argument = "backend" if name != "auto" else ENVIRONMENT_VARIABLE
     key = (device.type, asked)
+    if torch.compiler.is_compiling():  # a tracer guards on what it reads: filling the cache would recompile the graph
+        return _resolve(*key, argument=argument)
     if key not in _RESOLVED:
-        _RESOLVED[key] = _resolve(*key, argument="backend" if name != "auto" else ENVIRONMENT_VARIABLE)
+        _RESOLVED[key] = _resolve(*key, argument=argument)
     return _RESOLVED[key]
 
 

@@ -95,8 +95,11 @@ class Passes(Protocol):
     def supports(self, device: torch.device) -> str | None:
         """None, or why tensors on ``device`` cannot be computed."""
 
-    def folds_residual(self, x_TN: Tensor, weight_MN: Tensor, residual_rank: int) -> bool:
-        """Whether forming W0 - B0 A0 for one product is cheaper than R' more hidden columns (and loses no bits)."""
+    def folded_weight(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor | None:
+        """W0 - B0 A0 where forming it for one product is cheaper than R' more hidden columns (and loses no bits).
+
+        The result may live in a workspace: it is valid until the next call in the same thread. None: use the columns.
+        """
 
     def prefill(
         self, x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None

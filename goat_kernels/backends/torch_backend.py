@@ -1,8 +1,8 @@
 """The passes in plain PyTorch: the fast path on a CPU and wherever Triton cannot run.
 
 Each pass is a handful of torch calls, because at small sizes the number of calls is the cost. Per-expert quantities
-are laid out expert-major, [E, T]: a softmax or a maximum over eight experts then runs along contiguous tokens and
-takes a tenth of the time that it takes over rows of eight. Repeating a gate D times, and summing D products, are
+are laid out expert-major, [E, T]: a softmax or a maximum over eight experts then runs along contiguous tokens, and
+is several times faster than over rows of eight. Repeating a gate D times, and summing D products, are
 products with a constant 0/1 matrix for the same reason.
 
 In float32 and float64 the router and the residual ride in the same product as lora_A, so x is read once; in half
@@ -11,6 +11,7 @@ precision the router takes a float32 product of its own, because a bfloat16 one 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -20,9 +21,12 @@ from torch import Tensor
 from goat_kernels.backends.base import Adapter, HiddenGradient, Routing
 from goat_kernels.backends.dropout import expert_slots, keep_mask, keep_scale
 
-#: What writing one element of a fresh matrix costs, in the floating-point operations of a product done meanwhile
-#: (measured on two Zen 4 cores: 0.2-0.8 ns against 170 GFLOP/s; docs/design.md).
-_FLOPS_PER_WRITTEN_ELEMENT = 64
+#: Two measured costs that decide between two exact ways of the residual, in arithmetic operations of a large product:
+#: copying one element of the weight, and a skinny product's operation (at the sizes of ``python -m bench.layer``).
+_OPERATIONS_PER_COPIED_ELEMENT = 64
+_COLUMN_PENALTY = 1.2
+
+_workspaces = threading.local()
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
@@ -41,12 +45,15 @@ class TorchPasses:
     def supports(self, device: torch.device) -> str | None:
         return None
 
-    def folds_residual(self, x_TN: Tensor, weight_MN: Tensor, residual_rank: int) -> bool:
+    def folded_weight(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor | None:
         if x_TN.dtype not in (torch.float32, torch.float64):
-            return False  # in half precision the subtraction would round W_res away
-        T, (M, N) = x_TN.shape[0], weight_MN.shape
-        forming = M * N * (2 * residual_rank + _FLOPS_PER_WRITTEN_ELEMENT)
-        return forming < 2 * T * residual_rank * (M + N)
+            return None  # in half precision the subtraction would round W_res away
+        T, (M, N), R0 = x_TN.shape[0], weight_MN.shape, residual_A.shape[0]
+        forming = M * N * (2 * R0 + _OPERATIONS_PER_COPIED_ELEMENT)
+        if forming >= _COLUMN_PENALTY * 2 * T * R0 * (M + N):
+            return None
+        folded = _workspace_like(weight_MN).copy_(weight_MN)
+        return folded.addmm_(residual_B.to(folded.dtype), residual_A.to(folded.dtype), alpha=-1)
 
     def prefill(
         self, x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
@@ -194,6 +201,20 @@ def _slots(like_TN: Tensor, adapter: Adapter, gate_ET: Tensor) -> Iterator[tuple
     slots_TR = expert_slots(gate_ET.t()).repeat_interleave(adapter.expert_rank, dim=1)
     for slot in range(adapter.top_k):
         yield keep_mask(adapter.seed, T, N, slot, adapter.dropout_p), slots_TR == slot
+
+
+def _workspace_like(weight_MN: Tensor) -> Tensor:
+    """An uninitialised tensor like ``weight_MN``; on a CPU from one buffer per thread, as large as any asked for.
+
+    There a fresh matrix costs more in page faults than the product that fills it.
+    """
+    if weight_MN.device.type != "cpu" or type(weight_MN) not in (Tensor, torch.nn.Parameter):
+        return torch.empty_like(weight_MN, memory_format=torch.contiguous_format)
+    buffers = _workspaces.__dict__
+    buffer = buffers.get(weight_MN.dtype)
+    if buffer is None or buffer.numel() < weight_MN.numel():
+        buffer = buffers[weight_MN.dtype] = torch.empty(weight_MN.numel(), dtype=weight_MN.dtype)
+    return buffer[: weight_MN.numel()].view(weight_MN.shape)
 
 
 def _stack(matrices: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,122 @@
+"""The house rules: imports run downwards, the code is linted, the documentation's snippets run and its commands hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "goat_kernels"
+
+#: From the bottom up; a module may import modules of lower layers, and of its own layer within one package.
+LAYERS = (
+    ("rules", "reference", "routed_module", "residual"),
+    ("settings", "numerics"),
+    ("argument_checks", "initialisation", "kernels"),
+    ("backends",),
+    ("operators",),
+    ("functional",),
+    ("linear",),
+    ("training",),
+    ("peft",),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _unit(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    """Units of goat_kernels that a file imports, wherever in the file."""
+    units = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [node.module]
+            if node.module == "goat_kernels":
+                names = [f"goat_kernels.{alias.name}" for alias in node.names]
+        units |= {name.split(".")[1] for name in names if name.startswith("goat_kernels.")}
+    return units
+
+
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_strictly_downwards(path):
+    unit = _unit(path)
+    assert unit in LEVEL, f"{unit} has no place in LAYERS"
+    for imported in _imports(path) - {unit}:
+        if imported in ("__version__", "GoatConfig"):  # names of the package itself
+            continue
+        assert LEVEL[imported] < LEVEL[unit], f"{path.relative_to(ROOT)} imports {imported}, which is not below {unit}"
+
+
+def test_the_oracle_imports_nothing_of_the_package():
+    assert _imports(PACKAGE / "reference.py") == set()
+
+
+def test_importing_the_package_needs_torch_alone():
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'peft', 'transformers', 'accelerate', 'sklearn', 'matplotlib'): sys.modules[name] = None\n"
+        "import goat_kernels, torch\n"
+        "layer = goat_kernels.GoatLinear(16, 16, r=8)\n"
+        "layer(torch.randn(2, 16)).sum().backward()\n"
+        "print(goat_kernels.available_backends()['torch'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "None"
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["ruff check", "ruff format"])
+def test_ruff(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_file_of_the_package_is_long():
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 360}
+    assert not long, "split these files by the question they answer"
+
+
+def _snippets() -> list:
+    found = []
+    for document in DOCUMENTS:
+        for number, match in enumerate(re.finditer(r"```python\n(.*?)```", document.read_text(), re.S), start=1):
+            found.append(pytest.param(match.group(1), id=f"{document.relative_to(ROOT)}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize("snippet", _snippets())
+def test_documented_snippets_run(snippet, tmp_path):
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.M)
+    assert len(commands) == 2, "the README has two commands: the main job and the tests"
+    assert "goat-kernels finetune" in commands[0]
+    assert commands[1].endswith('/pytest"') or commands[1].endswith("/pytest")
+    assert f"bash -c '{commands[1]}'" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_between_documents_exist():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}, which does not exist"
