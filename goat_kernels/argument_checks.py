@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from goat_kernels.autocast import autocast_dtype
 from goat_kernels.settings import check_dropout, check_number
 
 
@@ -54,7 +54,7 @@ def check_tensors(x, weight, lora_A, lora_B, router, bias, residual_A, residual_
         R0 = residual_A.shape[0] if residual_A.ndim == 2 else -1
         _check_shape("residual[0]", residual_A, (R0, N), "[R', N]")
         _check_shape("residual[1]", residual_B, (M, R0), "[M, R']")
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):  # autocast leaves float64 alone
+    if autocast_dtype(x) is None:
         for name in ("weight", "bias"):
             if tensors[name] is not None and tensors[name].dtype != x.dtype:
                 raise TypeError(f"{name} is {tensors[name].dtype} but x is {x.dtype}; cast one, or use autocast")

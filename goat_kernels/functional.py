@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from goat_kernels.argument_checks import check_scalars, check_tensors, unpack_residual
+from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import resolve_backend
 from goat_kernels.backends.dropout import draw_seed
 from goat_kernels.operators import backward_operator, forward_operator, run_backward, run_forward
@@ -129,8 +130,8 @@ def routed_linear(
         balance_scale: 0-d, read in backward: what the trainer scales its loss by. None is 1.
     """
     backend = resolve_backend(backend, x.device)  # may raise: before anything else happens
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x = x.to(dtype)
         weight = None if weight is None else weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

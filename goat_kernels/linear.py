@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import BACKEND_NAMES
 from goat_kernels.functional import routed_linear
 from goat_kernels.initialisation import InitialAdapter, adapter_scaling, check_weight, initialise_adapter
@@ -225,10 +226,7 @@ class GoatLinear(RoutedModule, nn.Module):
             raise ValueError(f"x must be [..., N] = [..., {self.in_features}], got {list(x.shape)}")
         if x.device != self.weight.device:
             raise ValueError(f"x is on {x.device} but weight is on {self.weight.device}; move one")
-        if x.dtype != self.weight.dtype and not (
-            # autocast casts floating-point tensors, but leaves float64 alone
-            torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64
-        ):
+        if x.dtype != self.weight.dtype and autocast_dtype(x) is None:
             raise TypeError(f"x is {x.dtype} but weight is {self.weight.dtype}; cast one, or use autocast")
         if not self._adapter_enabled:
             return F.linear(x, self.weight, self.bias)

@@ -10,12 +10,11 @@ Everything about the order of passes, and about which gradients are computed, is
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from goat_kernels.autocast import autocast_disabled
 from goat_kernels.backends import get_backend
 from goat_kernels.backends.base import Adapter, Passes, Routing
 from goat_kernels.backends.torch_backend import stats_dtype
@@ -40,13 +39,6 @@ _library.define(
 
 #: The gradients that ``backward`` can return, in the order of its ``needs``.
 GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B", "router")
-
-
-def _no_autocast(device_type: str):
-    """The operators choose their own precision: autocast has done its casts before they are called."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _fold_if_cheaper(
@@ -84,7 +76,7 @@ def run_forward(
     Exactly one of ``weight`` (the base product runs here) and ``base_output`` [..., M] (it has run elsewhere) is
     given. ``balance_scale`` and ``balance_coefficient`` matter to the backward alone.
     """
-    with _no_autocast(x.device.type):
+    with autocast_disabled(x.device.type):  # its casts have been done
         passes = get_backend(backend)
         x_TN = x.reshape(-1, x.shape[-1])
         weight, residual_A, residual_B = _fold_if_cheaper(passes, x_TN, weight, residual_A, residual_B)
@@ -92,7 +84,7 @@ def run_forward(
         base_output_TM = None if base_output is None else base_output.reshape(-1, base_output.shape[-1])
         y_TM, balance_loss, routing = passes.prefill(x_TN, adapter, bias, base_output_TM)
         if weight is not None:
-            y_TM.addmm_(x_TN, weight.t())
+            torch.addmm(y_TM, x_TN, weight.t(), out=y_TM)
         # Not a view for autograd's eyes (as in torch's own linear), so that the caller may modify y in place.
         y = torch.ops.aten._unsafe_view.default(y_TM, (*x.shape[:-1], y_TM.shape[1]))
         return (
@@ -135,7 +127,7 @@ def run_backward(
     this is how the loss reaches any trainer (training/balance.py).
     """
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router = needs
-    with _no_autocast(x.device.type):
+    with autocast_disabled(x.device.type):  # its casts have been done
         passes = get_backend(backend)
         x_TN = x.reshape(-1, x.shape[-1])
         if needs_x:
@@ -163,7 +155,7 @@ def run_backward(
         if needs_x:
             grad_x_TN = passes.input_prefill(adapter, routing, hidden_gradient)
             if weight is not None and grad_y is not None:
-                grad_x_TN.addmm_(grad_y_TM, weight)
+                torch.addmm(grad_x_TN, grad_y_TM, weight, out=grad_x_TN)
             gradients["x"] = grad_x_TN.view(x.shape)
         if needs_weight:
             gradients["weight"] = grad_y_TM.t() @ x_TN

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "goat_kernels"
 
 #: From the bottom up; a module may import modules of lower layers, and of its own layer within one package.
 LAYERS = (
-    ("rules", "reference", "routed_module", "residual"),
+    ("rules", "reference", "routed_module", "residual", "autocast"),
     ("settings", "numerics"),
     ("argument_checks", "initialisation", "kernels"),
     ("backends",),
@@ -72,7 +72,8 @@ def test_the_oracle_imports_nothing_of_the_package():
 def test_importing_the_package_needs_torch_alone():
     code = (
         "import sys\n"
-        "for name in ('triton', 'peft', 'transformers', 'accelerate', 'sklearn', 'matplotlib'): sys.modules[name] = None\n"
+        "for name in ('triton', 'peft', 'transformers', 'accelerate', 'sklearn', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
         "import goat_kernels, torch\n"
         "layer = goat_kernels.GoatLinear(16, 16, r=8)\n"
         "layer(torch.randn(2, 16)).sum().backward()\n"

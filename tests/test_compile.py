@@ -1,0 +1,266 @@
+"""torch.compile takes goat_linear and GoatLinear as one graph, forward and backward, and computes what eager does.
+
+Most cases stop before code generation (``aot_eager``), where our operators are traced, given fake tensors and
+differentiated; one goes through inductor.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from goat_problems import (
+    BALANCE_SHARE,
+    TRAINABLE,
+    assert_close,
+    assert_outcomes_agree,
+    evaluate,
+    make_problem,
+    output_weights,
+    run_goat,
+)
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from goat_kernels import GoatLinear, goat_linear
+from goat_kernels.functional import routed_linear
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"R0": 3, "per_expert": True}, {"bias": False, "K": 4}, {"leading": (2, 3, 2)}, {"T": 1}],
+    ids=["plain", "residual", "every-expert", "batch", "one-token"],
+)
+def test_goat_linear_compiles_to_what_eager_computes(case):
+    problem = make_problem(**case)
+    assert_outcomes_agree(evaluate(compiled(goat_linear), problem), run_goat(problem), torch.float64)
+
+
+@pytest.mark.parametrize("needs", [("x",), ("lora_B",), ("lora_A", "lora_B", "router"), ()], ids=lambda s: "+".join(s))
+def test_compiled_code_respects_the_gradients_asked_for(needs):
+    problem = make_problem(R0=3)
+    result = evaluate(compiled(goat_linear), problem, needs=needs)
+    assert_outcomes_agree(result, run_goat(problem, needs=needs), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_and_mixed_dtypes_compile(dtype):
+    problem = make_problem(dtype=dtype, adapter_dtype=torch.float32, R0=3)
+    torch.manual_seed(3)
+    expected = run_goat(problem, dropout_p=0.3, training=True)
+    torch.manual_seed(3)
+    result = evaluate(compiled(goat_linear), problem, dropout_p=0.3, training=True)
+    assert_outcomes_agree(result, expected, dtype)
+
+
+def test_the_number_of_tokens_is_dynamic_without_recompiling():
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(goat_linear, fullgraph=True, backend=counter)
+    compiled_graphs = []
+    for T in (5, 7, 9, 30, 64):
+        problem = make_problem(T, R0=3)
+        assert_outcomes_agree(evaluate(function, problem), run_goat(problem), torch.float64)
+        compiled_graphs.append(counter.frame_count)
+    assert compiled_graphs == [1, 2, 2, 2, 2], "one graph for the first size, one for all others"
+
+
+def test_compiled_as_dynamic_the_first_graph_serves_every_size(monkeypatch):
+    monkeypatch.setattr("goat_kernels.backends._RESOLVED", {})  # as in a process that compiles before anything else
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(goat_linear, fullgraph=True, backend=counter, dynamic=True)
+    compiled_graphs = set()
+    for T in (5, 8, 33):
+        problem = make_problem(T)
+        assert_outcomes_agree(evaluate(function, problem), run_goat(problem), torch.float64)
+        compiled_graphs.add(counter.frame_count)
+    assert len(compiled_graphs) == 1
+
+
+class Model(nn.Module):
+    """Two adapted layers with something in between, one of them used twice."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        settings = {"r": 8, "num_experts": 4, **options}
+        self.first = GoatLinear(16, 12, residual="path", **settings)
+        self.second = GoatLinear(12, 12, residual="fold", **settings)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.second(x + self.second(x))
+
+
+def gradients_of(model, run, x):
+    model.zero_grad(set_to_none=True)
+    leaf = x.clone().requires_grad_()
+    output = run(leaf)
+    (output.float() * output_weights(output).float()).sum().backward()
+    return {"output": output.detach(), "x": leaf.grad} | {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+
+
+def assert_runs_agree(found, expected, dtype):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert_close(name, found[name], tensor, dtype)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"balance_coefficient": 0.1}, {"init": "hydralora"}, {"scaling": "goat_s"}], ids=str
+)
+def test_a_model_compiles_whole(options):
+    model = Model(**options)
+    x = torch.randn(6, 16)
+    expected = gradients_of(model, model, x)
+    load = model.first.expert_load.clone()
+    model.first.balance_loss = model.first.expert_load = None
+    found = gradients_of(model, compiled(model), x)
+    assert_runs_agree(found, expected, torch.float32)
+    assert torch.equal(model.first.expert_load, load), "the statistics of the forward are there in compiled code too"
+    assert model.first.balance_loss is not None and not model.first.balance_loss.requires_grad
+
+
+def test_a_layer_compiles_with_inductor():
+    model = nn.Sequential(GoatLinear(16, 12, r=8, num_experts=4), nn.ReLU())
+    x = torch.randn(6, 16)
+    expected = gradients_of(model, model, x)
+    with torch._inductor.config.patch(compile_threads=1):  # a pool of processes would take longer than the work
+        assert_runs_agree(gradients_of(model, compiled(model, "inductor"), x), expected, torch.float32)
+
+
+def test_a_model_compiles_under_autocast():
+    model = Model()
+    x = torch.randn(6, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = gradients_of(model, model, x)
+        found = gradients_of(model, compiled(model), x)
+    assert found["output"].dtype == torch.bfloat16
+    assert_runs_agree(found, expected, torch.bfloat16)
+
+
+def test_a_compiled_layer_follows_train_eval_and_the_balance_scale():
+    model = Model(dropout=0.3, balance_coefficient=0.1)
+    for layer in (model.first, model.second):
+        layer.balance_scale = torch.tensor(0.5)
+    function = compiled(model)
+    x = torch.randn(6, 16)
+    for training in (True, False, True):
+        model.train(training)
+        runs = []
+        for run in (model, function):
+            torch.manual_seed(4)
+            runs.append(gradients_of(model, run, x))
+        assert_runs_agree(runs[1], runs[0], torch.float32)
+
+
+def test_injection_in_compiled_code_reads_the_scale_at_backward():
+    problem = make_problem()
+    gradients = []
+    for function in (routed_linear, compiled(routed_linear)):
+        leaves = problem.leaves(TRAINABLE)
+        scale = torch.tensor(1.0)
+        routed = function(
+            *(leaves.x, leaves.lora_A, leaves.lora_B, leaves.router),
+            weight=leaves.weight,
+            scaling=1.7,
+            top_k=2,
+            balance_coefficient=0.5,
+            balance_scale=scale,
+        )
+        scale.data.fill_(0.25)
+        (routed.output * output_weights(routed.output)).sum().backward()
+        gradients.append(leaves.router.grad)
+    assert_close("router", gradients[1], gradients[0], torch.float64)
+
+
+# --- the operators themselves -------------------------------------------------------------------------------------
+
+
+def forward_arguments(requires_grad: bool, *, R0=3, form="weight", dropout_p=0.0, dtype=torch.float32):
+    problem = make_problem(T=6, R0=R0, dtype=dtype, adapter_dtype=torch.promote_types(dtype, torch.float32))
+    leaves = problem.leaves(TRAINABLE if requires_grad else ())
+    base = torch.randn(6, 11, dtype=dtype, requires_grad=requires_grad) if form == "base_output" else None
+    residual_A, residual_B = leaves.residual if R0 is not None else (None, None)
+    tensors = (
+        *(leaves.x, leaves.weight if base is None else None, base, leaves.bias if base is None else None),
+        *(leaves.lora_A, leaves.lora_B, leaves.router, residual_A, residual_B, torch.rand(4) + 0.5),
+        torch.tensor([1, 2], dtype=torch.int32) if dropout_p else None,
+        torch.tensor(0.5),
+    )
+    return tensors, (1.0, 2, dropout_p, 0.1, "torch")
+
+
+OPERATOR_CASES = {
+    "path": {},
+    "fold": {"R0": None},
+    "base-output": {"form": "base_output"},
+    "dropout": {"dropout_p": 0.3},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES.keys())
+def test_opcheck_of_the_forward_operator(case, requires_grad):
+    tensors, options = forward_arguments(requires_grad, **case)
+    torch.library.opcheck(torch.ops.goat_kernels.forward.default, (*tensors, *options))
+
+
+@pytest.mark.parametrize("needs", [[True] * 6, [False, False, False, True, True, True], [True] + [False] * 5], ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES.keys())
+def test_opcheck_of_the_backward_operator(case, requires_grad, needs):
+    tensors, options = forward_arguments(requires_grad, **case)
+    if tensors[1] is None:
+        needs = [*needs[:1], False, False, *needs[3:]]
+    with torch.no_grad():
+        y, _, load, hidden, gate, probs = torch.ops.goat_kernels.forward.default(*tensors, *options)
+        grad_y = torch.randn_like(y)
+    x, weight, _, _, *adapter, balance_scale = tensors
+    arguments = (grad_y, torch.tensor(0.7, dtype=gate.dtype), x, weight, *adapter, balance_scale)
+    arguments = (*arguments, hidden, gate, probs, load, *options, needs)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if not requires_grad:  # this test differentiates, and a second derivative raises
+        tests = (*tests, "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.goat_kernels.backward.default, arguments, test_utils=tests)
+    if requires_grad:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.ops.goat_kernels.backward.default(*arguments)[0].sum().backward()
+
+
+def test_opcheck_knows_the_operators_without_bias_or_balance_gradient():
+    tensors, options = forward_arguments(False)
+    tensors = (*tensors[:3], None, *tensors[4:])
+    torch.library.opcheck(torch.ops.goat_kernels.forward.default, (*tensors, *options))
+
+
+def test_meta_shapes_and_layouts_equal_the_real_ones():
+    for case in OPERATOR_CASES.values():
+        tensors, options = forward_arguments(False, **case)
+        real = torch.ops.goat_kernels.forward.default(*tensors, *options)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = [None if t is None else mode.from_tensor(t) for t in tensors]
+            fake = torch.ops.goat_kernels.forward.default(*fakes, *options)
+        described = [[(t.shape, t.stride(), t.dtype) for t in result] for result in (real, fake)]
+        assert described[0] == described[1]
+
+
+def test_the_balance_loss_differentiates_in_compiled_code():
+    problem = make_problem()
+    options = {"use_output": False, "balance_share": BALANCE_SHARE}
+    result = evaluate(compiled(goat_linear), problem, **options).gradients["router"]
+    assert_close("router", result, run_goat(problem, **options).gradients["router"], torch.float64)
