@@ -24,7 +24,6 @@ from goat_kernels.rules import (
     SCALING_RULES,
     SEGMENT_RULES,
     needs_only_largest,
-    segment_capacity,
 )
 from goat_kernels.settings import AdapterSettings
 
@@ -111,12 +110,13 @@ def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight"
     if settings.init not in SEGMENT_RULES:
         return
     h = min(weight.shape)
-    capacity = segment_capacity(settings.init, h, settings.num_experts)
+    capacity = h // settings.num_experts  # of a chunk; and without chunks R = E*D <= h comes to the same
     if settings.expert_rank > capacity:
+        lower_rank = f"lower its rank to at most {capacity * settings.num_experts} (rank_pattern)"
         raise ValueError(
             f"{name} of shape {tuple(weight.shape)} has {h} singular values, but init={settings.init!r} with "
             f"r={settings.r} and num_experts={settings.num_experts} needs {settings.num_experts} segments of "
-            f"{settings.expert_rank}: lower its rank to at most {capacity * settings.num_experts} (rank_pattern), "
+            f"{settings.expert_rank}: {lower_rank if capacity else 'use fewer experts'}, "
             "leave the module out (exclude_modules), or use init='lora'"
         )
     if settings.svd == "randomized" and not needs_only_largest(settings.init, settings.num_experts):

@@ -17,7 +17,7 @@ import torch
 # --- which singular triples an expert gets ------------------------------------------------------------------------
 #
 # A segment rule maps (h, E, D, generator) to indices [E, D] into the h singular values in descending order.
-# It may assume that the triples fit: `segment_capacity` has been checked.
+# It may assume that they fit: D <= h // E has been checked.
 
 SegmentRule = Callable[[int, int, int, torch.Generator | None], torch.Tensor]
 
@@ -70,12 +70,6 @@ SEGMENT_RULES: dict[str, SegmentRule] = {
 ZERO_RULES = ("lora", "hydralora")
 
 INIT_RULES: tuple[str, ...] = (*SEGMENT_RULES, *ZERO_RULES)
-
-
-def segment_capacity(init: str, h: int, num_experts: int) -> int:
-    """The largest expert rank D that rule ``init`` can serve from h singular values."""
-    # With chunks of t = h // E the bound is t; without chunks, R = E*D <= h gives the same number.
-    return h // num_experts
 
 
 def needs_only_largest(init: str, num_experts: int) -> bool:

@@ -1,4 +1,4 @@
-"""The house rules: imports run downwards, the code is linted, the documentation's snippets run and its commands hold."""
+"""The house rules: imports run downwards, the code is linted, documented snippets run and documented commands hold."""
 
 from __future__ import annotations
 

@@ -1,0 +1,26 @@
+"""GOAT as a PEFT method: importing this package registers it, so that ``peft.get_peft_model`` knows ``GoatConfig``.
+
+A process that loads a saved GOAT adapter must import it too (``import goat_kernels.peft``): PEFT looks the method up by
+the name in the adapter's file, and raises ``KeyError: 'GOAT'`` where nobody has registered it.
+"""
+
+from __future__ import annotations
+
+import peft
+import peft.mapping
+
+from goat_kernels.peft.config import GoatConfig, GoatPeftType
+from goat_kernels.peft.layer import GoatLayer
+from goat_kernels.peft.model import GoatModel
+
+__all__ = ["GoatConfig", "GoatLayer", "GoatModel", "GoatPeftType"]
+
+
+def _register() -> None:
+    """Enter the method into PEFT's tables; peft.utils.register_peft_method takes only the names PEFT ships with."""
+    peft.PEFT_TYPE_TO_CONFIG_MAPPING[GoatPeftType.GOAT] = GoatConfig
+    peft.PEFT_TYPE_TO_TUNER_MAPPING[GoatPeftType.GOAT] = GoatModel
+    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[GoatPeftType.GOAT] = GoatModel.prefix
+
+
+_register()

@@ -1,0 +1,141 @@
+"""The layers that GOAT can adapt: which they are, their size, their pretrained weight, and which need no call."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INSTEAD = "name other modules in target_modules, or leave this one out with exclude_modules"
+
+
+def check_base_layer(base: nn.Module, name: str) -> None:
+    """Raise TypeError unless ``base``, called ``name``, is a linear layer whose forward the model really calls."""
+    kind = f"{type(base).__module__}.{type(base).__qualname__}"
+    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"{name} is the output projection inside an nn.MultiheadAttention, which reads its weight without calling "
+            f"it, so an adapter there would have no effect; {_INSTEAD}"
+        )
+    if isinstance(base, nn.Linear | Conv1D) or _is_quantised_linear(base):
+        return
+    raise TypeError(
+        f"{name} is a {kind}, but GOAT adapts linear layers alone (torch.nn.Linear, transformers' Conv1D and their "
+        f"quantised forms); {_INSTEAD}"
+    )
+
+
+def _is_quantised_linear(base: nn.Module) -> bool:
+    backend = resolve_quantization_backend(base, get_apply_tensor_subclass=None)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """(in_features N, out_features M)."""
+    N, M = _get_in_out_features(base)
+    return int(N), int(M)
+
+
+def pretrained_weight(base: nn.Module, name: str) -> Tensor:
+    """W0 [M, N] as a float tensor; a quantised weight is dequantised, an offloaded or sharded one fetched.
+
+    Raises:
+        TypeError: the quantisation cannot be undone.
+    """
+    try:
+        with _fetched(base):
+            weight = dequantize_module_weight(base).detach()
+            if not weight.is_floating_point():
+                raise TypeError(f"its weight is {weight.dtype}")
+            if hasattr(weight, "full_tensor"):  # DTensor
+                weight = weight.full_tensor()
+            elif _is_remote(base):
+                weight = weight.clone()  # it leaves with the context
+    except (TypeError, AttributeError, NotImplementedError) as error:
+        raise TypeError(
+            f"{name} ({type(base).__qualname__}) is quantised in a way that PEFT cannot undo, so its singular values "
+            f"are out of reach; use init='lora', or leave the module out (exclude_modules). ({error})"
+        ) from error
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+@contextlib.contextmanager
+def _fetched(base: nn.Module):
+    """The parameters of ``base`` present in full: gathered from DeepSpeed's ranks, or fetched by accelerate's hook."""
+    hook = getattr(base, "_hf_hook", None)
+    with gather_params_ctx(list(base.parameters())):
+        if hook is None:
+            yield
+            return
+        hook.pre_forward(base)
+        try:
+            yield
+        finally:
+            hook.post_forward(base, torch.tensor([]))
+
+
+def _is_remote(base: nn.Module) -> bool:
+    return hasattr(base, "_hf_hook") or any(hasattr(parameter, "ds_id") for parameter in base.parameters())
+
+
+def is_meta(base: nn.Module) -> bool:
+    """Whether the weight is nowhere yet: on the meta device, without an accelerate hook that could fetch it."""
+    weight = getattr(base, "weight", None)
+    return weight is not None and weight.device.type == "meta" and not hasattr(base, "_hf_hook")
+
+
+def adapter_device(base: nn.Module) -> torch.device:
+    """Where the adapter of ``base`` belongs: the device that its forward runs on."""
+    hook = getattr(base, "_hf_hook", None)
+    if hook is not None and getattr(hook, "execution_device", None) is not None:
+        device = hook.execution_device
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    for name in ("weight", "qweight", "W_q"):
+        tensor = getattr(base, name, None)
+        if tensor is not None:
+            return tensor.device
+    return next(iter(base.parameters())).device
+
+
+def adapter_dtype(base: nn.Module) -> torch.dtype:
+    """The adapter's master dtype: float64 for a float64 base, otherwise float32."""
+    weight = getattr(base, "weight", None)
+    return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether ``base`` is nothing but x W^T + b, so that its product can run inside the routed operator.
+
+    Hooks, accelerate's offloading, a replaced forward, subclasses and exotic weights all need ``base`` to be called.
+    """
+    return (
+        type(base) is nn.Linear
+        and not base._forward_hooks
+        and not base._forward_pre_hooks
+        and not base._backward_hooks
+        and not base._backward_pre_hooks
+        and "forward" not in base.__dict__
+        and "_hf_hook" not in base.__dict__
+        and has_plain_weight(base)
+    )
+
+
+def has_plain_weight(base: nn.Module) -> bool:
+    """Whether the weight is an ordinary float Parameter on a real device."""
+    weight = base.weight
+    return type(weight) is nn.Parameter and weight.dtype in _FLOAT_DTYPES and weight.device.type != "meta"
+
+
+def check_foldable(base: nn.Module, name: str) -> None:
+    """Raise unless ``residual="fold"`` can write the weight of ``base``."""
+    if type(base) not in (nn.Linear, Conv1D) or not has_plain_weight(base) or hasattr(base, "_hf_hook"):
+        raise ValueError(
+            f"residual='fold' writes the base weight, which must be a plain float tensor of an nn.Linear or Conv1D; "
+            f"{name} is a {type(base).__qualname__} that is quantised, offloaded or special: use residual='path'"
+        )

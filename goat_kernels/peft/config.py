@@ -1,0 +1,211 @@
+"""``GoatConfig``: a GOAT adapter's hyper-parameters and targets, as PEFT saves and loads them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from goat_kernels.rules import ZERO_RULES
+from goat_kernels.settings import AdapterSettings, check_dropout, check_number
+
+BIAS_OPTIONS = ("none", "all", "goat_only")
+
+
+class GoatPeftType(enum.StrEnum):
+    """GOAT's entry in PEFT's tables. PEFT, transformers and Trainer read ``.value``, so a plain string will not do."""
+
+    GOAT = "GOAT"
+
+
+@dataclass
+class GoatConfig(PeftConfig):
+    """Configuration of a GOAT adapter for ``peft.get_peft_model``.
+
+    The fields that :class:`goat_kernels.settings.AdapterSettings` has mean the same and have the same defaults, but for
+    ``balance_coefficient`` (1e-3, the paper's) and ``lora_dropout`` (``dropout`` there). The targeting fields are
+    those of ``peft.LoraConfig``.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument outside its range; the message names it, its value and what it needs.
+    """
+
+    r: int = field(default=32, metadata={"help": "Total rank R over all experts; divisible by num_experts."})
+    num_experts: int = field(default=8, metadata={"help": "Number of experts E."})
+    top_k: int = field(default=2, metadata={"help": "Experts K that a token uses, in 1..num_experts."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to adapt, a regular expression, or 'all-linear' for every linear layer but "
+            "the output layer. By default PEFT's choice for LoRA on the model's architecture."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of modules, or a regular expression, that target_modules matches but that are left out."
+        },
+    )
+    scaling: str | float = field(
+        default="goat",
+        metadata={
+            "help": "s: 'goat' sqrt(3 eta N / D), 'goat_s' the same per expert, 'lora' lora_alpha / D, 'rslora' "
+            "lora_alpha / sqrt(D), or a positive number."
+        },
+    )
+    eta: float = field(
+        default=1.0, metadata={"help": "Full fine-tuning learning rate / LoRA learning rate, in the goat scalings."}
+    )
+    rho: float = field(
+        default=10.0, metadata={"help": "Divisor of the adapter's share of the weight: s B0_i A0_i = segment_i / rho."}
+    )
+    lora_alpha: float = field(
+        default=16, metadata={"help": "alpha of the 'lora' and 'rslora' scalings; read by no other."}
+    )
+    init: str = field(
+        default="goat",
+        metadata={
+            "help": "Which singular triples the experts start from: 'goat', 'goat_mini', 'pissa', 'milora', "
+            "'pissa_milora', 'random'; or none: 'lora', 'hydralora'."
+        },
+    )
+    residual: str = field(
+        default="path",
+        metadata={
+            "help": "How W_res is subtracted: 'path' as frozen hidden columns beside an untouched weight, 'fold' "
+            "inside the weight, which is restored exactly when the adapter is switched off, and which allows one "
+            "active adapter."
+        },
+    )
+    residual_coefficient: float | None = field(
+        default=None,
+        metadata={"help": "W_res = coefficient * sum_i s_i B0_i A0_i; None is 1 / num_experts, 0 is no residual."},
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of dropout on x, independent for each expert a token uses."}
+    )
+    bias: str = field(
+        default="none",
+        metadata={
+            "help": "Which biases train: 'none', 'all', or 'goat_only' for those of the adapted modules. With biases "
+            "trained, disabling the adapter does not give the base model back."
+        },
+    )
+    balance_coefficient: float = field(
+        default=1e-3,
+        metadata={"help": "Weight of each layer's load-balancing loss, injected in backward; 0 injects nothing."},
+    )
+    svd: str = field(
+        default="full",
+        metadata={"help": "'full', or 'randomized' for init rules that need only the R largest triples."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the triples that init='random' draws."})
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "False starts from small random A and B and a zero residual, for tests; True follows init."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further modules to train and save with the adapter, such as a classification head."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt; only with a list of target_modules."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the model's list of layers, for layers_to_transform where PEFT cannot tell."},
+    )
+    rank_pattern: dict | None = field(
+        default_factory=dict, metadata={"help": "Module name or regular expression -> r, where it differs."}
+    )
+    alpha_pattern: dict | None = field(
+        default_factory=dict, metadata={"help": "Module name or regular expression -> lora_alpha, where it differs."}
+    )
+    initialised: bool = field(
+        default=False,
+        metadata={
+            "help": "Written as true beside a saved adapter, whose tensors are then expected to be loaded: no SVD is "
+            "run. Not to be set by hand."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = GoatPeftType.GOAT
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        self._check()
+
+    def _check(self) -> None:
+        check_dropout("lora_dropout", self.lora_dropout)
+        self.settings()
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if not isinstance(pattern, dict):
+                raise TypeError(f"{name} must be a dict from module name to number, got {pattern!r}")
+        for key, r in self.rank_pattern.items():
+            self._settings_for(f"rank_pattern[{key!r}]", r=r)
+        for key, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{key!r}]", alpha, minimum=0, exclusive=True)
+        if self.bias not in BIAS_OPTIONS:
+            raise ValueError(f"bias={self.bias!r} is unknown; it must be one of {', '.join(BIAS_OPTIONS)}")
+        if not isinstance(self.init_weights, bool):
+            raise TypeError(
+                f"init_weights must be True or False, got {self.init_weights!r}; choose the initialisation with init"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, got the "
+                f"string {self.target_modules!r}"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, which is None; set it"
+            )
+
+    def _settings_for(self, where: str, **changes) -> AdapterSettings:
+        try:
+            return self.settings(**changes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
+
+    def settings(self, module_name: str | None = None, **changes) -> AdapterSettings:
+        """The hyper-parameters of one module's adapter.
+
+        Args:
+            module_name: the module's name in the model, matched against rank_pattern and alpha_pattern; None for the
+                config's own values.
+            changes: values in place of the config's.
+        """
+        values = {
+            name: getattr(self, name) for name in AdapterSettings.__dataclass_fields__ if name not in ("dropout",)
+        }
+        values["dropout"] = self.lora_dropout
+        if module_name is not None:
+            values["r"] = _matching(self.rank_pattern, module_name, self.r)
+            values["lora_alpha"] = _matching(self.alpha_pattern, module_name, self.lora_alpha)
+        return AdapterSettings(**{**values, **changes})
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the adapter carries a frozen pair: not for the zero rules, nor with a coefficient of 0."""
+        return self.init not in ZERO_RULES and self.settings().w_res_coefficient != 0
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write ``adapter_config.json``, marked as that of an initialised adapter; the object stays as it is."""
+        initialised = self.initialised
+        self.initialised = True
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.initialised = initialised
+
+
+def _matching(pattern: dict, module_name: str, default):
+    return pattern.get(get_pattern_key(pattern.keys(), module_name), default)

@@ -1,0 +1,314 @@
+"""``GoatLayer``: a linear layer of any kind with GOAT adapters on it, as PEFT's tuner layers are built.
+
+The base layer stays where it is (``base_layer``). Each adapter is three parameters (``goat_A``, ``goat_B``,
+``goat_router``) and up to three buffers (the frozen pair, the per-expert scaling), in dicts keyed by adapter name.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from goat_kernels.autocast import autocast_dtype
+from goat_kernels.functional import routed_linear
+from goat_kernels.initialisation import initialise_adapter
+from goat_kernels.peft.base_layer import (
+    adapter_device,
+    adapter_dtype,
+    features,
+    is_plain,
+    pretrained_weight,
+)
+from goat_kernels.peft.tensors import AdapterTensors, Float32BufferDict, pending_tensors
+from goat_kernels.residual import FoldedWeight
+from goat_kernels.routed_module import RoutedModule
+from goat_kernels.settings import AdapterSettings
+
+NO_MERGE = (
+    "A GOAT adapter cannot be merged: each token is routed to its own experts, so no single weight gives the same "
+    "output. unload() returns the base model without the adapter; keep the adapter beside the base model to use it."
+)
+
+
+class GoatLayer(nn.Module, BaseTunerLayer, RoutedModule):
+    """GOAT adapters on one base layer.
+
+    Parameters (by adapter name, float32; float64 over a float64 base): ``goat_A`` [R, N] ([D, N] for hydralora),
+    ``goat_B`` [M, R], ``goat_router`` [E, N]. Buffers: ``goat_residual_A`` [R, N] and ``goat_residual_B`` [M, R] where
+    there is a residual, ``goat_scaling`` float32 [E] where s differs by expert.
+    """
+
+    adapter_layer_names = ("goat_A", "goat_B", "goat_router")
+    other_param_names = ("goat_residual_A", "goat_residual_B", "goat_scaling", "settings", "scaling", "r")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        """``name`` is the module's name in the model, for messages."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.in_features, self.out_features = features(self.get_base_layer())
+        self.goat_A = nn.ParameterDict()
+        self.goat_B = nn.ParameterDict()
+        self.goat_router = nn.ParameterDict()
+        self.goat_residual_A = BufferDict(persistent=True)
+        self.goat_residual_B = BufferDict(persistent=True)
+        self.goat_scaling = Float32BufferDict(persistent=True)
+        self.settings: dict[str, AdapterSettings] = {}
+        self.scaling: dict[str, float] = {}
+        self.r: dict[str, int] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._pending: set[str] = set()
+        self._folded: FoldedWeight | None = None
+        self._folded_adapter: str | None = None
+        self.register_state_dict_post_hook(_pretrained_weight_into_state_dict)
+        self.register_load_state_dict_post_hook(_check_loaded)
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, settings: AdapterSettings, tensors: AdapterTensors | None, *, has_residual: bool
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: its name.
+            settings: its hyper-parameters on this module.
+            tensors: what it starts from; None for an adapter whose tensors are to be loaded.
+            has_residual: whether it will carry the frozen pair.
+        """
+        base = self.get_base_layer()
+        device, dtype = adapter_device(base), adapter_dtype(base)
+        if tensors is None:
+            tensors = pending_tensors(
+                settings, self.in_features, self.out_features, has_residual=has_residual, device=device, dtype=dtype
+            )
+            self._pending.add(adapter_name)
+        self.settings[adapter_name] = settings
+        self.r[adapter_name] = settings.r
+        self.goat_A[adapter_name] = nn.Parameter(tensors.lora_A)
+        self.goat_B[adapter_name] = nn.Parameter(tensors.lora_B)
+        self.goat_router[adapter_name] = nn.Parameter(tensors.router)
+        if isinstance(tensors.scaling, Tensor):
+            self.goat_scaling[adapter_name] = tensors.scaling
+        else:
+            self.scaling[adapter_name] = tensors.scaling
+        if tensors.residual is not None:
+            self.goat_residual_A[adapter_name], self.goat_residual_B[adapter_name] = tensors.residual
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def _adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        names = ("goat_A", "goat_B", "goat_router", "goat_residual_A", "goat_residual_B", "goat_scaling")
+        return {n: getattr(self, n)[adapter_name] for n in names if adapter_name in getattr(self, n)}
+
+    @torch.no_grad()
+    def initialise_pending(self, adapter_name: str) -> None:
+        """Settle an adapter that was to be loaded: nothing to do if its tensors have come, else start it afresh.
+
+        Raises:
+            RuntimeError: some of its tensors came and others did not.
+        """
+        if adapter_name not in self._pending:
+            return
+        tensors = self._adapter_tensors(adapter_name)
+        if any(tensor.device.type == "meta" for tensor in tensors.values()):
+            return
+        missing = [name for name, tensor in tensors.items() if bool(torch.isnan(tensor).all())]
+        if missing and len(missing) < len(tensors):
+            raise RuntimeError(
+                f"adapter {adapter_name!r} on {self.name} was loaded in part: {', '.join(missing)} did not come. "
+                "Load a complete adapter, as save_pretrained writes it"
+            )
+        if missing:
+            # Every process of a distributed run lands here on its own, so the draws may not depend on the process.
+            settings = self.settings[adapter_name]
+            initial = initialise_adapter(
+                self.pretrained_weight(),
+                settings,
+                generator=torch.Generator().manual_seed(settings.seed),
+                name=self.name,
+            )
+            source = (initial.lora_A, initial.lora_B, initial.router, *(initial.residual or ()))
+            if isinstance(initial.scaling, Tensor):
+                source = (*source, initial.scaling)
+            for target, value in zip(tensors.values(), source, strict=True):
+                target.copy_(value)
+        self._pending.discard(adapter_name)
+
+    def pretrained_weight(self) -> Tensor:
+        """W0 [M, N], dequantised, whether or not an adapter is folded into the base weight."""
+        self._unfold()
+        return pretrained_weight(self.get_base_layer(), self.name)
+
+    @property
+    def routing_device(self) -> torch.device | None:
+        router = next(iter(self.goat_router.values()), None)
+        return None if router is None else router.device
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [..., N] -> [..., M]: the base layer plus every active adapter."""
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.goat_A]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        if self._pending:
+            for name in active:
+                self.initialise_pending(name)
+        self._fold_if_asked(active)
+
+        base = self.base_layer
+        weight = bias = output = None
+        if not args and not kwargs and is_plain(base) and _takes(base.weight, x):
+            weight, bias = base.weight, base.bias
+        else:
+            output = base(x, *args, **kwargs)
+        balance_loss = None
+        for name in active:
+            routed = self._routed(name, x, weight, bias, output)
+            weight, bias, output = None, None, routed.output
+            balance_loss = routed.balance_loss if balance_loss is None else balance_loss + routed.balance_loss
+        self.balance_loss = balance_loss.detach()
+        self.expert_load = routed.load.detach()
+        return output
+
+    def _routed(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, output: Tensor | None):
+        """One adapter, on the base product (``weight``) or on what has been computed so far (``output``)."""
+        settings = self.settings[name]
+        lora_A, router = self.goat_A[name], self.goat_router[name]
+        if settings.init == "hydralora":
+            lora_A = lora_A.repeat(settings.num_experts, 1)
+        residual = None
+        if name in self.goat_residual_A and settings.residual == "path":
+            residual = (self.goat_residual_A[name], self.goat_residual_B[name])
+        injects = self.training and router.requires_grad and torch.is_grad_enabled()
+        return routed_linear(
+            x,
+            lora_A,
+            self.goat_B[name],
+            router,
+            weight=weight,
+            bias=bias,
+            base_output=output,
+            scaling=self.scaling[name] if name in self.scaling else self.goat_scaling[name],
+            top_k=settings.top_k,
+            dropout_p=settings.dropout if self.training else 0.0,
+            residual=residual,
+            balance_coefficient=settings.balance_coefficient if injects else 0.0,
+            balance_scale=self.balance_scale,
+        )
+
+    # --- residual="fold" ------------------------------------------------------------------------------------------
+
+    def _fold_if_asked(self, active: list[str]) -> None:
+        """Bring the base weight into the state that the active adapters need; an adapter that folds is alone."""
+        folding = next((n for n in active if self.settings[n].residual == "fold" and n in self.goat_residual_A), None)
+        if folding == self._folded_adapter:
+            return
+        self._unfold()
+        if folding is None:
+            return
+        base = self.get_base_layer()
+        A0, B0 = self.goat_residual_A[folding], self.goat_residual_B[folding]
+        self._folded = FoldedWeight(base.weight)
+        if isinstance(base, Conv1D):
+            self._folded.fold(B0.T, A0.T)  # its weight is W0^T
+        else:
+            self._folded.fold(A0, B0)
+        self._folded_adapter = folding
+
+    def _unfold(self) -> None:
+        if self._folded is not None:
+            self._folded.restore()
+            self._folded, self._folded_adapter = None, None
+
+    def _check_alone(self, adapter_names: list[str]) -> None:
+        """Raise where several adapters would be active and one of them is folded into the weight."""
+        here = [name for name in adapter_names if name in self.settings]
+        folded = [name for name in here if self.settings[name].residual == "fold"]
+        if folded and len(here) > 1:
+            raise ValueError(
+                f"adapters {here} cannot be active together: residual='fold' of {folded} changes the base weight that "
+                "the others see; activate one, or create them with residual='path'"
+            )
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self._unfold()
+        super().enable_adapters(enabled)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_alone(names)
+        if self._folded_adapter not in names:
+            self._unfold()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name == self._folded_adapter:
+            self._unfold()
+        self._pending.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _apply(self, fn, recurse=True):
+        self._unfold()  # W0 is what moves or changes its dtype; the next forward folds again
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._unfold()  # whatever is loaded, weight or pair, replaces what was folded
+        super()._load_from_state_dict(*args, **kwargs)
+
+    # --- PEFT -----------------------------------------------------------------------------------------------------
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move one adapter, without PEFT's cast to the base's dtype: that would round float32 masters to bfloat16."""
+        device = adapter_device(self.get_base_layer()) if device is None else device
+        for name in (*self.adapter_layer_names, "goat_residual_A", "goat_residual_B", "goat_scaling"):
+            tensors = getattr(self, name)
+            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+                tensors[adapter_name] = tensors[adapter_name].to(device)
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Give an adapter's trainable parameters another dtype."""
+        for name in self.adapter_layer_names:
+            tensors = getattr(self, name)
+            if adapter_name in tensors and tensors[adapter_name].dtype != dtype:
+                old = tensors[adapter_name]
+                tensors[adapter_name] = nn.Parameter(old.detach().to(dtype), requires_grad=old.requires_grad)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def __repr__(self) -> str:
+        return "goat." + super().__repr__()
+
+
+def _takes(weight: Tensor, x: Tensor) -> bool:
+    """Whether the operator may multiply x with the weight itself; if not, the base layer says what is wrong."""
+    return x.dtype == weight.dtype or autocast_dtype(x) is not None
+
+
+def _pretrained_weight_into_state_dict(layer: GoatLayer, state_dict: dict, prefix: str, local_metadata) -> None:
+    """A state dict holds W0 also while W0 - W_res is in the weight: what is saved is the base model, whole."""
+    if layer._folded is None:
+        return
+    key, module = prefix, layer
+    while hasattr(module, "base_layer"):  # another tuner's layer may lie between
+        key, module = key + "base_layer.", module.base_layer
+    if key + "weight" in state_dict:
+        state_dict[key + "weight"] = layer._folded.original.to(state_dict[key + "weight"].device)
+
+
+def _check_loaded(layer: GoatLayer, incompatible_keys) -> None:
+    """Note which adapters have come, so that a compiled first forward need not look."""
+    for name in list(layer._pending):
+        tensors = layer._adapter_tensors(name).values()
+        if all(t.device.type != "meta" and not bool(torch.isnan(t).all()) for t in tensors):
+            layer._pending.discard(name)

@@ -1,0 +1,237 @@
+"""``GoatModel``: PEFT's tuner for GOAT. Checks and initialises all targeted layers before it touches the model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from goat_kernels.initialisation import InitialisationTask, check_weight, initialise_adapters
+from goat_kernels.peft.base_layer import (
+    adapter_device,
+    adapter_dtype,
+    check_base_layer,
+    check_foldable,
+    features,
+    is_meta,
+    pretrained_weight,
+)
+from goat_kernels.peft.config import GoatConfig
+from goat_kernels.peft.layer import NO_MERGE, GoatLayer
+from goat_kernels.peft.tensors import AdapterTensors, random_tensors
+from goat_kernels.rules import ZERO_RULES
+from goat_kernels.training.balance import attach_balance_scale, detach_balance_scale
+
+
+class GoatModel(BaseTuner):
+    """A model with GOAT adapters; ``peft.get_peft_model`` makes it from a :class:`GoatConfig`.
+
+    Args:
+        model: the model to adapt.
+        peft_config: the configuration.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: create the adapter's parameters on the meta device, to be loaded; runs no SVD.
+
+    Raises:
+        TypeError: a targeted module that is no linear layer.
+        ValueError: a targeted module that is too small for its rank, or that cannot take ``residual="fold"``. Either
+            way the model is as it was.
+    """
+
+    prefix: str = "goat_"
+    tuner_layer_cls = GoatLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # --- injection ------------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add the adapter's layers: checked first, initialised second, and only then put into the model."""
+        config = self.peft_config[adapter_name]
+        self._initial: dict[str, AdapterTensors] = {}
+        self._loads = low_cpu_mem_usage or config.initialised or _parameters_go_to_meta()
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        finally:
+            del self._initial, self._loads
+        attach_balance_scale(model)
+
+    def _prepare_model(self, peft_config: GoatConfig, model: nn.Module) -> None:
+        """PEFT calls this when the configuration is complete and before it replaces the first module."""
+        _warn_about_top_1(peft_config)
+        targets = self._targets(_maybe_include_all_linear_layers(peft_config, model), model)
+        for name, base in targets.items():
+            _check_target(peft_config, name, base, model)
+        if self._loads:
+            return
+        if not peft_config.init_weights:
+            for name, base in targets.items():
+                N, M = features(base)
+                self._initial[name] = random_tensors(
+                    peft_config.settings(name),
+                    N,
+                    M,
+                    has_residual=peft_config.has_residual,
+                    device=adapter_device(base),
+                    dtype=adapter_dtype(base),
+                )
+            return
+        tasks = [
+            InitialisationTask(
+                name=name,
+                shape=features(base)[::-1],
+                settings=peft_config.settings(name),
+                weight=functools.partial(_weight_for_initialisation, peft_config, model.get_submodule(name), name),
+                dtype=adapter_dtype(base),
+            )
+            for name, base in targets.items()
+            if not is_meta(base)
+        ]
+        for task, initial in initialise_adapters(tasks):
+            self._initial[task.name] = AdapterTensors.of(initial)
+
+    def _targets(self, peft_config: GoatConfig, model: nn.Module) -> dict[str, nn.Module]:
+        """Name -> base layer of every module that PEFT will replace."""
+        targets, adapted = {}, ()
+        for name, module in model.named_modules():
+            if not name or name.startswith(adapted):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                adapted = (*adapted, name + ".")
+            matched = self._check_target_module_exists(peft_config, name)
+            if matched and not isinstance(matched, _ExcludedModule):
+                targets[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        return targets
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        settings = peft_config.settings(current_key)
+        tensors = self._initial.pop(current_key, None)
+        if isinstance(target, GoatLayer):
+            target.update_layer(adapter_name, settings, tensors, has_residual=peft_config.has_residual)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        check_base_layer(base, current_key)  # again: targets named by a state_dict come unchecked
+        layer = GoatLayer(target, current_key)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, settings, tensors, has_residual=peft_config.has_residual)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        """Put a layer into its place. Its adapters are where they belong; PEFT would move them after the weight, onto
+        the meta device where the weight is offloaded."""
+        if isinstance(new_module, GoatLayer):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The masters are float32 from the start; only ``autocast_adapter_dtype=False`` asks for the base's dtype."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+            return
+        for layer in self._layers():
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            if weight is not None and weight.is_floating_point():
+                layer.cast_adapter(adapter_name, weight.dtype)
+
+    # --- switching, saving, unloading -----------------------------------------------------------------------------
+
+    def _layers(self) -> list[GoatLayer]:
+        return [module for module in self.model.modules() if isinstance(module, GoatLayer)]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for layer in self._layers():
+            layer._check_alone(names)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # An adapter whose tensors never came is initialised before it is saved; in place, so state_dict sees it.
+        for module in model.modules():
+            if isinstance(module, GoatLayer):
+                module.initialise_pending(adapter_name)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, with its exact weights."""
+        for layer in self._layers():
+            layer.enable_adapters(False)
+        detach_balance_scale(self.model)
+        return super().unload()
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names asks for a different adapter per sample, which GOAT does not offer; call set_adapter() "
+                "and run each adapter's samples in a batch of their own"
+            )
+        yield
+
+
+def _parameters_go_to_meta() -> bool:
+    """Whether a context that creates parameters on the meta device is active: PEFT's low_cpu_mem_usage is one."""
+    probe = nn.Module()
+    probe.register_parameter("parameter", nn.Parameter(torch.empty(0)))
+    return probe.parameter.is_meta
+
+
+def _weight_for_initialisation(config: GoatConfig, module: nn.Module, name: str) -> torch.Tensor:
+    """W0 [M, N] of a targeted module, which may be adapted already."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if config.init in ZERO_RULES:
+        # Only shape and device matter: nothing is dequantised, and what cannot be dequantised can be adapted.
+        return torch.zeros((), device=adapter_device(base)).expand(features(base)[::-1])
+    return module.pretrained_weight() if isinstance(module, GoatLayer) else pretrained_weight(base, name)
+
+
+def _check_target(config: GoatConfig, name: str, base: nn.Module, model: nn.Module) -> None:
+    check_base_layer(base, name)
+    N, M = features(base)
+    settings = config.settings(name)
+    if config.init_weights:
+        check_weight(torch.empty(M, N, device="meta"), settings, name)  # the shape decides
+    if settings.residual == "fold" and config.has_residual and not is_meta(base):
+        check_foldable(base, name)
+        sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if p is base.weight]
+        if len(sharing) > 1:
+            raise ValueError(
+                f"residual='fold' would change a weight that is shared by {', '.join(sharing)}; use residual='path', "
+                f"or leave {name} out (exclude_modules)"
+            )
+
+
+def _warn_about_top_1(config: GoatConfig) -> None:
+    if config.top_k != 1 or config.num_experts == 1:
+        return
+    learns = "from the balance loss alone" if config.balance_coefficient else "nothing, as balance_coefficient is 0"
+    warnings.warn(
+        f"top_k=1 renormalises the gate of the one expert to 1, so the router learns {learns}; use top_k=2 to train "
+        "it on the task",
+        stacklevel=2,
+    )
