@@ -50,7 +50,7 @@ def pretrained_weight(base: nn.Module, name: str) -> Tensor:
     """
     try:
         with _fetched(base):
-            weight = dequantize_module_weight(base).detach()
+            weight = _dequantised(base)
             if not weight.is_floating_point():
                 raise TypeError(f"its weight is {weight.dtype}")
             if hasattr(weight, "full_tensor"):  # DTensor
@@ -63,6 +63,15 @@ def pretrained_weight(base: nn.Module, name: str) -> Tensor:
             f"are out of reach; use init='lora', or leave the module out (exclude_modules). ({error})"
         ) from error
     return weight.T if isinstance(base, Conv1D) else weight
+
+
+def _dequantised(base: nn.Module) -> Tensor:
+    before = getattr(base, "weight", None)
+    weight = dequantize_module_weight(base).detach()
+    # On a CPU, PEFT puts a copy in place of an 8-bit weight, without the statistics that the next forward needs.
+    if before is not None and base.weight is not before:
+        base.weight = before
+    return weight
 
 
 @contextlib.contextmanager
