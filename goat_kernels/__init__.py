@@ -11,18 +11,31 @@ PEFT, import ``goat_kernels.peft`` first, which registers the method.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
-from goat_kernels.backends import available_backends
-from goat_kernels.functional import GoatOutput, goat_linear
-from goat_kernels.linear import GoatLinear
-from goat_kernels.reference import ReferenceOutput, goat_reference
-from goat_kernels.settings import AdapterSettings
-
 if TYPE_CHECKING:
+    from goat_kernels.backends import available_backends
+    from goat_kernels.functional import GoatOutput, goat_linear
+    from goat_kernels.linear import GoatLinear
     from goat_kernels.peft import GoatConfig
+    from goat_kernels.reference import ReferenceOutput, goat_reference
+    from goat_kernels.settings import AdapterSettings
 
 __version__ = "0.1.0"
+
+#: Public name -> the module it is in, imported when the name is first used: `goat-kernels --help` answers at once, and
+#: PEFT is imported only where GoatConfig is.
+_PUBLIC = {
+    "AdapterSettings": "settings",
+    "GoatConfig": "peft",
+    "GoatLinear": "linear",
+    "GoatOutput": "functional",
+    "ReferenceOutput": "reference",
+    "available_backends": "backends",
+    "goat_linear": "functional",
+    "goat_reference": "reference",
+}
 
 __all__ = [
     "AdapterSettings",
@@ -37,8 +50,12 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "GoatConfig":
-        from goat_kernels.peft import GoatConfig
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"goat_kernels.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return GoatConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

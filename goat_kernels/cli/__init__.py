@@ -1,0 +1,75 @@
+"""The ``goat-kernels`` command: a table of subcommands, and the one place that turns errors into exit codes.
+
+A subcommand is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, and one entry in ``COMMANDS``.
+Such a module imports torch, transformers and the like inside ``run``, so that ``goat-kernels --help`` answers at once.
+
+Exit codes: 0 done, 1 done but a check failed, 2 input that cannot be used (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from goat_kernels.cli.errors import CommandError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: the module that implements it, and its line in ``goat-kernels --help``."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "finetune": Command(
+        "goat_kernels.cli.finetune", "fine-tune a model with full fine-tuning, LoRA and GOAT, and compare them"
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument as a CommandError: one line, instead of the usage text followed by the error."""
+
+    def error(self, message: str):
+        raise CommandError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(prog="goat-kernels", description="Fine-tune with GOAT, a mixture of low-rank experts.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        module = importlib.import_module(command.module)
+        subparser = subparsers.add_parser(
+            name,
+            help=command.summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: the arguments without the program's name; ``sys.argv[1:]`` by default.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = " ".join(["goat-kernels", *(argument for argument in argv[:1] if argument in COMMANDS)])
+    try:
+        arguments = build_parser().parse_args(argv)
+        return arguments.run(arguments)
+    except CommandError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{name}: interrupted. {interrupt}".rstrip(), file=sys.stderr)
+        return 130

@@ -1,0 +1,263 @@
+"""The arguments of ``goat-kernels finetune``, with their help texts; ``options.py`` says what becomes of them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+
+from goat_kernels.cli.options import LEARNING_RATES, METHODS, TASKS, AdapterOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare every option of ``goat-kernels finetune``."""
+    _add_run_arguments(parser.add_argument_group("what to run"))
+    _add_data_arguments(parser.add_argument_group("model and data (the defaults need neither)"))
+    _add_adapter_arguments(parser.add_argument_group("GOAT and LoRA"))
+    _add_training_arguments(parser.add_argument_group("training"))
+
+
+def _add_run_arguments(group) -> None:
+    group.add_argument(
+        "--task",
+        default="digits",
+        help=f"one of {', '.join(TASKS)}. The default, digits, is the built-in demonstration above.",
+    )
+    group.add_argument(
+        "--methods",
+        metavar="LIST",
+        help="comma-separated, of: "
+        + "; ".join(f"{name} ({meaning})" for name, meaning in METHODS.items())
+        + ". Default: all of them for the digits, lora,goat with your own model",
+    )
+    group.add_argument(
+        "--output", default="goat-output", metavar="FOLDER", help="where results go (default: %(default)s)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --output")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the interrupted run in --output: finished methods are kept, the interrupted one continues "
+        "from its checkpoint. Give the same options as before",
+    )
+    group.add_argument(
+        "--seed", metavar="N", type=_integer(0), default=0, help="seed of everything random (default: %(default)s)"
+    )
+
+
+def _add_data_arguments(group) -> None:
+    group.add_argument(
+        "--model", metavar="PATH_OR_ID", help="a folder that transformers can load, or a model's id on the hub"
+    )
+    group.add_argument(
+        "--data",
+        metavar="PATH_OR_ID",
+        help="image-classification: a folder with one subfolder of images per class; text-classification: CSV or "
+        "JSONL; causal-lm: a text file, a folder of .txt files, CSV or JSONL; or a data set's id on the hub, "
+        "ID[:CONFIG][@SPLIT], which needs a network and pip install 'goat-kernels[data]'",
+    )
+    group.add_argument("--eval-data", metavar="PATH_OR_ID", help="held-out data, in place of a part of --data")
+    group.add_argument(
+        "--eval-fraction",
+        type=_number(0, 1),
+        default=0.2,
+        metavar="F",
+        help="part of --data held out, the same part of every class (default: %(default)s; the digits hold out half)",
+    )
+    group.add_argument("--text-column", default="text", metavar="NAME", help="column of the text (default: text)")
+    group.add_argument("--label-column", default="label", metavar="NAME", help="column of the class (default: label)")
+    group.add_argument(
+        "--image-column", default="image", metavar="NAME", help="column of the image, for hub data (default: image)"
+    )
+    group.add_argument(
+        "--max-length", type=_integer(1), default=256, metavar="N", help="tokens kept of a text (default: %(default)s)"
+    )
+    group.add_argument(
+        "--block-size",
+        type=_integer(2),
+        default=256,
+        metavar="N",
+        help="causal-lm: texts are packed into blocks of this many tokens (default: %(default)s)",
+    )
+
+
+def _add_adapter_arguments(group) -> None:
+    default = AdapterOptions()
+    group.add_argument(
+        "--rank",
+        metavar="R",
+        type=_integer(1),
+        default=default.rank,
+        help="total rank R, of LoRA too (default: %(default)s)",
+    )
+    group.add_argument(
+        "--experts",
+        metavar="E",
+        type=_integer(1),
+        default=default.experts,
+        help="experts E, a divisor of --rank (default: 8)",
+    )
+    group.add_argument(
+        "--top-k",
+        metavar="K",
+        type=_integer(1),
+        default=default.top_k,
+        help="experts K that a token uses (default: %(default)s)",
+    )
+    group.add_argument(
+        "--scaling",
+        metavar="RULE",
+        type=_name_or_number,
+        default=default.scaling,
+        help="s: goat sqrt(3 eta N / D), goat_s the same per expert, lora alpha / D, rslora alpha / sqrt(D), or a "
+        "number (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eta",
+        metavar="X",
+        type=_number(0),
+        help="full fine-tuning learning rate / GOAT learning rate, in the goat scalings "
+        "(default: that ratio of this run's own learning rates)",
+    )
+    group.add_argument(
+        "--rho",
+        metavar="X",
+        type=_number(0),
+        default=default.rho,
+        help="the adapter starts with 1/rho of its segment of the weight (default: %(default)s)",
+    )
+    group.add_argument(
+        "--init",
+        metavar="RULE",
+        default=default.init,
+        help="the singular triples the experts start from: goat, goat_mini, pissa, milora, pissa_milora, random; or "
+        "none: lora, hydralora (default: %(default)s)",
+    )
+    group.add_argument(
+        "--residual",
+        metavar="FORM",
+        default=default.residual,
+        help="how the adapter's expected start is subtracted: path (beside the untouched weight) or fold (inside "
+        "it) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--balance-coefficient",
+        type=_number(0, inclusive=True),
+        default=default.balance_coefficient,
+        metavar="C",
+        help="weight of the load-balancing loss (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dropout",
+        metavar="P",
+        type=_number(0, 1, inclusive=True),
+        default=default.dropout,
+        help="dropout in front of the adapters, of LoRA too (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lora-alpha",
+        type=_number(0),
+        metavar="ALPHA",
+        help="alpha of LoRA, and of --scaling lora and rslora (default: 2 R)",
+    )
+    group.add_argument(
+        "--target-modules",
+        type=_target_modules,
+        default=default.target_modules,
+        metavar="NAMES",
+        help="linear layers to adapt: all-linear (all but the head), comma-separated names, or a regular expression",
+    )
+    group.add_argument(
+        "--backend",
+        metavar="NAME",
+        default=default.backend,
+        help="auto, torch or triton, for GOAT's layers (default: %(default)s)",
+    )
+
+
+def _add_training_arguments(group) -> None:
+    group.add_argument(
+        "--epochs",
+        metavar="N",
+        type=_number(0),
+        help="passes over the training data (default: by task, 18 for the digits)",
+    )
+    group.add_argument("--max-steps", type=_integer(1), metavar="N", help="optimiser steps, in place of --epochs")
+    group.add_argument("--batch-size", type=_integer(1), metavar="N", help="examples per batch (default: by task)")
+    group.add_argument(
+        "--accumulation", type=_integer(1), default=1, metavar="N", help="batches per optimiser step (default: 1)"
+    )
+    group.add_argument(
+        "--learning-rate",
+        metavar="LR",
+        help="one number for all methods, or for some of them: full=1e-5,lora=2e-4 (default: by task and method; for "
+        "the digits " + ", ".join(f"{m} {lr:g}" for m, lr in LEARNING_RATES["digits"].items()) + ")",
+    )
+    group.add_argument(
+        "--warmup",
+        type=_number(0, 1, inclusive=True),
+        default=0.1,
+        metavar="F",
+        help="part of the steps over which the learning rate rises, before it falls to 0 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--weight-decay", type=_number(0, inclusive=True), default=0.0, metavar="W", help="AdamW's (default: 0)"
+    )
+    group.add_argument(
+        "--save-steps", type=_integer(1), metavar="N", help="write a checkpoint every N steps, against power cuts"
+    )
+    group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto uses a GPU where there is one")
+    group.add_argument(
+        "--threads",
+        type=_integer(1),
+        metavar="N",
+        help="CPU threads of torch (default: torch's choice; 1 for the digits, whose model is too small for more)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="the base model's dtype; adapters stay in float32 (default: %(default)s)",
+    )
+
+
+def _integer(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {minimum}")
+        return int(text)
+
+    return parse
+
+
+def _number(minimum: float, below: float = math.inf, *, inclusive: bool = False) -> Callable[[str], float]:
+    """A parser of numbers above (``inclusive``: from) ``minimum`` and below ``below``."""
+    need = f"{'at least' if inclusive else 'above'} {minimum:g}" + (f" and below {below:g}" * (below < math.inf))
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        # `not (a and b)` also catches nan.
+        if not ((value >= minimum if inclusive else value > minimum) and value < below):
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number {need}")
+        return value
+
+    return parse
+
+
+def _name_or_number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _target_modules(text: str) -> str | tuple[str, ...]:
+    """``all-linear`` and regular expressions stay strings; names become a tuple, which PEFT matches by suffix."""
+    names = tuple(name.strip() for name in text.split(","))
+    if text == "all-linear" or not all(re.fullmatch(r"[\w.]+", name) for name in names):
+        return text
+    return names

@@ -1,0 +1,164 @@
+"""The flow of ``goat-kernels finetune``: prepare, then each method in turn, then the report.
+
+A method is done in two stages, each of which leaves a file when it is complete, so that an interrupted run goes on
+with the stage it was in:
+
+    train     build, train, save, load back and compare      -> trained.json beside the saved model
+    evaluate  load the saved model, measure it on held-out data    -> result.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+
+from goat_kernels.cli.errors import Interrupted
+from goat_kernels.cli.evaluate import evaluate
+from goat_kernels.cli.figure import write_figure
+from goat_kernels.cli.files import atomic_path, write_json
+from goat_kernels.cli.models import build, check_adapters, load_back, options_named, outputs, save, trainable_parameters
+from goat_kernels.cli.options import FinetuneOptions
+from goat_kernels.cli.output import OutputFolder
+from goat_kernels.cli.report import MethodResult, format_table, results_json
+from goat_kernels.cli.tasks import Task, load_task
+from goat_kernels.cli.train import StopSignal, steps_of, train
+from goat_kernels.training import GoatCallback
+
+#: What the two stages leave in a method's folder.
+TRAINED_FILE, RESULT_FILE = "trained.json", "result.json"
+
+
+def compare(options: FinetuneOptions) -> list[MethodResult]:
+    """Run every method of ``options`` and write the report; returns the rows of the table.
+
+    Raises:
+        CommandError: the model, the data, the adapters or the output folder do not work out; nothing was trained.
+        Interrupted: Ctrl-C while a method trained; its checkpoint is in the output folder.
+    """
+    folder = OutputFolder(options)
+    folder.check()
+    if options.training.threads is not None:
+        torch.set_num_threads(options.training.threads)
+    task = load_task(options)
+    check_adapters(task.base, options)
+    folder.claim()
+    print(task.description)
+    print(f"{steps_of(len(task.train), options.training)} steps of {options.training.batch_size} examples per method\n")
+    if options.task == "digits" and not all((folder.method(name) / TRAINED_FILE).is_file() for name in options.methods):
+        _warm_up(task, options)
+    results = [_run_method(method, task, options, folder.method(method)) for method in options.methods]
+    write_json(folder.root / "results.json", results_json(task.description, options, results))
+    write_figure(folder.root / "results.png", results, task.description)
+    print(f"\n{format_table(results, task.description)}\n")
+    for result in results:
+        print(f"{result.method}: {result.saved_in} loads back with bit-equal outputs: {result.reload_bit_equal}")
+    print(f"written to {folder.root}: results.json, results.png")
+    return results
+
+
+def _warm_up(task: Task, options: FinetuneOptions) -> None:
+    """One step that is not measured: the first one loads libraries, which cost more memory than the digits' model does.
+
+    Not for a model of the user's own, where the libraries weigh little and a step may take long.
+    """
+    with TemporaryDirectory() as scratch:
+        once = replace(options.training, max_steps=1)
+        train(task.base.load, task.train, task.collate, once, 0.0, Path(scratch), description="warming up")
+
+
+def _run_method(method: str, task: Task, options: FinetuneOptions, folder: Path) -> MethodResult:
+    result_file, trained_file = folder / RESULT_FILE, folder / TRAINED_FILE
+    if result_file.is_file():
+        print(f"{method}: done before")
+        return MethodResult(**json.loads(result_file.read_text(encoding="utf-8")))
+    saved = folder / ("adapter" if method in ("lora", "goat") else "model")
+    model = None
+    if not trained_file.is_file():
+        model = _train_method(method, task, options, folder, saved, trained_file)
+    device = _device(options)
+    if model is None:
+        model = load_back(method, task.base, saved, device)
+    evaluation = evaluate(model, task, options.training.batch_size, device, f"{method}: evaluating")
+    result = MethodResult(
+        **json.loads(trained_file.read_text(encoding="utf-8")),
+        metric=task.metric,
+        held_out=evaluation.value,
+        held_out_standard_error=evaluation.standard_error,
+        held_out_examples=evaluation.examples,
+        load_by_layer=evaluation.load_by_layer,
+    )
+    write_json(result_file, asdict(result))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _train_method(
+    method: str, task: Task, options: FinetuneOptions, folder: Path, saved: Path, trained_file: Path
+) -> nn.Module:
+    """Train, save to ``saved`` and write ``trained_file``; returns the model as loaded back from there."""
+    learning_rate = options.training.learning_rates[method]
+
+    def build_method() -> nn.Module:
+        with options_named():
+            return build(method, task.base, options)
+
+    with StopSignal() as stop:
+        model, record = train(
+            build_method,
+            task.train,
+            task.collate,
+            options.training,
+            learning_rate,
+            folder / "checkpoints",
+            description=f"{method}: training",
+            stop=stop,
+            callbacks=[GoatCallback()] if method == "goat" else [],
+        )
+        if not record.finished:
+            raise Interrupted(
+                f"{method} stopped after step {record.steps}; a checkpoint is written. {_how_to_go_on(options)}"
+            )
+        count = trainable_parameters(model)
+        with atomic_path(saved) as temporary:
+            save(model, temporary)
+        reloaded, bit_equal = _load_back_and_compare(method, model, task, options, saved)
+        trained = {
+            "method": method,
+            "learning_rate": learning_rate,
+            "trainable_parameters": count,
+            "saved_in": f"{folder.name}/{saved.name}",
+            "reload_bit_equal": bit_equal,
+            **{name: value for name, value in asdict(record).items() if name != "finished"},
+        }
+        write_json(trained_file, trained)
+        if stop.requested:
+            raise Interrupted(f"{method} is trained and saved. {_how_to_go_on(options)}")
+    return reloaded
+
+
+def _load_back_and_compare(
+    method: str, model: nn.Module, task: Task, options: FinetuneOptions, saved: Path
+) -> tuple[nn.Module, bool]:
+    """The saved model on a freshly loaded base, and whether its outputs are those of ``model``, bit for bit."""
+    device = _device(options)
+    count = min(options.training.batch_size, len(task.held_out))
+    batch = task.collate([task.held_out[i] for i in range(count)])
+    batch.pop("labels")
+    expected = outputs(model, batch, device)
+    reloaded = load_back(method, task.base, saved, device)
+    return reloaded, torch.equal(outputs(reloaded, batch, device), expected)
+
+
+def _how_to_go_on(options: FinetuneOptions) -> str:
+    return f"Go on with the same command and --resume (results so far: {options.output})"
+
+
+def _device(options: FinetuneOptions) -> torch.device:
+    use_gpu = options.training.device == "auto" and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")

@@ -1,0 +1,76 @@
+"""Measuring a trained model on held-out data, and how its routers use their experts there."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from goat_kernels.cli.tasks import Task
+from goat_kernels.training import router_statistics
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the held-out data says.
+
+    Attributes:
+        value: accuracy in 0..1, or perplexity.
+        standard_error: sqrt(p (1 - p) / n) of an accuracy p; of a perplexity, from the spread of the blocks' losses;
+            None where there is too little data to tell.
+        examples: n.
+        load_by_layer: layer name -> share of the tokens that use each expert (sums to K); empty without routers.
+    """
+
+    value: float
+    standard_error: float | None
+    examples: int
+    load_by_layer: dict[str, list[float]]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, batch_size: int, device: torch.device, description: str) -> Evaluation:
+    """Run ``model`` over the held-out data, with a progress bar."""
+    model.eval()
+    scores: list[Tensor] = []
+    load: dict[str, Tensor | float] = defaultdict(float)
+    loader = DataLoader(task.held_out, batch_size=batch_size, collate_fn=task.collate)
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+        scores.append((_correct if task.metric == "accuracy" else _block_losses)(logits, labels).cpu())
+        for name, layer in router_statistics(model).items():
+            load[name] += torch.tensor(layer.load) * len(labels)
+    score = torch.cat(scores).double()
+    value, standard_error = (_accuracy if task.metric == "accuracy" else _perplexity)(score)
+    shares = {name: (total / len(score)).tolist() for name, total in load.items()}
+    return Evaluation(value, standard_error, len(score), shares)
+
+
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(dim=-1) == labels
+
+
+def _block_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of each block [batch], in float32."""
+    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+    return losses.mean(dim=1)
+
+
+def _accuracy(correct: Tensor) -> tuple[float, float]:
+    p = correct.mean().item()
+    return p, math.sqrt(p * (1 - p) / len(correct))
+
+
+def _perplexity(losses: Tensor) -> tuple[float, float | None]:
+    """exp of the mean loss, and its standard error: d exp(m) = exp(m) dm."""
+    value = math.exp(losses.mean().item())
+    if len(losses) < 2:
+        return value, None
+    return value, value * losses.std().item() / math.sqrt(len(losses))

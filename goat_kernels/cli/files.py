@@ -1,0 +1,40 @@
+"""Writing files and folders so that a reader finds all of them or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A temporary name beside ``target`` to write a file or folder to; renamed to ``target`` when the block succeeds.
+
+    A folder that exists at ``target`` is replaced. When the block raises, what it wrote is removed.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        _remove(temporary)
+
+
+def write_json(target: Path, content: object) -> None:
+    """Write ``content`` as JSON to ``target``, at once."""
+    with atomic_path(target) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,63 @@
+"""Fine-tune a model with full fine-tuning, LoRA and GOAT, and compare them.
+
+Without arguments and without a network: scikit-learn's bundled digits (1797 images) and a small ViT. The model is
+pretrained once on the digits 0-5 as they are, and cached ($GOAT_KERNELS_CACHE, else ~/.cache/goat-kernels). The task
+is then all ten digits with black and white exchanged and turned by a quarter: four classes and an appearance that the
+model has never seen. That is a task that needs adaptation: with a new classifier alone on the frozen model ("head")
+about six in ten held-out images come out right; with the model adapted, more than nine.
+
+The output folder gets the trained models (adapters for lora and goat), results.json and results.png. Every saved model
+is loaded back and must give bit-equal outputs. Ctrl-C leaves a checkpoint that --resume continues from, exactly.
+
+    goat-kernels finetune
+    goat-kernels finetune --task image-classification --model google/vit-base-patch16-224 --data photos/
+    goat-kernels finetune --task text-classification --model FacebookAI/roberta-base --data reviews.csv
+    goat-kernels finetune --task causal-lm --model path/to/llama --data book.txt --methods goat --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+
+from goat_kernels.cli.arguments import add_arguments
+from goat_kernels.cli.options import FinetuneOptions, options_from
+
+__all__ = ["add_arguments", "run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code, 1 where a saved model did not load back with the same outputs.
+
+    Raises:
+        CommandError: input that cannot be used.
+        Interrupted: Ctrl-C, with a checkpoint left behind.
+    """
+    options = options_from(arguments)
+    _prepare_environment(options)
+
+    from goat_kernels.cli.comparison import compare
+
+    with warnings.catch_warnings():
+        # transformers reads its own deprecated property when it looks a model over.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+        results = compare(options)
+    return 0 if all(result.reload_bit_equal for result in results) else 1
+
+
+def _prepare_environment(options: FinetuneOptions) -> None:
+    """Settle, before transformers is imported, what it reads at import."""
+    from goat_kernels.cli.data import looks_like_path
+
+    sources = (options.data.model, options.data.data, options.data.eval_data)
+    if all(source is None or looks_like_path(source) for source in sources):
+        # Nothing is to come from the hub, so nothing may ask it anything, such as whether a model card exists.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.adapter.backend != "auto":
+        os.environ["GOAT_KERNELS_BACKEND"] = options.adapter.backend
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,241 @@
+"""From a model's name to one that trains: loading, the methods, saving, loading back."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from goat_kernels.backends import resolve_backend
+from goat_kernels.cli.data import local_path, looks_like_path
+from goat_kernels.cli.errors import CommandError
+from goat_kernels.cli.options import FinetuneOptions
+from goat_kernels.initialisation import check_weight
+from goat_kernels.peft import GoatConfig
+from goat_kernels.settings import AdapterSettings
+
+#: Top-level modules that are a classifier's head, in transformers' models.
+HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "head", "fc")
+
+#: Settings as they are named in error messages -> the options that set them.
+_OPTION_OF_SETTING = {
+    "r": "--rank",
+    "num_experts": "--experts",
+    "top_k": "--top-k",
+    "scaling": "--scaling",
+    "eta": "--eta",
+    "rho": "--rho",
+    "init": "--init",
+    "residual": "--residual",
+    "balance_coefficient": "--balance-coefficient",
+    "dropout": "--dropout",
+    "lora_alpha": "--lora-alpha",
+    "backend": "--backend",
+    "rank_pattern": "--rank",
+    "exclude_modules": "--target-modules",
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A pretrained model that can be loaded any number of times, each time bit-equal.
+
+    Attributes:
+        load: returns a fresh copy; a new head has the same random weights in each.
+        new_modules: names of the modules that did not come with the pretrained weights, or are the classifier's head:
+            every method trains them fully.
+    """
+
+    load: Callable[[], PreTrainedModel]
+    new_modules: tuple[str, ...]
+
+
+def load_config(source: str, auto_class) -> PreTrainedConfig:
+    """The configuration of the model ``source``, checked to be of the kind that ``auto_class`` makes.
+
+    Raises:
+        CommandError: no such folder or id, or a model of another kind.
+    """
+    if looks_like_path(source):
+        path = local_path("--model", source, "a folder that transformers can load")
+        if not (path / "config.json").is_file():
+            raise CommandError(f"--model {source!r} has no config.json; it needs a folder that transformers can load")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CommandError(
+            f"--model {source!r} is neither a local folder nor a model that could be loaded from the hub; "
+            f"it needs an existing folder, or an id and a network ({reason:.200})"
+        ) from None
+    if type(config) not in auto_class._model_mapping:
+        raise CommandError(
+            f"--model {source!r} is a {config.model_type!r} model, which {auto_class.__name__} cannot make; "
+            "it needs a model of the kind that --task names"
+        )
+    return config
+
+
+def base_model(source: str, auto_class, seed: int, dtype: str, **config_changes) -> BaseModel:
+    """A reloadable base model.
+
+    Args:
+        source: folder or id, checked by :func:`load_config`.
+        auto_class: one of transformers' AutoModelFor... classes.
+        seed: of the weights that the checkpoint does not have.
+        dtype: the base weights' dtype by name.
+        config_changes: such as ``num_labels``.
+    """
+
+    def load() -> tuple[PreTrainedModel, dict]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return auto_class.from_pretrained(
+                source,
+                dtype=getattr(torch, dtype),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **config_changes,
+            )
+
+    model, info = load()
+    missing = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    heads = {name for name, _ in model.named_children() if name in HEAD_NAMES}
+    return BaseModel(lambda: load()[0], tuple(sorted(heads | set(_fully_missing(model, missing)))))
+
+
+def _fully_missing(module: nn.Module, missing: set[str], prefix: str = "") -> Iterator[str]:
+    """The outermost submodules all of whose parameters are in ``missing``."""
+    for name, child in module.named_children():
+        names = {f"{prefix}{name}.{parameter}" for parameter, _ in child.named_parameters()}
+        if names and names <= missing:
+            yield f"{prefix}{name}"
+        else:
+            yield from _fully_missing(child, missing, f"{prefix}{name}.")
+
+
+def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str, ...]) -> PeftConfig:
+    """The PEFT configuration of ``lora`` or ``goat``, same rank and targets.
+
+    Raises:
+        CommandError: a hyper-parameter that the method refuses.
+    """
+    adapter = options.adapter
+    targets = adapter.target_modules
+    shared = {
+        "r": adapter.rank,
+        "lora_alpha": adapter.lora_alpha or 2 * adapter.rank,
+        "target_modules": list(targets) if isinstance(targets, tuple) else targets,
+        "modules_to_save": list(new_modules) or None,
+        "lora_dropout": adapter.dropout,
+    }
+    if new_modules:
+        # all-linear would adapt the head too, which trains in full.
+        shared["exclude_modules"] = rf"(.*\.)?({'|'.join(map(re.escape, new_modules))})(\..*)?"
+    if method == "lora":
+        return LoraConfig(**shared)
+    rates = options.training.learning_rates
+    with options_named():
+        return GoatConfig(
+            **shared,
+            num_experts=adapter.experts,
+            top_k=adapter.top_k,
+            scaling=adapter.scaling,
+            eta=adapter.eta or rates["full"] / rates["goat"],
+            rho=adapter.rho,
+            init=adapter.init,
+            residual=adapter.residual,
+            balance_coefficient=adapter.balance_coefficient,
+            seed=options.training.seed,
+        )
+
+
+def build(method: str, base: BaseModel, options: FinetuneOptions) -> PreTrainedModel | PeftModel:
+    """A fresh copy of the base model, set up so that exactly what ``method`` trains requires grad."""
+    model = base.load()
+    if method == "full":
+        return model
+    if method == "head":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(name.startswith(f"{module}.") for module in base.new_modules))
+        return model
+    torch.manual_seed(options.training.seed)
+    return get_peft_model(model, adapter_config(method, options, base.new_modules))
+
+
+def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
+    """Raise CommandError now for what would only fail when the adapters' turn comes, perhaps hours later.
+
+    Puts a LoRA on the targets, which is cheap, and checks each target's weight against GOAT's needs by its shape.
+    """
+    if "goat" in options.methods:
+        config = adapter_config("goat", options, base.new_modules)
+        with options_named():
+            resolve_backend(options.adapter.backend, torch.device("cpu"))
+    elif "lora" not in options.methods:
+        return
+    try:
+        model = get_peft_model(base.load(), adapter_config("lora", options, base.new_modules))
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise CommandError(
+            f"--target-modules {options.adapter.target_modules!r} does not fit the model: {reason:.300}"
+        ) from None
+    if "goat" not in options.methods:
+        return
+    with options_named():
+        _check_weights(model, config.settings())
+
+
+def _check_weights(model: PeftModel, settings: AdapterSettings) -> None:
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            shape = (module.out_features, module.in_features)
+            check_weight(torch.empty(shape, device="meta"), settings, name)
+
+
+@contextlib.contextmanager
+def options_named() -> Iterator[None]:
+    """Turn errors about settings (``r=36``) into CommandErrors about options (``--rank=36``)."""
+    names = "|".join(_OPTION_OF_SETTING)
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        message = re.sub(rf"\b({names})(?==)", lambda match: _OPTION_OF_SETTING[match[1]], str(error))
+        raise CommandError(" ".join(message.split())) from None
+
+
+def save(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Write what is needed to have the model back: the adapter, or the whole model."""
+    # "auto" would ask the hub whether the base model's vocabulary was resized; nothing here resizes it.
+    extra = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, **extra)
+
+
+def load_back(method: str, base: BaseModel, folder: Path, device: torch.device) -> PreTrainedModel | PeftModel:
+    """The trained model from its folder, on a freshly loaded base, in eval mode."""
+    fresh = base.load()
+    if method in ("lora", "goat"):
+        model = PeftModel.from_pretrained(fresh, folder)
+    else:
+        model = type(fresh).from_pretrained(folder, dtype=fresh.dtype)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    """The logits of one batch, on the CPU."""
+    return model(**{name: value.to(device) for name, value in batch.items()}).logits.cpu()
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers the optimiser updates."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,276 @@
+"""A task as the command sees it: data sets, how they are batched, the base model, and what is measured.
+
+One function per ``--task``; :func:`load_task` picks it. The digits are in ``demo.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
+
+from goat_kernels.cli.data import Examples, class_ids, class_names, read_images, read_texts, split
+from goat_kernels.cli.errors import CommandError
+from goat_kernels.cli.models import BaseModel, base_model, load_config
+from goat_kernels.cli.options import FinetuneOptions
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that the methods share.
+
+    Attributes:
+        description: one line for the report.
+        train: data set of dicts, for training.
+        held_out: the same, for measuring.
+        collate: list of dicts -> batch.
+        base: the pretrained model.
+        metric: ``"accuracy"`` or ``"perplexity"``.
+        classes: class names; empty where there are none.
+    """
+
+    description: str
+    train: Dataset
+    held_out: Dataset
+    collate: Callable[[list[dict]], dict[str, Tensor]]
+    base: BaseModel
+    metric: str
+    classes: tuple[str, ...] = ()
+
+
+def load_task(options: FinetuneOptions) -> Task:
+    """Read the data and find the model.
+
+    Raises:
+        CommandError: the model or the data cannot be used.
+    """
+    if options.task == "digits":
+        from goat_kernels.cli.demo import digits_task
+
+        return digits_task(options)
+    return {
+        "image-classification": _image_classification,
+        "text-classification": _text_classification,
+        "causal-lm": _causal_lm,
+    }[options.task](options)
+
+
+def _image_classification(options: FinetuneOptions) -> Task:
+    data = options.data
+    config = load_config(data.model, AutoModelForImageClassification)
+
+    def read(argument: str, source: str) -> Examples:
+        return read_images(argument, source, data.image_column, data.label_column)
+
+    parts, names = _classified(options, read)
+    transform = _image_transform(data.model, config)
+    train, held_out = (Images(part, ids, transform) for part, ids in parts)
+    base = _classifier(options, AutoModelForImageClassification, names)
+    return Task(_describe(options), train, held_out, default_data_collator, base, "accuracy", tuple(names))
+
+
+def _text_classification(options: FinetuneOptions) -> Task:
+    data = options.data
+    load_config(data.model, AutoModelForSequenceClassification)
+    tokenizer = _tokenizer(data.model)
+
+    def read(argument: str, source: str) -> Examples:
+        return read_texts(argument, source, data.text_column, data.label_column)
+
+    parts, names = _classified(options, read)
+    length = min(data.max_length, tokenizer.model_max_length)
+    train, held_out = (Texts(part, ids, tokenizer, length) for part, ids in parts)
+    base = _classifier(options, AutoModelForSequenceClassification, names, pad_token_id=tokenizer.pad_token_id)
+    collate = DataCollatorWithPadding(tokenizer)
+    return Task(_describe(options), train, held_out, collate, base, "accuracy", tuple(names))
+
+
+def _causal_lm(options: FinetuneOptions) -> Task:
+    data = options.data
+    config = load_config(data.model, AutoModelForCausalLM)
+    tokenizer = _tokenizer(data.model)
+    positions = getattr(config, "max_position_embeddings", None) or data.block_size
+    block = min(data.block_size, positions)
+
+    def blocks(argument: str, source: str) -> Tensor:
+        return _pack(argument, read_texts(argument, source, data.text_column, None).items, tokenizer, block)
+
+    packed = blocks("--data", data.data)
+    if data.eval_data is not None:
+        train, held_out = packed, blocks("--eval-data", data.eval_data)
+    else:
+        train, held_out = (
+            packed[part] for part in split(len(packed), None, data.eval_fraction, options.training.seed, "--data")
+        )
+    base = base_model(data.model, AutoModelForCausalLM, options.training.seed, options.training.dtype)
+    base = BaseModel(base.load, ())
+    return Task(_describe(options), Blocks(train), Blocks(held_out), default_data_collator, base, "perplexity")
+
+
+def _describe(options: FinetuneOptions) -> str:
+    return f"{options.task}: {options.data.model} on {options.data.data}"
+
+
+def _classified(
+    options: FinetuneOptions, read: Callable[[str, str], Examples]
+) -> tuple[list[tuple[Sequence, list[int]]], list[str]]:
+    """[(items, class ids) for training, the same for held out], and the class names."""
+    data = options.data
+    examples = read("--data", data.data)
+    names = class_names("--data", examples.labels)
+    ids = class_ids("--data", examples.labels, names)
+    if data.eval_data is not None:
+        held_out = read("--eval-data", data.eval_data)
+        return [(examples.items, ids), (held_out.items, class_ids("--eval-data", held_out.labels, names))], names
+    parts = split(len(ids), ids, data.eval_fraction, options.training.seed, "--data")
+    return [(Selection(examples.items, part), [ids[i] for i in part]) for part in parts], names
+
+
+def _classifier(options: FinetuneOptions, auto_class, names: list[str], **config_changes) -> BaseModel:
+    return base_model(
+        options.data.model,
+        auto_class,
+        options.training.seed,
+        options.training.dtype,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        **config_changes,
+    )
+
+
+#: A folder with a tokenizer has at least one of these.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+
+
+def _tokenizer(source: str):
+    path = Path(source).expanduser()
+    if path.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in path.glob(pattern)):
+        # transformers would make one from the model's type, without any words.
+        raise CommandError(
+            f"--model {source!r} has no tokenizer; it needs one of the files {', '.join(_TOKENIZER_FILES)}"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CommandError(f"--model {source!r} has no tokenizer that could be loaded ({reason:.200})") from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise CommandError(f"--model {source!r} has a tokenizer with neither a pad nor an eos token; it needs one")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _pack(argument: str, texts: Sequence[str], tokenizer, block: int) -> Tensor:
+    """All texts one after the other, an end-of-text token behind each, cut into blocks [count, block]."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    tokens: list[int] = []
+    for text in texts:
+        # A whole book is one text here, so the tokenizer's warning about its length means nothing.
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+    count = len(tokens) // block
+    if count == 0:
+        raise CommandError(
+            f"{argument} has {len(tokens)} tokens, less than one block of {block}; "
+            "it needs more text, or a smaller --block-size"
+        )
+    return torch.tensor(tokens[: count * block]).reshape(count, block)
+
+
+def _image_transform(source: str, config) -> Callable[[Image.Image], Tensor]:
+    """PIL image -> pixel values [C, H, W], by the model's own processor where it has one."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(source)
+    except OSError:
+        channels = getattr(config, "num_channels", 3)
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        print(f"{source} has no image processor: images are resized to {height}x{width} and scaled to -1..1")
+        return lambda image: _scaled_pixels(image, channels, height, width)
+
+    def process(image: Image.Image) -> Tensor:
+        return processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+    return process
+
+
+def _scaled_pixels(image: Image.Image, channels: int, height: int, width: int) -> Tensor:
+    resized = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32)).reshape(height, width, channels)
+    return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+class Selection(Sequence):
+    """The items of a sequence at some indices, fetched when asked for."""
+
+    def __init__(self, items: Sequence, indices: list[int]) -> None:
+        self._items, self._indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, i: int):
+        return self._items[self._indices[i]]
+
+
+class Images(Dataset):
+    """Images (files, or PIL images) with class ids."""
+
+    def __init__(self, items: Sequence, ids: list[int], transform: Callable[[Image.Image], Tensor]) -> None:
+        self._items, self._ids, self._transform = items, ids, transform
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, i: int) -> dict:
+        item = self._items[i]
+        if not isinstance(item, Image.Image):
+            try:
+                with Image.open(item) as file:
+                    item = file.convert("RGB")
+            except OSError as error:
+                raise CommandError(f"--data: {str(item)!r} is not an image that can be read: {error}") from None
+        return {"pixel_values": self._transform(item), "labels": self._ids[i]}
+
+
+class Texts(Dataset):
+    """Texts with class ids, tokenised when asked for."""
+
+    def __init__(self, items: Sequence[str], ids: list[int], tokenizer, max_length: int) -> None:
+        self._items, self._ids, self._tokenizer, self._max_length = items, ids, tokenizer, max_length
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, i: int) -> dict:
+        encoded = self._tokenizer(self._items[i], truncation=True, max_length=self._max_length)
+        return {**encoded, "labels": self._ids[i]}
+
+
+class Blocks(Dataset):
+    """Blocks of tokens [count, block]; the model shifts the labels itself."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self._tokens[i], "labels": self._tokens[i]}

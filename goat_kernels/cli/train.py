@@ -1,0 +1,240 @@
+"""One training run through ``transformers.Trainer``: progress bar, timing, checkpoints, Ctrl-C between two steps."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from goat_kernels.cli.measure import PeakMemory
+from goat_kernels.cli.options import TrainingOptions
+
+#: Losses kept of a run: every step up to this many, then every second one, and so on.
+_LOGGED_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a run leaves behind.
+
+    Attributes:
+        steps: optimiser steps done; fewer than planned after an interruption.
+        finished: whether all planned steps were done.
+        loss_steps: the steps at which ``losses`` were taken.
+        losses: training loss, the mean since the previous entry.
+        time_per_step_ms: median over the steps since the run was started or resumed, from the batch being there
+            to the weights being updated.
+        peak_memory_mib: how far memory rose above where it stood before the model was loaded.
+        peak_memory_source: what ``peak_memory_mib`` measures, in words.
+    """
+
+    steps: int
+    finished: bool
+    loss_steps: list[int] = field(repr=False)
+    losses: list[float] = field(repr=False)
+    time_per_step_ms: float
+    peak_memory_mib: float
+    peak_memory_source: str
+
+
+class StopSignal:
+    """Turns the first Ctrl-C into a request to stop after the running step; a second one interrupts at once.
+
+    A context manager; outside the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopSignal:
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        tqdm.write("stopping after this step and writing a checkpoint; Ctrl-C again to stop at once")
+
+
+def train(
+    build_model: Callable[[], PreTrainedModel],
+    dataset: Dataset,
+    collate: Callable,
+    options: TrainingOptions,
+    learning_rate: float,
+    folder: Path,
+    *,
+    description: str,
+    stop: StopSignal | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[PreTrainedModel, TrainingRecord]:
+    """Train a model, from the last complete checkpoint in ``folder`` where there is one.
+
+    Args:
+        build_model: makes the model; called inside the memory measurement.
+        dataset: of dicts that ``collate`` makes a batch of.
+        collate: list of dicts -> the model's keyword arguments.
+        options: batch size, steps, seed and so on.
+        learning_rate: at its highest; it rises over the warm-up and then falls linearly to 0.
+        folder: for checkpoints.
+        description: label of the progress bar.
+        stop: asked after every step whether to write a checkpoint and return early.
+        callbacks: further Trainer callbacks.
+
+    Returns:
+        the trained model, in eval mode, and the record of the run.
+    """
+    arguments = _training_arguments(dataset, options, learning_rate, folder)
+    timing = StepTiming(arguments.device)
+    checkpoint = last_checkpoint(folder)
+    with PeakMemory(arguments.device) as memory:
+        model = build_model()
+        if checkpoint is not None and not isinstance(model, PeftModel):
+            _load_weights(model, checkpoint)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collate,
+            callbacks=[timing, *callbacks, Progress(description), StopCallback(stop)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.state
+    logged = [entry for entry in state.log_history if "loss" in entry]
+    record = TrainingRecord(
+        steps=state.global_step,
+        finished=state.global_step >= state.max_steps,
+        loss_steps=[entry["step"] for entry in logged],
+        losses=[entry["loss"] for entry in logged],
+        time_per_step_ms=statistics.median(timing.steps_ms) if timing.steps_ms else math.nan,
+        peak_memory_mib=memory.peak_mib,
+        peak_memory_source=memory.source,
+    )
+    return model.eval(), record
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in ``folder``, or None. Trainer writes a checkpoint's state file last."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into ``model``.
+
+    Trainer does so itself, but by the names in the file: transformers 5 saves some architectures (ViT among them) under
+    other names than their modules have, which Trainer then skips without an error and trains on from the base weights.
+    """
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+
+
+def steps_of(count: int, options: TrainingOptions) -> int:
+    """Optimiser steps of a run over ``count`` examples."""
+    if options.max_steps is not None:
+        return options.max_steps
+    batches = math.ceil(count / options.batch_size)
+    return max(1, math.ceil(options.epochs * math.ceil(batches / options.accumulation)))
+
+
+def _training_arguments(
+    dataset: Dataset, options: TrainingOptions, learning_rate: float, folder: Path
+) -> TrainingArguments:
+    steps = steps_of(len(dataset), options)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(options.warmup * steps),
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 500,
+        save_total_limit=1,
+        logging_steps=math.ceil(steps / _LOGGED_STEPS),
+        logging_nan_inf_filter=False,  # a loss of nan is to be seen
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=options.device == "cpu",
+    )
+    if arguments.n_gpu > 1:
+        # Trainer would wrap the model in DataParallel, whose replicas are not what this command measures.
+        arguments._n_gpu = 1
+    return arguments
+
+
+class StepTiming(TrainerCallback):
+    """Wall time of every optimiser step since the process started (a checkpoint does not keep it), in ms."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.steps_ms: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._start = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.steps_ms.append((self._now() - self._start) * 1e3)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+class Progress(TrainerCallback):
+    """One tqdm bar per run, with the loss behind it."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._bar = tqdm(desc=self._description, total=state.max_steps, initial=state.global_step, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._bar.close()
+
+
+class StopCallback(TrainerCallback):
+    """Writes a checkpoint and stops between two steps when ``stop`` asks for it, so that nothing is half done."""
+
+    def __init__(self, stop: StopSignal | None) -> None:
+        self._stop = stop
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._stop is not None and self._stop.requested and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
