@@ -65,7 +65,8 @@ def goat_linear(
         lora_B: [M, R]; expert i owns the same columns.
         router: [E, N].
         bias: [M] or None.
-        scaling: s, a positive number, or one per expert [E] on x's device; a constant, not trained.
+        scaling: s, a positive number, or one positive number per expert [E] on x's device (its values are not checked,
+            which would synchronise); a constant, not trained.
         top_k: K, in 1..E.
         dropout_p: dropout of x in front of lora_A, independent for each expert a token uses; in [0, 1).
         training: whether dropout is on.
@@ -80,7 +81,7 @@ def goat_linear(
     Raises:
         TypeError: a tensor of an integer dtype, x and weight of different dtypes, a number that is not one.
         ValueError: shapes that do not fit, mixed devices, top_k outside 1..E, R not divisible by E, a scaling that is
-            not positive or that requires grad, a dropout outside [0, 1), an unknown backend.
+            not a positive number or is a tensor that requires grad, a dropout outside [0, 1), an unknown backend.
         RuntimeError: the backend asked for cannot run here, and why.
     """
     residual_A, residual_B = unpack_residual(residual)
@@ -183,7 +184,10 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.options = inputs[12:]
     ctx.balance_scale = balance_scale  # not saved: the trainer's loss writes it between forward and backward
-    if not ctx.needs_input_grad[_X]:
+    needs = ctx.needs_input_grad
+    if not (needs[_WEIGHT] or needs[_LORA_A] or needs[_ROUTER]):
+        x = x.new_empty(()).expand(x.shape)  # only its shape and dtype are wanted: let go of the memory
+    if not needs[_X]:
         weight = residual_A = residual_B = None  # they act on the gradient of x alone
     ctx.save_for_backward(
         x, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, weighted, gate, probs, load

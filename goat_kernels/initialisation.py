@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from goat_kernels.rules import (
     SCALING_RULES,
@@ -160,6 +159,8 @@ def initialise_adapters(
         groups.setdefault((task.shape, task.settings), []).append(task)
     total = sum(len(group) for group in groups.values())
     show = total > 4 if progress is None else progress
+    from tqdm.auto import tqdm  # here, because the package itself needs torch alone
+
     with tqdm(total=total, desc=description, unit="layer", disable=not show) as bar:
         for (shape, settings), group in groups.items():
             size = max(1, _BATCH_ELEMENTS // math.prod(shape))
@@ -329,6 +330,6 @@ def _kaiming_uniform(
 ) -> Tensor:
     """nn.Linear's default weight initialisation, uniform in +-1/sqrt(fan_in), drawn on the CPU in float32 or better."""
     draw_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    values = torch.empty(shape, dtype=draw_dtype)
+    values = torch.empty(shape, dtype=draw_dtype, device="cpu")
     torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     return values.to(device=device, dtype=dtype)

@@ -14,9 +14,9 @@ from goat_kernels.backends import BACKEND_NAMES
 from goat_kernels.functional import routed_linear
 from goat_kernels.initialisation import InitialAdapter, adapter_scaling, check_weight, initialise_adapter
 from goat_kernels.residual import FoldedWeight
-from goat_kernels.routed_module import RoutedModule
+from goat_kernels.routed_module import RoutedModule, never_bypass
 from goat_kernels.rules import ZERO_RULES
-from goat_kernels.settings import AdapterSettings, check_name
+from goat_kernels.settings import AdapterSettings, check_count, check_name
 
 
 class GoatLinear(RoutedModule, nn.Module):
@@ -50,6 +50,7 @@ class GoatLinear(RoutedModule, nn.Module):
         scaling: s, a float, or float32 [E] for ``scaling="goat_s"``.
         residual_A, residual_B: the frozen pair with W_res = B0 A0, or None where W_res is zero.
         balance_loss, expert_load: of the last forward, detached.
+        svd_error: of ``svd="randomized"``, see :class:`goat_kernels.initialisation.InitialAdapter`; 0 otherwise.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; or a weight with too few singular values for the rule.
@@ -96,11 +97,8 @@ class GoatLinear(RoutedModule, nn.Module):
             svd=svd,
             seed=seed,
         )
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_count("in_features", in_features)
+        check_count("out_features", out_features)
         dtype = dtype or torch.get_default_dtype()
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
@@ -127,22 +125,33 @@ class GoatLinear(RoutedModule, nn.Module):
     ) -> GoatLinear:
         """A GoatLinear on the weight and bias of ``linear``, which it shares (and freezes) rather than copies.
 
+        With ``residual="fold"`` the weight is copied, because it will be overwritten.
+
         Args:
-            linear: the pretrained layer, of a floating dtype.
+            linear: the pretrained layer, of a floating dtype, without hooks or parametrisations.
             backend, generator: as for the class.
             **settings: the fields of :class:`goat_kernels.AdapterSettings`.
 
         Raises:
-            TypeError: ``linear`` is not an nn.Linear, or a keyword is unknown.
-            ValueError: a bad setting, or a weight with too few singular values for the rule.
+            TypeError: ``linear`` is not an nn.Linear with an ordinary weight, or a keyword is unknown.
+            ValueError: a bad setting, a weight with too few singular values for the rule, or hooks on ``linear``.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        if not isinstance(linear.weight, nn.Parameter):
+            raise TypeError(
+                f"linear must have an ordinary weight, got a {type(linear.weight).__name__}; remove its parametrisation"
+            )
+        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+            raise ValueError("linear has hooks, which a GoatLinear in its place would not call; remove them first")
         adapter_settings = AdapterSettings(**settings)
         check_weight(linear.weight, adapter_settings)
+        weight = linear.weight
+        if adapter_settings.residual == "fold" and not weight.is_meta:
+            weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._build(adapter_settings, linear.weight, linear.bias, backend)
+        layer._build(adapter_settings, weight, linear.bias, backend)
         layer.train(linear.training)
         if not linear.weight.is_meta:
             layer.reset_adapter(generator)
@@ -164,6 +173,7 @@ class GoatLinear(RoutedModule, nn.Module):
         self.bias = bias
         self._folded_weight = FoldedWeight(self.weight)
         self._adapter_enabled = True
+        never_bypass(self)
 
         dtype = torch.promote_types(weight.dtype, torch.float32)
         rows_A = settings.expert_rank if settings.init == "hydralora" else R
@@ -174,7 +184,7 @@ class GoatLinear(RoutedModule, nn.Module):
         has_residual = settings.init not in ZERO_RULES and settings.w_res_coefficient != 0
         self.register_buffer("residual_A", torch.empty(R, N, **new) if has_residual else None)
         self.register_buffer("residual_B", torch.empty(M, R, **new) if has_residual else None)
-        if settings.scaling == "goat_s":
+        if settings.per_expert_scaling:
             self.register_buffer("scaling", torch.ones(E, device=weight.device))
         else:
             self.scaling = adapter_scaling(settings, N, None)
@@ -200,6 +210,7 @@ class GoatLinear(RoutedModule, nn.Module):
         self._fold_if_wanted()
 
     def _load_initial(self, initial: InitialAdapter) -> None:
+        self.svd_error = initial.svd_error
         self.lora_A.copy_(initial.lora_A)
         self.lora_B.copy_(initial.lora_B)
         self.router.copy_(initial.router)
@@ -220,7 +231,8 @@ class GoatLinear(RoutedModule, nn.Module):
 
         Raises:
             TypeError: x is not of the weight's dtype (outside autocast), or not floating-point.
-            ValueError: the last dimension of x is not N, or x is on another device than the weight.
+            ValueError: the last dimension of x is not N, x is on another device than the weight, or the weight is
+                trainable while W0 - W_res is folded into it.
         """
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [..., N] = [..., {self.in_features}], got {list(x.shape)}")
@@ -230,6 +242,11 @@ class GoatLinear(RoutedModule, nn.Module):
             raise TypeError(f"x is {x.dtype} but weight is {self.weight.dtype}; cast one, or use autocast")
         if not self._adapter_enabled:
             return F.linear(x, self.weight, self.bias)
+        if self.weight.requires_grad and self._folded_weight.folded:
+            raise ValueError(
+                "weight requires grad, but residual='fold' keeps W0 aside and would lose its updates; use "
+                "residual='path' to train the weight too"
+            )
         settings = self.settings
         lora_A = self.lora_A
         if settings.init == "hydralora":
@@ -319,6 +336,19 @@ class GoatLinear(RoutedModule, nn.Module):
             if self.settings.residual == "fold" and loaded is not None and loaded.data_ptr() == self.weight.data_ptr():
                 self.weight.data = self.weight.data.clone()  # assign=True: the fold must not write into the state dict
             self._fold_if_wanted()
+
+    def get_extra_state(self) -> Tensor:
+        """What the tensors alone do not say: float64 [E, K, s], s 0 where it is a tensor of its own."""
+        s = 0.0 if isinstance(self.scaling, Tensor) else self.scaling
+        return torch.tensor([self.settings.num_experts, self.settings.top_k, s], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raise ValueError where the tensors being loaded were trained with other values."""
+        mine = self.get_extra_state()
+        if not torch.allclose(state.cpu(), mine, rtol=1e-12, atol=0):
+            names = ("num_experts", "top_k", "scaling")
+            theirs, own = (dict(zip(names, values.tolist(), strict=True)) for values in (state, mine))
+            raise ValueError(f"the state dict is of a layer with {theirs}, which does not fit this one with {own}")
 
     def extra_repr(self) -> str:
         s = self.settings

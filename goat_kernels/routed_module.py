@@ -6,7 +6,20 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def never_bypass(module: nn.Module) -> None:
+    """Keep PyTorch's fused inference paths from reading ``module.weight`` without calling the module.
+
+    nn.TransformerEncoderLayer does so in evaluation, and an adapter inside would silently have no effect; it takes its
+    ordinary path where a hook is present.
+    """
+    module.register_forward_pre_hook(_be_present)
+
+
+def _be_present(module: nn.Module, args: tuple) -> None:
+    return None
 
 
 class RoutedModule:

@@ -94,11 +94,6 @@ def _theorem_per_expert(
     N: int, D: int, eta: float, lora_alpha: float, segment_sums: torch.Tensor | None
 ) -> torch.Tensor:
     """``goat_s``: s_i = s_1 * sqrt(sum S of segment 1 / sum S of segment i), with s_1 from ``goat``."""
-    if segment_sums is None:
-        raise ValueError(
-            "scaling='goat_s' derives one number per expert from the singular values of its segment, which "
-            f"init rules {', '.join(ZERO_RULES)} do not have; use one of {', '.join(SEGMENT_RULES)}, or another scaling"
-        )
     if bool((segment_sums <= 0).any()):
         idle = [i for i, total in enumerate(segment_sums.tolist()) if total <= 0]
         raise ValueError(
@@ -117,6 +112,9 @@ def _alpha_over_sqrt_rank(N: int, D: int, eta: float, lora_alpha: float, segment
     """``rslora``: s = alpha / sqrt(D)."""
     return lora_alpha / math.sqrt(D)
 
+
+#: Scaling rules that give one number per expert, from singular values; the others give one float.
+PER_EXPERT_SCALINGS = ("goat_s",)
 
 SCALING_RULES: dict[str, ScalingRule] = {
     "goat": _theorem,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from goat_kernels.rules import INIT_RULES, SCALING_RULES, SEGMENT_RULES, ZERO_RULES
+from goat_kernels.rules import INIT_RULES, PER_EXPERT_SCALINGS, SCALING_RULES, SEGMENT_RULES, ZERO_RULES
 
 RESIDUAL_FORMS = ("path", "fold")
 SVD_METHODS = ("full", "randomized")
@@ -53,9 +53,9 @@ class AdapterSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_count("r", self.r)
-        _check_count("num_experts", self.num_experts)
-        _check_count("top_k", self.top_k)
+        check_count("r", self.r)
+        check_count("num_experts", self.num_experts)
+        check_count("top_k", self.top_k)
         if self.r % self.num_experts:
             raise ValueError(
                 f"r={self.r} must be divisible by num_experts={self.num_experts}: every expert has rank r / num_experts"
@@ -69,10 +69,10 @@ class AdapterSettings:
             check_name("scaling", self.scaling, SCALING_RULES, alternative="a positive number")
         else:
             check_number("scaling", self.scaling, minimum=0, exclusive=True)
-        if self.scaling == "goat_s" and self.init in ZERO_RULES:
+        if self.per_expert_scaling and self.init in ZERO_RULES:
             raise ValueError(
-                f"scaling='goat_s' needs the singular values of each expert's segment, which init={self.init!r} does "
-                f"not take; use init {', '.join(SEGMENT_RULES)}, or another scaling"
+                f"scaling={self.scaling!r} needs the singular values of each expert's segment, which "
+                f"init={self.init!r} does not take; use init {', '.join(SEGMENT_RULES)}, or another scaling"
             )
         check_number("eta", self.eta, minimum=0, exclusive=True)
         check_number("rho", self.rho, minimum=0, exclusive=True)
@@ -90,12 +90,18 @@ class AdapterSettings:
         return self.r // self.num_experts
 
     @property
+    def per_expert_scaling(self) -> bool:
+        """Whether s is one number per expert rather than one for all."""
+        return self.scaling in PER_EXPERT_SCALINGS
+
+    @property
     def w_res_coefficient(self) -> float:
         """The coefficient of W_res, with the default 1/E filled in (Thm 3.4)."""
         return 1 / self.num_experts if self.residual_coefficient is None else float(self.residual_coefficient)
 
 
-def _check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object) -> None:
+    """Raise unless ``value`` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:

@@ -72,7 +72,7 @@ def test_the_oracle_imports_nothing_of_the_package():
 def test_importing_the_package_needs_torch_alone():
     code = (
         "import sys\n"
-        "for name in ('triton', 'peft', 'transformers', 'accelerate', 'sklearn', 'matplotlib'):\n"
+        "for name in ('triton', 'peft', 'transformers', 'accelerate', 'sklearn', 'matplotlib', 'tqdm'):\n"
         "    sys.modules[name] = None\n"
         "import goat_kernels, torch\n"
         "layer = goat_kernels.GoatLinear(16, 16, r=8)\n"

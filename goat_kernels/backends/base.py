@@ -24,6 +24,11 @@ import torch
 from torch import Tensor
 
 
+def stats_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of router, gate and balance loss for inputs like x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 class Adapter(NamedTuple):
     """Everything of one adapter that a pass may need.
 
@@ -79,9 +84,12 @@ class HiddenGradient(NamedTuple):
 
     columns: [T, R + E + R'] = [dh | dlogits | dh0], compute dtype; dh is the gradient of the hidden columns, dh0 that
         of the residual's. dh0 is absent where no input gradient was asked for.
+    logits_ET: dlogits, stats dtype, for the router's own gradient: the balance loss's share of it is about 1e-3 / T per
+        token, which float16 cannot hold.
     """
 
     columns: Tensor
+    logits_ET: Tensor
 
 
 class Passes(Protocol):

@@ -18,6 +18,8 @@ rounded p, so the mask is exactly unbiased. With 32-bit words, the seed (s0, s1)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -51,33 +53,48 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=device)
 
 
-def _mix(word: Tensor, key: Tensor) -> Tensor:
-    """Two rounds of multiply and shift on int32 words; ``>>`` is arithmetic in torch, so its sign bits are masked."""
-    word = word ^ ((word >> 16) & 0xFFFF)
-    word = word * FIRST_FACTOR
-    word = word ^ key
-    word = word ^ ((word >> 15) & 0x1FFFF)
-    word = word * SECOND_FACTOR
-    return word ^ ((word >> 16) & 0xFFFF)
+def _mix_(word: Tensor, key: Tensor) -> Tensor:
+    """Two rounds of multiply and shift on int32 words, in place; torch's ``>>`` keeps the sign, so it is masked."""
+    word ^= (word >> 16) & 0xFFFF
+    word *= FIRST_FACTOR
+    word ^= key
+    word ^= (word >> 15) & 0x1FFFF
+    word *= SECOND_FACTOR
+    word ^= (word >> 16) & 0xFFFF
+    return word
 
 
-def keep_mask(seed: Tensor, T: int, N: int, slot: int, dropout_p: float) -> Tensor:
-    """bool [T, N], True where ``slot`` keeps the element.
+def _pair_bits(seed: Tensor, T: int, N: int, pair: int) -> Tensor:
+    """int32 [T, N]: 16 bits for slot 2*pair (low half) and 16 for slot 2*pair + 1 (high half)."""
+    s0, s1 = seed[0], seed[1]
+    rows = torch.arange(T, dtype=torch.int32, device=seed.device)
+    columns = torch.arange(N, dtype=torch.int32, device=seed.device) * COLUMN_FACTOR
+    key = _mix_(rows ^ s0, s1)
+    return _mix_(columns ^ key[:, None], s1 + _signed(pair * PAIR_FACTOR))
+
+
+def keep_masks(seed: Tensor, T: int, N: int, slots: int, dropout_p: float) -> Iterator[Tensor]:
+    """The masks of slots 0..slots-1, bool [T, N] each, True where the slot keeps the element.
 
     Args:
         seed: int32 [2].
         T: tokens.
         N: in_features.
-        slot: j, 0-based.
+        slots: how many, K.
         dropout_p: probability of dropping, in [0, 1).
     """
-    s0, s1 = seed[0], seed[1]
-    rows = torch.arange(T, dtype=torch.int32, device=seed.device)
-    columns = torch.arange(N, dtype=torch.int32, device=seed.device) * COLUMN_FACTOR
-    key = _mix(rows ^ s0, s1)
-    bits = _mix(columns ^ key[:, None], s1 + _signed((slot // 2) * PAIR_FACTOR))
-    half = (bits >> 16) & 0xFFFF if slot % 2 else bits & 0xFFFF
-    return half >= keep_threshold(dropout_p)
+    threshold = keep_threshold(dropout_p)
+    for slot in range(slots):
+        if slot % 2 == 0:
+            bits = _pair_bits(seed, T, N, slot // 2)
+            yield (bits & 0xFFFF) >= threshold
+        else:
+            yield ((bits >> 16) & 0xFFFF) >= threshold
+
+
+def keep_mask(seed: Tensor, T: int, N: int, slot: int, dropout_p: float) -> Tensor:
+    """The mask of one slot; see :func:`keep_masks`."""
+    return list(keep_masks(seed, T, N, slot + 1, dropout_p))[slot]
 
 
 def expert_slots(gate_TE: Tensor) -> Tensor:

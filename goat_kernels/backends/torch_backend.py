@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from goat_kernels.backends.base import Adapter, HiddenGradient, Routing
-from goat_kernels.backends.dropout import expert_slots, keep_mask, keep_scale
+from goat_kernels.backends.base import Adapter, HiddenGradient, Routing, stats_dtype
+from goat_kernels.backends.dropout import expert_slots, keep_masks, keep_scale
 
 #: Two measured costs that decide between two exact ways of the residual, in arithmetic operations of a large product:
 #: copying one element of the weight, and a skinny product's operation (at the sizes of ``python -m bench.layer``).
@@ -27,11 +26,6 @@ _OPERATIONS_PER_COPIED_ELEMENT = 64
 _COLUMN_PENALTY = 1.2
 
 _workspaces = threading.local()
-
-
-def stats_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of router, gate and balance loss for inputs like x."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class TorchPasses:
@@ -46,6 +40,8 @@ class TorchPasses:
         return None
 
     def folded_weight(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor | None:
+        if x_TN.device.type != "cpu" or type(weight_MN) not in (Tensor, torch.nn.Parameter):
+            return None  # the costs below are a CPU's; a tracer's fake tensors may not meet the workspace
         if x_TN.dtype not in (torch.float32, torch.float64):
             return None  # in half precision the subtraction would round W_res away
         T, (M, N), R0 = x_TN.shape[0], weight_MN.shape, residual_A.shape[0]
@@ -117,7 +113,7 @@ class TorchPasses:
         if R0:
             # The sign of - W_res x goes here, so that A0 itself multiplies the columns in input_prefill.
             torch.mm(grad_y_TM, adapter.residual_B.to(compute).neg(), out=columns[:, R + E :])
-        return HiddenGradient(columns)
+        return HiddenGradient(columns, grad_logits_ET)
 
     def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
         return (grad_y_TM.t() @ routing.weighted_TR).to(adapter.lora_B.dtype)
@@ -127,14 +123,17 @@ class TorchPasses:
     ) -> tuple[Tensor, Tensor]:
         R, E = adapter.rank, adapter.num_experts
         dtype_A, dtype_router = adapter.lora_A.dtype, adapter.router.dtype
-        if adapter.seed is None:
+        whole = x_TN.dtype == gradient.logits_ET.dtype  # else the router's gradient takes a product in its own dtype
+        if adapter.seed is None and whole:
             stacked = gradient.columns[:, : R + E].t() @ x_TN
             return stacked[:R].to(dtype_A, copy=True), stacked[R:].to(dtype_router, copy=True)
-        grad_router = gradient.columns[:, R : R + E].t() @ x_TN
+        grad_router = (gradient.logits_ET @ x_TN.to(gradient.logits_ET.dtype)).to(dtype_router)
+        if adapter.seed is None:
+            return (gradient.columns[:, :R].t() @ x_TN).to(dtype_A), grad_router
         grad_A = x_TN.new_zeros(R, x_TN.shape[1])
         for keep_TN, in_slot_TR in _slots(x_TN, adapter, routing.gate_ET):
             grad_A += (gradient.columns[:, :R] * in_slot_TR).t() @ (x_TN * keep_TN)
-        return (grad_A * keep_scale(adapter.dropout_p)).to(dtype_A), grad_router.to(dtype_router)
+        return (grad_A * keep_scale(adapter.dropout_p)).to(dtype_A), grad_router
 
     def input_prefill(self, adapter: Adapter, routing: Routing, gradient: HiddenGradient) -> Tensor:
         columns, R = gradient.columns, adapter.rank
@@ -171,10 +170,25 @@ def _route(logits_ET: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return gate_ET, probs_ET, load_E, balance_loss
 
 
-@lru_cache(maxsize=256)
 def _expansion(E: int, D: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[E, R] with ``value`` in expert i's D columns of row i: gate^T times it repeats, and scales, the gates."""
-    return torch.eye(E, dtype=dtype, device=device).mul_(value).repeat_interleave(D, dim=1)
+    key = (E, D, value, dtype, device)
+    expansion = _expansions.get(key)
+    if expansion is None:
+        with torch.inference_mode(False):
+            expansion = torch.eye(E, dtype=dtype, device=device).mul_(value).repeat_interleave(D, dim=1)
+        if _may_outlive_the_call(expansion):
+            _expansions[key] = expansion
+    return expansion
+
+
+#: A model has as many entries as it has combinations of rank, scaling and device.
+_expansions: dict[tuple, Tensor] = {}
+
+
+def _may_outlive_the_call(tensor: Tensor) -> bool:
+    """Not so for the fake tensors of a tracer, and for memory that belongs to a CUDA graph being captured."""
+    return type(tensor) is Tensor and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _factor(adapter: Adapter, gate_ET: Tensor) -> Tensor:
@@ -199,21 +213,24 @@ def _slots(like_TN: Tensor, adapter: Adapter, gate_ET: Tensor) -> Iterator[tuple
     """For each slot: its keep mask, bool [T, N], and which hidden columns belong to it, bool [T, R]."""
     T, N = like_TN.shape
     slots_TR = expert_slots(gate_ET.t()).repeat_interleave(adapter.expert_rank, dim=1)
-    for slot in range(adapter.top_k):
-        yield keep_mask(adapter.seed, T, N, slot, adapter.dropout_p), slots_TR == slot
+    masks = keep_masks(adapter.seed, T, N, adapter.top_k, adapter.dropout_p)
+    for slot, keep_TN in enumerate(masks):
+        yield keep_TN, slots_TR == slot
 
 
 def _workspace_like(weight_MN: Tensor) -> Tensor:
-    """An uninitialised tensor like ``weight_MN``; on a CPU from one buffer per thread, as large as any asked for.
+    """An uninitialised [M, N] on the CPU, from one buffer per thread and dtype, as large as any asked for.
 
-    There a fresh matrix costs more in page faults than the product that fills it.
+    A fresh matrix costs more in page faults than the product that fills it.
     """
-    if weight_MN.device.type != "cpu" or type(weight_MN) not in (Tensor, torch.nn.Parameter):
-        return torch.empty_like(weight_MN, memory_format=torch.contiguous_format)
     buffers = _workspaces.__dict__
     buffer = buffers.get(weight_MN.dtype)
     if buffer is None or buffer.numel() < weight_MN.numel():
-        buffer = buffers[weight_MN.dtype] = torch.empty(weight_MN.numel(), dtype=weight_MN.dtype)
+        with torch.inference_mode(False):  # a buffer made in inference mode could never be written outside it
+            buffer = torch.empty(weight_MN.numel(), dtype=weight_MN.dtype, device="cpu")
+        if not _may_outlive_the_call(buffer):
+            return buffer.view(weight_MN.shape)
+        buffers[weight_MN.dtype] = buffer
     return buffer[: weight_MN.numel()].view(weight_MN.shape)
 
 

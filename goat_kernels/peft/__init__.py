@@ -10,10 +10,10 @@ import peft
 import peft.mapping
 
 from goat_kernels.peft.config import GoatConfig, GoatPeftType
-from goat_kernels.peft.layer import GoatLayer
+from goat_kernels.peft.layer import GoatLinearLayer
 from goat_kernels.peft.model import GoatModel
 
-__all__ = ["GoatConfig", "GoatLayer", "GoatModel", "GoatPeftType"]
+__all__ = ["GoatConfig", "GoatLinearLayer", "GoatModel", "GoatPeftType"]
 
 
 def _register() -> None:

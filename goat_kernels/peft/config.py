@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
@@ -141,7 +142,15 @@ class GoatConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        if self.bias == "lora_only":  # as LoraConfig calls it
+            self.bias = "goat_only"
         self._check()
+        if self.scaling not in ("lora", "rslora") and (self.alpha_pattern or self.lora_alpha != 16):
+            warnings.warn(
+                f"lora_alpha={self.lora_alpha} and alpha_pattern are read by scaling='lora' and 'rslora' alone; "
+                f"scaling={self.scaling!r} ignores them",
+                stacklevel=3,
+            )
 
     def _check(self) -> None:
         check_dropout("lora_dropout", self.lora_dropout)

@@ -1,4 +1,4 @@
-"""``GoatLayer``: a linear layer of any kind with GOAT adapters on it, as PEFT's tuner layers are built.
+"""``GoatLinearLayer``: a linear layer of any kind with GOAT adapters on it, as PEFT's tuner layers are built.
 
 The base layer stays where it is (``base_layer``). Each adapter is three parameters (``goat_A``, ``goat_B``,
 ``goat_router``) and up to three buffers (the frozen pair, the per-expert scaling), in dicts keyed by adapter name.
@@ -24,7 +24,7 @@ from goat_kernels.peft.base_layer import (
 )
 from goat_kernels.peft.tensors import AdapterTensors, Float32BufferDict, pending_tensors
 from goat_kernels.residual import FoldedWeight
-from goat_kernels.routed_module import RoutedModule
+from goat_kernels.routed_module import RoutedModule, never_bypass
 from goat_kernels.settings import AdapterSettings
 
 NO_MERGE = (
@@ -33,8 +33,10 @@ NO_MERGE = (
 )
 
 
-class GoatLayer(nn.Module, BaseTunerLayer, RoutedModule):
+class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule):
     """GOAT adapters on one base layer.
+
+    "Linear" is in the name because PEFT looks for it when "all-linear" meets a model that has adapters already.
 
     Parameters (by adapter name, float32; float64 over a float64 base): ``goat_A`` [R, N] ([D, N] for hydralora),
     ``goat_B`` [M, R], ``goat_router`` [E, N]. Buffers: ``goat_residual_A`` [R, N] and ``goat_residual_B`` [M, R] where
@@ -64,6 +66,7 @@ class GoatLayer(nn.Module, BaseTunerLayer, RoutedModule):
         self._pending: set[str] = set()
         self._folded: FoldedWeight | None = None
         self._folded_adapter: str | None = None
+        never_bypass(self)
         self.register_state_dict_post_hook(_pretrained_weight_into_state_dict)
         self.register_load_state_dict_post_hook(_check_loaded)
 
@@ -295,7 +298,7 @@ def _takes(weight: Tensor, x: Tensor) -> bool:
     return x.dtype == weight.dtype or autocast_dtype(x) is not None
 
 
-def _pretrained_weight_into_state_dict(layer: GoatLayer, state_dict: dict, prefix: str, local_metadata) -> None:
+def _pretrained_weight_into_state_dict(layer: GoatLinearLayer, state_dict: dict, prefix: str, local_metadata) -> None:
     """A state dict holds W0 also while W0 - W_res is in the weight: what is saved is the base model, whole."""
     if layer._folded is None:
         return
@@ -306,7 +309,7 @@ def _pretrained_weight_into_state_dict(layer: GoatLayer, state_dict: dict, prefi
         state_dict[key + "weight"] = layer._folded.original.to(state_dict[key + "weight"].device)
 
 
-def _check_loaded(layer: GoatLayer, incompatible_keys) -> None:
+def _check_loaded(layer: GoatLinearLayer, incompatible_keys) -> None:
     """Note which adapters have come, so that a compiled first forward need not look."""
     for name in list(layer._pending):
         tensors = layer._adapter_tensors(name).values()

@@ -22,7 +22,7 @@ from goat_kernels.peft.base_layer import (
     pretrained_weight,
 )
 from goat_kernels.peft.config import GoatConfig
-from goat_kernels.peft.layer import NO_MERGE, GoatLayer
+from goat_kernels.peft.layer import NO_MERGE, GoatLinearLayer
 from goat_kernels.peft.tensors import AdapterTensors, random_tensors
 from goat_kernels.rules import ZERO_RULES
 from goat_kernels.training.balance import attach_balance_scale, detach_balance_scale
@@ -44,7 +44,7 @@ class GoatModel(BaseTuner):
     """
 
     prefix: str = "goat_"
-    tuner_layer_cls = GoatLayer
+    tuner_layer_cls = GoatLinearLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # --- injection ------------------------------------------------------------------------------------------------
@@ -125,12 +125,12 @@ class GoatModel(BaseTuner):
     ) -> None:
         settings = peft_config.settings(current_key)
         tensors = self._initial.pop(current_key, None)
-        if isinstance(target, GoatLayer):
+        if isinstance(target, GoatLinearLayer):
             target.update_layer(adapter_name, settings, tensors, has_residual=peft_config.has_residual)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_base_layer(base, current_key)  # again: targets named by a state_dict come unchecked
-        layer = GoatLayer(target, current_key)
+        layer = GoatLinearLayer(target, current_key)
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, settings, tensors, has_residual=peft_config.has_residual)
         if adapter_name not in self.active_adapters:
@@ -140,7 +140,7 @@ class GoatModel(BaseTuner):
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         """Put a layer into its place. Its adapters are where they belong; PEFT would move them after the weight, onto
         the meta device where the weight is offloaded."""
-        if isinstance(new_module, GoatLayer):
+        if isinstance(new_module, GoatLinearLayer):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -157,8 +157,8 @@ class GoatModel(BaseTuner):
 
     # --- switching, saving, unloading -----------------------------------------------------------------------------
 
-    def _layers(self) -> list[GoatLayer]:
-        return [module for module in self.model.modules() if isinstance(module, GoatLayer)]
+    def _layers(self) -> list[GoatLinearLayer]:
+        return [module for module in self.model.modules() if isinstance(module, GoatLinearLayer)]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
@@ -170,7 +170,7 @@ class GoatModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         # An adapter whose tensors never came is initialised before it is saved; in place, so state_dict sees it.
         for module in model.modules():
-            if isinstance(module, GoatLayer):
+            if isinstance(module, GoatLinearLayer):
                 module.initialise_pending(adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
@@ -207,7 +207,7 @@ def _weight_for_initialisation(config: GoatConfig, module: nn.Module, name: str)
     if config.init in ZERO_RULES:
         # Only shape and device matter: nothing is dequantised, and what cannot be dequantised can be adapted.
         return torch.zeros((), device=adapter_device(base)).expand(features(base)[::-1])
-    return module.pretrained_weight() if isinstance(module, GoatLayer) else pretrained_weight(base, name)
+    return module.pretrained_weight() if isinstance(module, GoatLinearLayer) else pretrained_weight(base, name)
 
 
 def _check_target(config: GoatConfig, name: str, base: nn.Module, model: nn.Module) -> None:

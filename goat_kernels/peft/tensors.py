@@ -53,7 +53,7 @@ def pending_tensors(
     def nan(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.full(shape, math.nan, device=device, dtype=dtype)
 
-    per_expert = settings.scaling == "goat_s"
+    per_expert = settings.per_expert_scaling
     return AdapterTensors(
         lora_A=nan(_rows_of_A(settings), N),
         lora_B=nan(M, settings.r),
@@ -77,8 +77,8 @@ def random_tensors(
     zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
 
     # Without singular values every expert gets the scaling of the first.
-    rule = "goat" if settings.scaling == "goat_s" else settings.scaling
-    per_expert = settings.scaling == "goat_s"
+    per_expert = settings.per_expert_scaling
+    rule = "goat" if per_expert else settings.scaling
     scaling = adapter_scaling(AdapterSettings(**{**vars(settings), "scaling": rule}), N, None)
     return AdapterTensors(
         lora_A=uniform(_rows_of_A(settings), N, bound=1 / math.sqrt(N)),

@@ -101,9 +101,12 @@ class BalanceScale:
         if not torch.is_grad_enabled():
             return None
         share, self._share = self._share, None
+        if _is_loss(outputs):
+            return self._tap(outputs, share)
         if isinstance(outputs, tuple):
             if outputs and _is_loss(outputs[0]):
-                return type(outputs)((self._tap(outputs[0], share), *outputs[1:]))
+                tapped = (self._tap(outputs[0], share), *outputs[1:])
+                return outputs._make(tapped) if hasattr(outputs, "_make") else type(outputs)(tapped)
         elif isinstance(outputs, dict):
             if _is_loss(outputs.get("loss")):
                 outputs["loss"] = self._tap(outputs["loss"], share)
@@ -119,8 +122,8 @@ def attach_balance_scale(model: nn.Module) -> BalanceScale:
     submodules are replaced; calling it again takes in routed modules that were added since.
 
     Args:
-        model: a module whose output is a dict, a ModelOutput or an object with ``loss``, or a tuple that starts with a
-            0-d loss. Where it is none of these, the scale keeps its default.
+        model: a module whose output is a 0-d loss, a dict, a ModelOutput or an object with ``loss``, or a tuple that
+            starts with a 0-d loss. Where it is none of these, the scale keeps its default.
 
     Returns:
         The scale, also reachable by :func:`balance_scales`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 
 import peft
 import pytest
@@ -103,3 +104,12 @@ def test_the_method_is_registered():
     model = peft.get_peft_model(tiny_llama(), config)
     assert model.peft_type == "GOAT"
     assert model.peft_type.value.lower() + "_" == model.base_model.prefix
+
+
+def test_lora_names_are_understood_or_warned_about():
+    assert GoatConfig(bias="lora_only").bias == "goat_only"
+    with pytest.warns(UserWarning, match=r"lora_alpha=32 .* scaling='goat' ignores them"):
+        GoatConfig(lora_alpha=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GoatConfig(lora_alpha=32, scaling="lora")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import goat_kernels.peft.base_layer as base_layer_module
-from goat_kernels.peft import GoatConfig, GoatLayer
+from goat_kernels.peft import GoatConfig, GoatLinearLayer
 
 TENSORS = {"goat_A", "goat_B", "goat_router", "goat_residual_A", "goat_residual_B"}
 
@@ -39,8 +39,8 @@ def logits(model):
         return outputs_of(model(input_ids=tokens()))
 
 
-def layers_of(model) -> list[GoatLayer]:
-    return [module for module in model.modules() if isinstance(module, GoatLayer)]
+def layers_of(model) -> list[GoatLinearLayer]:
+    return [module for module in model.modules() if isinstance(module, GoatLinearLayer)]
 
 
 @pytest.fixture

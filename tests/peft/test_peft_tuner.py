@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft_tiny_models import MODELS, TARGETS, batch, outputs_of, tiny_gpt2, tiny_llama, tiny_vit
 from torch import nn
 
-from goat_kernels.peft import GoatConfig, GoatLayer
+from goat_kernels.peft import GoatConfig, GoatLinearLayer
 from goat_kernels.reference import goat_reference
 
 
@@ -24,8 +24,8 @@ def goat_llama(**changes) -> PeftModel:
     return get_peft_model(tiny_llama(), config(**changes)).eval()
 
 
-def goat_layers(model: nn.Module) -> dict[str, GoatLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, GoatLayer)}
+def goat_layers(model: nn.Module) -> dict[str, GoatLinearLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, GoatLinearLayer)}
 
 
 def logits(model: nn.Module, name: str = "llama") -> torch.Tensor:
@@ -445,3 +445,23 @@ def test_a_model_with_lora_beside_goat_in_transformers():
     assert torch.isfinite(logits(base)).all()
     base.delete_adapter("goat")
     assert torch.isfinite(logits(base)).all()
+
+
+def test_a_second_adapter_takes_all_linear_too():
+    model = get_peft_model(tiny_llama(), GoatConfig(r=8, num_experts=4, target_modules="all-linear"))
+    model.add_adapter("second", GoatConfig(r=4, num_experts=2, target_modules="all-linear"))
+    layers = [module for module in model.modules() if isinstance(module, GoatLinearLayer)]
+    assert len(layers) > 1
+    assert all(set(layer.goat_A) == {"default", "second"} for layer in layers)
+
+
+def test_the_fused_transformer_encoder_does_not_bypass_the_adapter():
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    model = get_peft_model(encoder, GoatConfig(r=8, rho=1e-2, target_modules=["linear1", "linear2"])).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        fast = model(x)
+        with model.disable_adapter():
+            base = model(x)
+    assert torch.allclose(fast, model(x).detach(), atol=1e-5)
+    assert not torch.allclose(fast, base, atol=1e-3)
