@@ -34,7 +34,7 @@ BAD = [
     ({"balance_coefficient": -1e-3}, ValueError, "balance_coefficient=-0.001 must be a finite number at least 0"),
     ({"svd": "fast"}, ValueError, "svd='fast' is unknown; it must be one of full, randomized"),
     ({"seed": 1.5}, TypeError, "seed must be an int, got 1.5"),
-    ({"bias": "lora_only"}, ValueError, "bias='lora_only' is unknown; it must be one of none, all, goat_only"),
+    ({"bias": "some"}, ValueError, "bias='some' is unknown; it must be one of none, all, goat_only"),
     ({"init_weights": "pissa"}, TypeError, "init_weights must be True or False, got 'pissa'.* init"),
     ({"rank_pattern": {"q_proj": 12}}, ValueError, r"rank_pattern\['q_proj'\]: r=12 must be divisible by num_exp"),
     ({"rank_pattern": ["q_proj"]}, TypeError, "rank_pattern must be a dict from module name to number"),
