@@ -23,7 +23,7 @@ from goat_kernels.backends.dropout import expert_slots, keep_masks, keep_scale
 #: Two measured costs that decide between two exact ways of the residual, in arithmetic operations of a large product:
 #: copying one element of the weight, and a skinny product's operation (at the sizes of ``python -m bench.layer``).
 _OPERATIONS_PER_COPIED_ELEMENT = 64
-_COLUMN_PENALTY = 1.2
+_COLUMN_PENALTY = 1.3
 
 _workspaces = threading.local()
 
