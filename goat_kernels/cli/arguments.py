@@ -118,7 +118,7 @@ def _add_adapter_arguments(group) -> None:
         metavar="X",
         type=_number(0),
         help="full fine-tuning learning rate / GOAT learning rate, in the goat scalings "
-        "(default: that ratio of this run's own learning rates)",
+        "(default: the paper's, 1 for classification and 0.1 for causal-lm)",
     )
     group.add_argument(
         "--rho",

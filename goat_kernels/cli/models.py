@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from goat_kernels.backends import resolve_backend
 from goat_kernels.cli.data import local_path, looks_like_path
 from goat_kernels.cli.errors import CommandError
-from goat_kernels.cli.options import FinetuneOptions
+from goat_kernels.cli.options import ETA, FinetuneOptions
 from goat_kernels.initialisation import check_weight
 from goat_kernels.peft import GoatConfig
 from goat_kernels.settings import AdapterSettings
@@ -142,14 +142,13 @@ def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str
         shared["exclude_modules"] = rf"(.*\.)?({'|'.join(map(re.escape, new_modules))})(\..*)?"
     if method == "lora":
         return LoraConfig(**shared)
-    rates = options.training.learning_rates
     with options_named():
         return GoatConfig(
             **shared,
             num_experts=adapter.experts,
             top_k=adapter.top_k,
             scaling=adapter.scaling,
-            eta=adapter.eta or rates["full"] / rates["goat"],
+            eta=ETA[options.task] if adapter.eta is None else adapter.eta,
             rho=adapter.rho,
             init=adapter.init,
             residual=adapter.residual,

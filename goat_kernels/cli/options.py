@@ -30,6 +30,9 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
     "causal-lm": {"full": 1e-5, "lora": 1e-4, "goat": 1e-4},
 }
 
+#: eta where --eta does not say: the paper's, 1 for ViT and RoBERTa, 0.1 for Llama at a learning rate of 1e-4.
+ETA = {"digits": 1.0, "image-classification": 1.0, "text-classification": 1.0, "causal-lm": 0.1}
+
 #: Epochs and batch size where --epochs, --max-steps and --batch-size do not say.
 EPOCHS = {"digits": 18, "image-classification": 3, "text-classification": 3, "causal-lm": 1}
 BATCH_SIZES = {"digits": 32, "image-classification": 16, "text-classification": 16, "causal-lm": 4}
