@@ -117,6 +117,11 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert f"bash -c '{commands[1]}'" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_placeholder_is_left(document):
+    assert not re.search(r"@@|TODO|TBD|FIXME", document.read_text())
+
+
 def test_links_between_documents_exist():
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
