@@ -251,9 +251,10 @@ def test_options_reach_the_saved_adapter_and_it_loads_back_in_bfloat16():
     assert results()["methods"][0]["reload_bit_equal"]
 
 
-def test_eta_is_the_ratio_of_the_runs_learning_rates(bert):
+@pytest.mark.parametrize(("given", "eta"), [((), 1.0), (("--eta", "0.25"), 0.25)], ids=["default", "given"])
+def test_eta_is_the_papers_unless_given(bert, given, eta):
     data = write_reviews("reviews.csv", reviews())
     arguments = ["--task", "text-classification", "--model", bert, "--data", data, *COLUMNS, "--max-steps", "1"]
-    assert finetune(*arguments, "--methods", "goat", "--learning-rate", "full=1e-4,goat=4e-4") == 0
+    assert finetune(*arguments, "--methods", "goat", *given) == 0
     saved = json.loads(Path("goat-output/goat/adapter/adapter_config.json").read_text(encoding="utf-8"))
-    assert saved["eta"] == pytest.approx(0.25)
+    assert saved["eta"] == eta

@@ -132,7 +132,6 @@ def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str
     targets = adapter.target_modules
     shared = {
         "r": adapter.rank,
-        "lora_alpha": adapter.lora_alpha or 2 * adapter.rank,
         "target_modules": list(targets) if isinstance(targets, tuple) else targets,
         "modules_to_save": list(new_modules) or None,
         "lora_dropout": adapter.dropout,
@@ -140,8 +139,11 @@ def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str
     if new_modules:
         # all-linear would adapt the head too, which trains in full.
         shared["exclude_modules"] = rf"(.*\.)?({'|'.join(map(re.escape, new_modules))})(\..*)?"
+    alpha = adapter.lora_alpha or 2 * adapter.rank
     if method == "lora":
-        return LoraConfig(**shared)
+        return LoraConfig(**shared, lora_alpha=alpha)
+    if adapter.scaling in ("lora", "rslora"):  # the others do not read it
+        shared["lora_alpha"] = alpha
     with options_named():
         return GoatConfig(
             **shared,

@@ -147,8 +147,8 @@ class GoatConfig(PeftConfig):
         self._check()
         if self.scaling not in ("lora", "rslora") and (self.alpha_pattern or self.lora_alpha != 16):
             warnings.warn(
-                f"lora_alpha={self.lora_alpha} and alpha_pattern are read by scaling='lora' and 'rslora' alone; "
-                f"scaling={self.scaling!r} ignores them",
+                f"lora_alpha={self.lora_alpha} (and alpha_pattern) is read by scaling='lora' and 'rslora' alone; "
+                f"scaling={self.scaling!r} ignores it",
                 stacklevel=3,
             )
 

@@ -108,7 +108,7 @@ def test_the_method_is_registered():
 
 def test_lora_names_are_understood_or_warned_about():
     assert GoatConfig(bias="lora_only").bias == "goat_only"
-    with pytest.warns(UserWarning, match=r"lora_alpha=32 .* scaling='goat' ignores them"):
+    with pytest.warns(UserWarning, match=r"lora_alpha=32 .* scaling='goat' ignores it"):
         GoatConfig(lora_alpha=32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
