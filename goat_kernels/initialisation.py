@@ -11,6 +11,7 @@ here touches a module or changes a weight. The rules themselves are in ``rules.p
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,8 @@ from goat_kernels.rules import (
     needs_only_largest,
 )
 from goat_kernels.settings import AdapterSettings
+
+_logger = logging.getLogger(__name__)
 
 #: A singular value below this share of the largest one, times max(M, N), is zero to the SVD's precision.
 _RELATIVE_ZERO = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: torch.finfo(torch.float64).eps}
@@ -210,7 +213,9 @@ def _svd_dtype(weight: Tensor) -> torch.dtype:
 def _svd(weight: Tensor, settings: AdapterSettings, generator: torch.Generator | None) -> Triples:
     matrix = weight.to(_svd_dtype(weight))
     if settings.svd == "randomized":
-        return randomized_svd(matrix, settings.r, generator=generator)
+        triples = randomized_svd(matrix, settings.r, generator=generator)
+        _logger.info("randomised SVD of a %d x %d weight: error %.1e", *matrix.shape, triples.error)
+        return triples
     return Triples(*torch.linalg.svd(matrix, full_matrices=False))
 
 
