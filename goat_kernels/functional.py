@@ -185,6 +185,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = inputs[12:]
     ctx.balance_scale = balance_scale  # not saved: the trainer's loss writes it between forward and backward
     needs = ctx.needs_input_grad
+    if residual_A is not None and not torch.compiler.is_compiling():
+        # Constants, kept without a version check: DDP writes the same values into its buffers at every forward.
+        residual_A, residual_B = residual_A.data, residual_B.data
     if not (needs[_WEIGHT] or needs[_LORA_A] or needs[_ROUTER]):
         x = x.new_empty(()).expand(x.shape)  # only its shape and dtype are wanted: let go of the memory
     if not needs[_X]:

@@ -197,7 +197,15 @@ def _image_transform(source: str, config) -> Callable[[Image.Image], Tensor]:
     """PIL image -> pixel values [C, H, W], by the model's own processor where it has one."""
     try:
         processor = AutoImageProcessor.from_pretrained(source)
-    except OSError:
+    except (OSError, ImportError) as error:
+        folder = Path(source)
+        if isinstance(error, ImportError) and not (
+            folder.is_dir() and not (folder / "preprocessor_config.json").exists()
+        ):
+            raise CommandError(
+                f"--model {source}: this version of transformers prepares images with torchvision alone; install "
+                "torchvision, or a newer transformers"
+            ) from error
         channels = getattr(config, "num_channels", 3)
         size = getattr(config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size

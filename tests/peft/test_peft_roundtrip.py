@@ -33,6 +33,8 @@ import torch
 torch.set_num_threads(1)
 import goat_kernels.peft
 from peft import PeftModel
+from packaging import version
+import transformers
 from peft_tiny_models import MODELS, batch, outputs_of
 
 def refuse(*args, **kwargs):
@@ -51,9 +53,11 @@ for case in sys.argv[2:]:
     check(case, "PEFT", PeftModel.from_pretrained(build(), folder))
     check(case, "low_cpu_mem_usage", PeftModel.from_pretrained(build(), folder, low_cpu_mem_usage=True))
     check(case, "another name", PeftModel.from_pretrained(build(), folder, adapter_name="other"))
-    model = build()
-    model.load_adapter(folder)
-    check(case, "transformers", model)
+    # Older versions of load_adapter miss the modules_to_save of any method ("classifier" of BERT and ViT).
+    if case.split("-")[0] not in ("bert", "vit") or version.parse(transformers.__version__).release >= (5, 23):
+        model = build()
+        model.load_adapter(folder)
+        check(case, "transformers", model)
     print("equal:", case)
 """
 
