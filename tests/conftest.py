@@ -11,5 +11,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _fresh_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GOAT_KERNELS_BACKEND", raising=False)
+    # Set first, so that it is absent again afterwards whatever the test's commands put there.
+    monkeypatch.setenv("GOAT_KERNELS_BACKEND", "")
+    monkeypatch.delenv("GOAT_KERNELS_BACKEND")
     torch.manual_seed(0)
