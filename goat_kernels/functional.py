@@ -53,7 +53,7 @@ def goat_linear(
     residual: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> GoatOutput:
-    """A linear layer with E routed LoRA experts (GOAT; paper, Eqs. 1-4 and Thms 3.4-3.5).
+    """A linear layer with E routed LoRA experts (GOAT, arXiv 2502.16894; Thms 3.4-3.5).
 
         gate = softmax over the K largest entries of x router^T      float32, ties to the lower index
         y = x weight^T + bias + (scaling * expand(gate) * (dropout(x) lora_A^T)) lora_B^T - (x A0^T) B0^T
@@ -238,8 +238,8 @@ def _backward_with(run, ctx, grad_y, grad_balance):
 class _GoatFunction(torch.autograd.Function):
     """The formula for eager mode, which calls the passes without a dispatcher in between.
 
-    The forward takes ctx, rather than leaving it to setup_context, because torch then inspects no signatures: at
-    small sizes that is a tenth of the layer's time.
+    The forward takes ctx, rather than leaving it to setup_context, because torch then inspects no signatures, which
+    is felt at small sizes.
     """
 
     @staticmethod

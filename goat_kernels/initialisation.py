@@ -1,4 +1,4 @@
-"""From a pretrained weight to a GOAT adapter: SVD, segments, scaling, residual (paper, Secs. 3.2-3.4).
+"""From a pretrained weight to a GOAT adapter: SVD, segments, scaling, residual (paper, Thms 3.4 and 3.5).
 
     W0 = U diag(S) Vt                            thin SVD, float32 or better
     B0_i = U_seg sqrt(S_seg / (s_i rho))         expert i's segment of the triples

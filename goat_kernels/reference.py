@@ -61,7 +61,7 @@ def goat_reference(
     selection: Tensor | None = None,
     dropout_masks: Tensor | None = None,
 ) -> ReferenceOutput:
-    """GOAT's layer in the paper's own terms (paper, Eqs. 1-4 and Thm 3.4; goat's balance loss).
+    """GOAT's layer in the paper's own terms (docs/math.md; the residual is the paper's Thm 3.4).
 
     Args:
         x: [..., N], float32 or float64; every other tensor has the same dtype.

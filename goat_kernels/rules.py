@@ -23,7 +23,7 @@ SegmentRule = Callable[[int, int, int, torch.Generator | None], torch.Tensor]
 
 
 def _chunk_heads(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
-    """``goat``: the largest D triples of each of E equal chunks, [i*t, i*t + D) with t = h // E (paper, Eq. 8)."""
+    """``goat``: the largest D triples of each of E equal chunks, [i*t, i*t + D) with t = h // E; the paper's rule."""
     t = h // E
     return torch.arange(E)[:, None] * t + torch.arange(D)
 
