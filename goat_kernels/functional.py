@@ -130,8 +130,9 @@ def routed_linear(
         balance_coefficient: times the balance loss, added to the loss in backward without appearing in it.
         balance_scale: 0-d, read in backward: what the trainer scales its loss by. None is 1.
     """
-    backend = resolve_backend(backend, x.device)  # may raise: before anything else happens
     dtype = autocast_dtype(x)
+    compute = base_output.dtype if base_output is not None else dtype or x.dtype
+    backend = resolve_backend(backend, x.device, compute)  # may raise: before anything else happens
     if dtype is not None:
         x = x.to(dtype)
         weight = None if weight is None else weight.to(dtype)
@@ -175,12 +176,12 @@ _X, _WEIGHT, _BASE_OUTPUT, _BIAS, _LORA_A, _LORA_B, _ROUTER = range(7)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    """Keep x, h~, gate, probs and f, and the parameters that the gradients asked for will need.
+    """Keep x, h~, gate, probs, f and the packed adapter, and the parameters that the gradients asked for will need.
 
-    ``output`` is the operator's; its last three tensors are internal and not the caller's to see.
+    ``output`` is the operator's; its last four tensors are internal and not the caller's to see.
     """
     x, weight, _, _, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, balance_scale = inputs[:12]
-    _, _, load, weighted, gate, probs = output
+    _, _, load, weighted, gate, probs, packed = output
     ctx.set_materialize_grads(False)
     ctx.options = inputs[12:]
     ctx.balance_scale = balance_scale  # not saved: the trainer's loss writes it between forward and backward
@@ -193,7 +194,7 @@ def _setup_context(ctx, inputs, output) -> None:
     if not needs[_X]:
         weight = residual_A = residual_B = None  # they act on the gradient of x alone
     ctx.save_for_backward(
-        x, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, weighted, gate, probs, load
+        x, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, weighted, gate, probs, load, packed
     )
 
 

@@ -29,11 +29,11 @@ _OPTIONS = "float scaling, int top_k, float dropout_p, float balance_coefficient
 
 _library.define(
     f"forward(Tensor x, Tensor? weight, Tensor? base_output, Tensor? bias, {_ADAPTER}, Tensor? balance_scale, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"backward(Tensor? grad_y, Tensor? grad_balance, Tensor x, Tensor? weight, {_ADAPTER}, Tensor? balance_scale, "
-    f"Tensor weighted, Tensor gate, Tensor probs, Tensor load, {_OPTIONS}, bool[] needs) -> Tensor[]"
+    f"Tensor weighted, Tensor gate, Tensor probs, Tensor load, Tensor packed, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
 
 #: The gradients that ``backward`` can return, in the order of its ``needs``.
@@ -69,8 +69,8 @@ def run_forward(
     dropout_p: float,
     balance_coefficient: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y [..., M], balance loss [], load [E], h~ [T, R], gate [E, T], probs [E, T]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y [..., M], balance loss [], load [E], h~ [T, R], gate [E, T], probs [E, T], the packed adapter).
 
     Exactly one of ``weight`` (the base product runs here) and ``base_output`` [..., M] (it has run elsewhere) is
     given. ``balance_scale`` and ``balance_coefficient`` matter to the backward alone.
@@ -93,6 +93,7 @@ def run_forward(
             routing.weighted_TR,
             routing.gate_ET,
             routing.probs_ET,
+            routing.packed,
         )
 
 
@@ -113,6 +114,7 @@ def run_backward(
     gate: Tensor,
     probs: Tensor,
     load: Tensor,
+    packed: Tensor,
     scaling: float,
     top_k: int,
     dropout_p: float,
@@ -132,7 +134,7 @@ def run_backward(
         if needs_x:
             weight, residual_A, residual_B = _fold_if_cheaper(passes, x_TN, weight, residual_A, residual_B)
         adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
-        routing = Routing(weighted, gate, probs, load)
+        routing = Routing(weighted, gate, probs, load, packed)
         if grad_y is None:  # only the balance loss was differentiated
             grad_y_TM = x_TN.new_zeros(x_TN.shape[0], lora_B.shape[0])
         else:
@@ -160,15 +162,19 @@ def run_backward(
             gradients["weight"] = grad_y_TM.t() @ x_TN
         if needs_A or needs_router:
             gradients["lora_A"], gradients["router"] = passes.lora_A_router_gradient(
-                x_TN, adapter, routing, hidden_gradient
+                x_TN, adapter, routing, hidden_gradient, needs_A=needs_A, needs_router=needs_router
             )
         return [gradients[name] for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
 
 
-def _forward_fake(x, weight, base_output, bias, lora_A, lora_B, router, *rest):
+def _forward_fake(
+    x, weight, base_output, bias, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, balance_scale,
+    scaling, top_k, dropout_p, balance_coefficient, backend,
+):  # fmt: skip
     T = x.numel() // x.shape[-1] if x.shape[-1] else 0
     E = router.shape[0]
     stats = stats_dtype(x)
+    adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
     return (
         x.new_empty(*x.shape[:-1], lora_B.shape[0]),
         x.new_empty((), dtype=stats),
@@ -176,6 +182,7 @@ def _forward_fake(x, weight, base_output, bias, lora_A, lora_B, router, *rest):
         x.new_empty(T, lora_A.shape[0]),
         x.new_empty(E, T, dtype=stats),
         x.new_empty(E, T, dtype=stats),
+        x.new_empty(get_backend(backend).packed_numel(adapter, x.dtype, T)),
     )
 
 

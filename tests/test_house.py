@@ -17,11 +17,12 @@ PACKAGE = ROOT / "goat_kernels"
 LAYERS = (
     ("rules", "reference", "routed_module", "residual", "autocast"),
     ("settings", "numerics"),
-    ("argument_checks", "initialisation"),
+    ("argument_checks", "initialisation", "kernels"),
     ("backends",),
     ("operators",),
     ("functional",),
     ("linear",),
+    ("checks",),
     ("training",),
     ("peft",),
     ("cli",),

@@ -1,46 +1,47 @@
 """The backends by name, and the choice among them.
 
-A backend is one object that implements :class:`goat_kernels.backends.base.Passes`; adding one is adding an entry to
-``_BACKENDS``. ``"auto"`` takes the first entry that supports the tensors' device; the environment variable
-``GOAT_KERNELS_BACKEND`` stands in for ``"auto"`` where a call does not name a backend.
+A backend is one object that implements :class:`goat_kernels.backends.base.Backend`; adding one is adding an entry to
+``_BACKENDS``. ``"auto"`` takes the first entry that supports the tensors and is meant for their device; the environment
+variable ``GOAT_KERNELS_BACKEND`` stands in for ``"auto"`` where a call does not name a backend.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
 
-from goat_kernels.backends.base import Passes
-from goat_kernels.backends.torch_backend import TorchPasses
+from goat_kernels.backends.base import Backend, Passes
+from goat_kernels.backends.torch_backend import TorchBackend
+from goat_kernels.backends.triton_backend import TritonBackend
 
 ENVIRONMENT_VARIABLE = "GOAT_KERNELS_BACKEND"
 
 #: In the order in which ``auto`` tries them.
-_BACKENDS: dict[str, Passes] = {"torch": TorchPasses()}
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), TorchBackend())}
 
-#: Names that are part of the interface but not in this version, with the reason given to who asks.
-_NOT_YET: dict[str, str] = {"triton": "this version of goat_kernels has no Triton kernels yet; use backend='torch'"}
-
-BACKEND_NAMES: tuple[str, ...] = ("auto", *_NOT_YET, *_BACKENDS)
+BACKEND_NAMES: tuple[str, ...] = ("auto", *_BACKENDS)
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run on this machine, or the reason why it cannot."""
-    return {**_NOT_YET, **{name: backend.unavailable_reason() for name, backend in _BACKENDS.items()}}
+    return {name: backend.unavailable_reason() for name, backend in _BACKENDS.items()}
 
 
+@functools.cache
 def get_backend(name: str) -> Passes:
-    """The backend called ``name``; the name comes from :func:`resolve_backend`."""
-    return _BACKENDS[name]
+    """The passes of the backend called ``name``; the name comes from :func:`resolve_backend`."""
+    return _BACKENDS[name].passes()
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
-    """The name of the backend that computes on ``device``.
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that computes x of ``dtype`` on ``device``.
 
     Args:
         name: a backend, or ``"auto"``, for which GOAT_KERNELS_BACKEND may stand in.
         device: where the tensors are.
+        dtype: the compute dtype, x's.
 
     Raises:
         ValueError: no backend has that name.
@@ -48,7 +49,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
     """
     asked = name if name != "auto" else os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     argument = "backend" if name != "auto" else ENVIRONMENT_VARIABLE
-    key = (device.type, asked)
+    key = (device, dtype, asked)
     if torch.compiler.is_compiling():  # a tracer guards on what it reads: filling the cache would recompile the graph
         return _resolve(*key, argument=argument)
     if key not in _RESOLVED:
@@ -57,22 +58,29 @@ def resolve_backend(name: str, device: torch.device) -> str:
 
 
 #: Choices made so far; a layer asks at every call.
-_RESOLVED: dict[tuple[str, str], str] = {}
+_RESOLVED: dict[tuple[torch.device, torch.dtype, str], str] = {}
 
 
-def _resolve(device_type: str, asked: str, argument: str) -> str:
-    device = torch.device(device_type)
+def _resolve(device: torch.device, dtype: torch.dtype, asked: str, argument: str) -> str:
     if asked == "auto":
-        for name, backend in _BACKENDS.items():
-            if backend.unavailable_reason() is None and backend.supports(device) is None:
+        reasons = {name: why_not_auto(name, device, dtype) for name in _BACKENDS}
+        for name, reason in reasons.items():
+            if reason is None:
                 return name
-        raise RuntimeError(f"no backend supports device {device_type!r}; available: {available_backends()}")
-    if asked not in BACKEND_NAMES:
+        raise RuntimeError(f"no backend computes {dtype} on {device.type!r}: {reasons}")
+    if asked not in _BACKENDS:
         raise ValueError(f"{argument}={asked!r} is unknown; it must be one of {', '.join(BACKEND_NAMES)}")
-    reason = _NOT_YET.get(asked)
-    if reason is None:
-        backend = _BACKENDS[asked]
-        reason = backend.unavailable_reason() or backend.supports(device)
+    backend = _BACKENDS[asked]
+    reason = backend.unavailable_reason() or backend.unsupported_reason(device, dtype)
     if reason is not None:
         raise RuntimeError(f"{argument}={asked!r} cannot run: {reason}")
     return asked
+
+
+def why_not_auto(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why ``auto`` passes over the backend called ``name``."""
+    backend = _BACKENDS[name]
+    reason = backend.unavailable_reason() or backend.unsupported_reason(device, dtype)
+    if reason is None and not backend.preferred_on(device):
+        return f"it is not meant for {device.type!r}: ask for it by name"
+    return reason

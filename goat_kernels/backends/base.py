@@ -71,37 +71,49 @@ class Routing(NamedTuple):
     gate_ET: softmax over the K selected logits, zero elsewhere, stats dtype, expert-major.
     probs_ET: softmax over all logits, stats dtype, expert-major.
     load_E: f of the balance loss, the share of tokens routed to each expert (sums to K), stats dtype.
+    packed: the adapter cast to the compute dtype, in the backend's own order; empty where it is read as it is.
     """
 
     weighted_TR: Tensor
     gate_ET: Tensor
     probs_ET: Tensor
     load_E: Tensor
+    packed: Tensor
 
 
-class HiddenGradient(NamedTuple):
-    """What hidden_gradient hands to the weight and input gradients.
+class HiddenGradient(Protocol):
+    """What hidden_gradient hands to the weight and input gradients: dh, dlogits and dh0, in the backend's own layout.
 
-    columns: [T, R + E + R'] = [dh | dlogits | dh0], compute dtype; dh is the gradient of the hidden columns, dh0 that
-        of the residual's. dh0 is absent where no input gradient was asked for.
-    logits_ET: dlogits, stats dtype, for the router's own gradient: the balance loss's share of it is about 1e-3 / T per
-        token, which float16 cannot hold.
+    dlogits are in the stats dtype for the router's gradient: the balance loss's share of them is about 1e-3 / T per
+    token, which float16 cannot hold.
     """
 
-    columns: Tensor
     logits_ET: Tensor
 
 
-class Passes(Protocol):
-    """The passes, in the order in which they run; every method is deterministic and synchronises nothing."""
+class Backend(Protocol):
+    """Where a set of passes can run; asked before the passes are loaded."""
 
     name: str
 
     def unavailable_reason(self) -> str | None:
         """None, or why this backend cannot run on this machine."""
 
-    def supports(self, device: torch.device) -> str | None:
-        """None, or why tensors on ``device`` cannot be computed."""
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None, or why x of ``dtype`` on ``device`` cannot be computed."""
+
+    def preferred_on(self, device: torch.device) -> bool:
+        """Whether ``auto`` may pick this backend for ``device``."""
+
+    def passes(self) -> Passes:
+        """The passes."""
+
+
+class Passes(Protocol):
+    """The passes, in the order in which they run; every method is deterministic and synchronises nothing."""
+
+    def packed_numel(self, adapter: Adapter, compute: torch.dtype, T: int) -> int:
+        """Elements of ``Routing.packed`` for T tokens of dtype ``compute``; looks at shapes and dtypes alone."""
 
     def folded_weight(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor | None:
         """W0 - B0 A0 where forming it for one product is cheaper than R' more hidden columns (and loses no bits).
@@ -132,9 +144,16 @@ class Passes(Protocol):
         """[M, R] in the adapter's dtype: dY^T h~."""
 
     def lora_A_router_gradient(
-        self, x_TN: Tensor, adapter: Adapter, routing: Routing, gradient: HiddenGradient
-    ) -> tuple[Tensor, Tensor]:
-        """([R, N], [E, N]) in the adapter's dtype, from one read of x."""
+        self,
+        x_TN: Tensor,
+        adapter: Adapter,
+        routing: Routing,
+        gradient: HiddenGradient,
+        *,
+        needs_A: bool,
+        needs_router: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """([R, N], [E, N]) in the adapter's dtype, from one read of x; None for what is not needed."""
 
     def input_prefill(self, adapter: Adapter, routing: Routing, gradient: HiddenGradient) -> Tensor:
         """dX0 [T, N], compute dtype: the adapter's, router's and residual's share of the input gradient."""

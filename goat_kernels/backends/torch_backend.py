@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from goat_kernels.backends.base import Adapter, HiddenGradient, Routing, stats_dtype
+from goat_kernels.backends.base import Adapter, Routing, stats_dtype
 from goat_kernels.backends.dropout import expert_slots, keep_masks, keep_scale
 
 #: Two measured costs that decide between two exact ways of the residual, in arithmetic operations of a large product:
@@ -28,16 +29,44 @@ _COLUMN_PENALTY = 1.3
 _workspaces = threading.local()
 
 
-class TorchPasses:
-    """Implements :class:`goat_kernels.backends.base.Passes` with torch calls."""
+class TorchBackend:
+    """Implements :class:`goat_kernels.backends.base.Backend`: it runs everywhere."""
 
     name = "torch"
+
+    def __init__(self) -> None:
+        self._passes = TorchPasses()
 
     def unavailable_reason(self) -> str | None:
         return None
 
-    def supports(self, device: torch.device) -> str | None:
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
+
+    def preferred_on(self, device: torch.device) -> bool:
+        return True
+
+    def passes(self) -> TorchPasses:
+        return self._passes
+
+
+class TorchHiddenGradient(NamedTuple):
+    """What hidden_gradient hands to the weight and input gradients.
+
+    columns: [T, R + E + R'] = [dh | dlogits | dh0], compute dtype; dh is the gradient of the hidden columns, dh0 that
+        of the residual's. dh0 is absent where no input gradient was asked for.
+    logits_ET: dlogits, stats dtype.
+    """
+
+    columns: Tensor
+    logits_ET: Tensor
+
+
+class TorchPasses:
+    """Implements :class:`goat_kernels.backends.base.Passes` with torch calls."""
+
+    def packed_numel(self, adapter: Adapter, compute: torch.dtype, T: int) -> int:
+        return 0  # the matrices are cast where they are used
 
     def folded_weight(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor | None:
         if x_TN.device.type != "cpu" or type(weight_MN) not in (Tensor, torch.nn.Parameter):
@@ -81,7 +110,7 @@ class TorchPasses:
         y0_TM = weighted_TR @ lora_B_t if onto is None else torch.addmm(onto, weighted_TR, lora_B_t)
         if R0:
             y0_TM.addmm_(residual_hidden, adapter.residual_B.to(compute).t(), alpha=-1)
-        return y0_TM, balance_loss, Routing(weighted_TR, gate_ET, probs_ET, load_E)
+        return y0_TM, balance_loss, Routing(weighted_TR, gate_ET, probs_ET, load_E, x_TN.new_empty(0))
 
     def hidden_gradient(
         self,
@@ -91,7 +120,7 @@ class TorchPasses:
         routing: Routing,
         *,
         with_residual: bool,
-    ) -> HiddenGradient:
+    ) -> TorchHiddenGradient:
         R, E = adapter.rank, adapter.num_experts
         R0 = adapter.residual_rank if with_residual else 0
         compute, stats = grad_y_TM.dtype, routing.gate_ET.dtype
@@ -113,21 +142,32 @@ class TorchPasses:
         if R0:
             # The sign of - W_res x goes here, so that A0 itself multiplies the columns in input_prefill.
             torch.mm(grad_y_TM, adapter.residual_B.to(compute).neg(), out=columns[:, R + E :])
-        return HiddenGradient(columns, grad_logits_ET)
+        return TorchHiddenGradient(columns, grad_logits_ET)
 
     def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
         return (grad_y_TM.t() @ routing.weighted_TR).to(adapter.lora_B.dtype)
 
     def lora_A_router_gradient(
-        self, x_TN: Tensor, adapter: Adapter, routing: Routing, gradient: HiddenGradient
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x_TN: Tensor,
+        adapter: Adapter,
+        routing: Routing,
+        gradient: TorchHiddenGradient,
+        *,
+        needs_A: bool,
+        needs_router: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
         R, E = adapter.rank, adapter.num_experts
         dtype_A, dtype_router = adapter.lora_A.dtype, adapter.router.dtype
         whole = x_TN.dtype == gradient.logits_ET.dtype  # else the router's gradient takes a product in its own dtype
-        if adapter.seed is None and whole:
+        if adapter.seed is None and whole and needs_A and needs_router:
             stacked = gradient.columns[:, : R + E].t() @ x_TN
             return stacked[:R].to(dtype_A, copy=True), stacked[R:].to(dtype_router, copy=True)
-        grad_router = (gradient.logits_ET @ x_TN.to(gradient.logits_ET.dtype)).to(dtype_router)
+        grad_router = None
+        if needs_router:
+            grad_router = (gradient.logits_ET @ x_TN.to(gradient.logits_ET.dtype)).to(dtype_router)
+        if not needs_A:
+            return None, grad_router
         if adapter.seed is None:
             return (gradient.columns[:, :R].t() @ x_TN).to(dtype_A), grad_router
         grad_A = x_TN.new_zeros(R, x_TN.shape[1])
@@ -135,7 +175,7 @@ class TorchPasses:
             grad_A += (gradient.columns[:, :R] * in_slot_TR).t() @ (x_TN * keep_TN)
         return (grad_A * keep_scale(adapter.dropout_p)).to(dtype_A), grad_router
 
-    def input_prefill(self, adapter: Adapter, routing: Routing, gradient: HiddenGradient) -> Tensor:
+    def input_prefill(self, adapter: Adapter, routing: Routing, gradient: TorchHiddenGradient) -> Tensor:
         columns, R = gradient.columns, adapter.rank
         matrices = [adapter.lora_A, adapter.router]
         if adapter.residual_A is not None:

@@ -22,7 +22,16 @@ from goat_kernels.cli.errors import Interrupted
 from goat_kernels.cli.evaluate import evaluate
 from goat_kernels.cli.figure import write_figure
 from goat_kernels.cli.files import atomic_path, write_json
-from goat_kernels.cli.models import build, check_adapters, load_back, options_named, outputs, save, trainable_parameters
+from goat_kernels.cli.models import (
+    build,
+    check_adapters,
+    load_back,
+    options_named,
+    outputs,
+    save,
+    trainable_parameters,
+    training_device,
+)
 from goat_kernels.cli.options import FinetuneOptions
 from goat_kernels.cli.output import OutputFolder
 from goat_kernels.cli.report import MethodResult, format_table, results_json
@@ -81,7 +90,7 @@ def _run_method(method: str, task: Task, options: FinetuneOptions, folder: Path)
     model = None
     if not trained_file.is_file():
         model = _train_method(method, task, options, folder, saved, trained_file)
-    device = _device(options)
+    device = training_device(options)
     if model is None:
         model = load_back(method, task.base, saved, device)
     evaluation = evaluate(model, task, options.training.batch_size, device, f"{method}: evaluating")
@@ -146,7 +155,7 @@ def _load_back_and_compare(
     method: str, model: nn.Module, task: Task, options: FinetuneOptions, saved: Path
 ) -> tuple[nn.Module, bool]:
     """The saved model on a freshly loaded base, and whether its outputs are those of ``model``, bit for bit."""
-    device = _device(options)
+    device = training_device(options)
     count = min(options.training.batch_size, len(task.held_out))
     batch = task.collate([task.held_out[i] for i in range(count)])
     batch.pop("labels")
@@ -157,8 +166,3 @@ def _load_back_and_compare(
 
 def _how_to_go_on(options: FinetuneOptions) -> str:
     return f"Go on with the same command and --resume (results so far: {options.output})"
-
-
-def _device(options: FinetuneOptions) -> torch.device:
-    use_gpu = options.training.device == "auto" and torch.cuda.is_available()
-    return torch.device("cuda" if use_gpu else "cpu")

@@ -172,6 +172,12 @@ def build(method: str, base: BaseModel, options: FinetuneOptions) -> PreTrainedM
     return get_peft_model(model, adapter_config(method, options, base.new_modules))
 
 
+def training_device(options: FinetuneOptions) -> torch.device:
+    """Where the Trainer will train."""
+    use_gpu = options.training.device == "auto" and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
 def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
     """Raise CommandError now for what would only fail when the adapters' turn comes, perhaps hours later.
 
@@ -180,7 +186,7 @@ def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
     if "goat" in options.methods:
         config = adapter_config("goat", options, base.new_modules)
         with options_named():
-            resolve_backend(options.adapter.backend, torch.device("cpu"))
+            resolve_backend(options.adapter.backend, training_device(options), torch.float32)
     elif "lora" not in options.methods:
         return
     try:

@@ -1,0 +1,168 @@
+"""Which kernels make a backward: the hidden gradient fused or in stages, and the weight gradients in splits of T."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from goat_kernels.backends.base import Adapter, Routing
+from goat_kernels.backends.triton_backend.expansion import NO_DROPOUT
+from goat_kernels.backends.triton_backend.forward import FUSED_EXPERTS, project_columns
+from goat_kernels.backends.triton_backend.operands import (
+    ELEMENTWISE,
+    Widths,
+    dropout_arguments,
+    operands,
+    precision,
+    splits_of,
+)
+from goat_kernels.kernels.common import padded
+from goat_kernels.kernels.configs import choose_tile, current_target
+from goat_kernels.kernels.hidden_gradient import finish_hidden_gradient, fused_hidden_gradient
+from goat_kernels.kernels.launch import blocks, launch
+from goat_kernels.kernels.weight_gradient import add_splits, weight_gradient
+
+
+class TritonHiddenGradient(NamedTuple):
+    """dh [T, R] and dh0 [T, R0] (None without residual) in the compute dtype, dlogits [E, T] in float32."""
+
+    hidden_TR: Tensor
+    logits_ET: Tensor
+    residual_TR0: Tensor | None
+
+
+def hidden_gradient(
+    grad_y_TM: Tensor,
+    grad_balance: Tensor | float | None,
+    adapter: Adapter,
+    routing: Routing,
+    *,
+    with_residual: bool,
+) -> TritonHiddenGradient:
+    """``hidden_gradient`` of :class:`goat_kernels.backends.base.Passes`."""
+    (T, M), compute = grad_y_TM.shape, grad_y_TM.dtype
+    target = current_target(grad_y_TM.device)
+    widths = Widths.of(adapter, with_residual=with_residual)
+    matrices = operands(adapter, routing.packed, compute)
+    gradient = TritonHiddenGradient(
+        torch.empty_like(routing.weighted_TR),
+        torch.empty_like(routing.gate_ET),
+        grad_y_TM.new_empty(T, widths.R0) if widths.R0 else None,
+    )
+    is_tensor = isinstance(grad_balance, Tensor)
+    arguments = {
+        "weighted_ptr": routing.weighted_TR,
+        "gate_ptr": routing.gate_ET,
+        "probs_ptr": routing.probs_ET,
+        "load_E_ptr": routing.load_E,
+        "grad_balance_ptr": grad_balance.to(torch.float32) if is_tensor else None,
+        "scaling_E_ptr": adapter.scaling_E,
+        "hidden_ptr": gradient.hidden_TR,
+        "logits_ptr": gradient.logits_ET,
+        "residual_ptr": gradient.residual_TR0,
+        "T": T,
+        "scaling": adapter.scaling,
+        "balance_coefficient": float(grad_balance) if grad_balance is not None and not is_tensor else 0.0,
+    }
+    constants = {**widths._asdict(), "HAS_BALANCE": grad_balance is not None}
+    tile = choose_tile("fused_hidden_gradient", widths.columns, compute.itemsize, target, row_programs=T)
+    if tile is not None and widths.E <= FUSED_EXPERTS and 2 * blocks(T, tile.rows) >= target.multiprocessors:
+        arguments |= {
+            "grad_y_ptr": grad_y_TM,
+            "B_ptr": matrices.B,
+            "B0_ptr": matrices.B0 if widths.R0 else None,
+            "M": M,
+            "stride_yt": grad_y_TM.stride(0),
+            "stride_ym": grad_y_TM.stride(1),
+        }
+        constants |= {
+            "BT": tile.rows,
+            "BM": tile.columns,
+            "EVEN_M": M % tile.columns == 0,
+            "PRECISION": precision(compute),
+        }
+        launch(fused_hidden_gradient, (blocks(T, tile.rows),), tile, arguments, constants)
+        return gradient
+    B0 = matrices.B0.t() if widths.R0 else None
+    raw = project_columns(grad_y_TM, adapter, matrices, matrices.B.t(), B0, target, with_router=False)
+    tile = choose_tile("finish_hidden_gradient", widths.columns, compute.itemsize, target)
+    arguments |= {"raw_ptr": raw, "splits": raw.shape[0]}
+    launch(finish_hidden_gradient, (blocks(T, tile.rows),), tile, arguments, constants | {"BT": tile.rows})
+    return gradient
+
+
+def sum_over_tokens(
+    x_TN: Tensor,
+    adapter: Adapter,
+    hidden_TR: Tensor | None,
+    logits_ET: Tensor | None,
+    out_RN: Tensor | None,
+    out_EN: Tensor | None,
+    *,
+    gate_ET: Tensor | None = None,
+) -> None:
+    """Write out_RN = hidden^T x (any strides) and out_EN = logits x (contiguous); None for what nobody asked for.
+
+    With ``gate_ET`` and a dropout in the adapter, x is dropped in front of hidden's columns.
+    """
+    (T, N), R, E = x_TN.shape, adapter.rank, adapter.num_experts
+    target = current_target(x_TN.device)
+    columns = padded(R, 16) if hidden_TR is not None else 16
+    tile = choose_tile("weight_gradient", columns, x_TN.dtype.itemsize, target)
+    rank = min(tile.rank, columns)
+    feature_blocks, rank_blocks = blocks(N, tile.columns), blocks(R, rank) if hidden_TR is not None else 1
+    splits, split_steps = splits_of(feature_blocks * rank_blocks, blocks(T, tile.rows), target)
+    R_out, E_out = R if hidden_TR is not None else 0, E if logits_ET is not None else 0
+    to_RN, to_EN = out_RN, out_EN
+    if splits > 1:
+        partial = x_TN.new_empty(splits, (R_out + E_out) * N, dtype=torch.float32)
+        if hidden_TR is not None:  # in the memory order of out_RN, so that the splits add up without a transposition
+            to_RN = partial[0, : R * N].as_strided((R, N), out_RN.stride())
+        if logits_ET is not None:
+            to_EN = partial[0, R_out * N :].view(E, N)
+    dropped = gate_ET is not None and adapter.seed is not None and hidden_TR is not None
+    arguments = {
+        "x_ptr": x_TN,
+        "hidden_ptr": hidden_TR,
+        "logits_ptr": logits_ET,
+        "gate_ptr": gate_ET if dropped else None,
+        "out_ptr": to_RN,
+        "out_logits_ptr": to_EN,
+        "T": T,
+        "N": N,
+        "split_T": split_steps * tile.rows,
+        "stride_xt": x_TN.stride(0),
+        "stride_xn": x_TN.stride(1),
+        "stride_os": (R_out + E_out) * N,
+        "stride_oc": to_RN.stride(0) if hidden_TR is not None else 0,
+        "stride_on": to_RN.stride(1) if hidden_TR is not None else 1,
+        "stride_ls": (R_out + E_out) * N,
+        **(dropout_arguments(adapter) if dropped else NO_DROPOUT),
+    }
+    constants = {
+        "E": E,
+        "D": adapter.expert_rank,
+        "TOP_K": adapter.top_k,
+        "E_DOT": padded(E, 16),
+        "WITH_HIDDEN": hidden_TR is not None,
+        "WITH_LOGITS": logits_ET is not None,
+        "BT": tile.rows,
+        "BN": tile.columns,
+        "BC": rank,
+        "EVEN_N": N % tile.columns == 0,
+        "PRECISION": precision(x_TN.dtype),
+    }
+    launch(weight_gradient, (feature_blocks, splits, rank_blocks), tile, arguments, constants)
+    if splits > 1:
+        sums = {
+            "partial_ptr": partial,
+            "first_ptr": out_RN,
+            "second_ptr": out_EN,
+            "splits": splits,
+            "first_size": R_out * N,
+            "second_size": E_out * N,
+        }
+        constants = {"BLOCK": ELEMENTWISE.columns}
+        launch(add_splits, (blocks((R_out + E_out) * N, ELEMENTWISE.columns),), ELEMENTWISE, sums, constants)

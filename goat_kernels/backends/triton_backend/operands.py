@@ -1,0 +1,155 @@
+"""The adapter as the kernels read it: its widths in registers, its matrices packed in the compute dtype, its strides."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from goat_kernels.backends.base import Adapter
+from goat_kernels.backends.dropout import keep_scale, keep_threshold
+from goat_kernels.kernels.common import padded
+from goat_kernels.kernels.configs import Target, Tile
+from goat_kernels.kernels.launch import blocks, launch
+from goat_kernels.kernels.pack import pack_adapter
+
+#: Up to here (decoding) a forward reads the adapter as it is and takes two launches; above, it is packed where it must be.
+FEW_TOKENS = 64
+
+#: The kernels that go through memory element by element have nothing to choose.
+ELEMENTWISE = Tile(rows=16, columns=1024, warps=4, stages=1)
+
+
+class Widths(NamedTuple):
+    """E, D, R0 and the powers of two that hold an adapter's columns in registers (``kernels/routing.py``)."""
+
+    E: int
+    D: int
+    R0: int
+    E_PAD: int
+    D_PAD: int
+    R0_PAD: int
+
+    @classmethod
+    def of(cls, adapter: Adapter, *, with_residual: bool = True) -> Widths:
+        E_PAD = padded(adapter.num_experts)
+        return cls(
+            E=adapter.num_experts,
+            D=adapter.expert_rank,
+            R0=adapter.residual_rank if with_residual else 0,
+            E_PAD=E_PAD,
+            D_PAD=padded(adapter.expert_rank, minimum=max(16 // E_PAD, 1)),
+            R0_PAD=padded(adapter.residual_rank, minimum=16),
+        )
+
+    @property
+    def columns(self) -> int:
+        """Hidden and residual columns that a program accumulates when it holds them all."""
+        return self.E_PAD * self.D_PAD + (self.R0_PAD if self.R0 else 0)
+
+
+class Operands(NamedTuple):
+    """The adapter's matrices: packed in the compute dtype, or as they are.
+
+    router is [stored_parts * E, N], the high and the low part where 2; ``parts`` is how many its product with x needs.
+    """
+
+    A: Tensor
+    router: Tensor
+    A0: Tensor | None
+    B: Tensor
+    B0: Tensor | None
+    stored_parts: int
+    parts: int
+
+
+def router_parts(adapter: Adapter, compute: torch.dtype) -> int:
+    """A half-precision x meets a wider router as a high and a low part."""
+    return 2 if compute.itemsize == 2 and adapter.router.dtype != compute else 1
+
+
+def _matrices(adapter: Adapter) -> tuple[Tensor | None, ...]:
+    """A, router, A0, B, B0: the order in which they are packed."""
+    return adapter.lora_A, adapter.router, adapter.residual_A, adapter.lora_B, adapter.residual_B
+
+
+def _packed_sizes(adapter: Adapter, compute: torch.dtype) -> list[int]:
+    """Elements of each packed matrix, 0 for an absent one."""
+    sizes = [0 if matrix is None else matrix.numel() for matrix in _matrices(adapter)]
+    sizes[1] *= router_parts(adapter, compute)
+    return sizes
+
+
+def packed_numel(adapter: Adapter, compute: torch.dtype, T: int) -> int:
+    """Elements of the packed adapter for T tokens of dtype ``compute``; 0 where the matrices are read as they are."""
+    if all(matrix is None or matrix.dtype == compute for matrix in _matrices(adapter)):
+        return 0
+    if T <= FEW_TOKENS and adapter.seed is None:
+        return 0
+    return sum(blocks(size, ELEMENTWISE.columns) for size in _packed_sizes(adapter, compute)) * ELEMENTWISE.columns
+
+
+def pack(adapter: Adapter, x_TN: Tensor) -> Tensor:
+    """The matrices in x's dtype one after the other, or an empty tensor where they are read as they are."""
+    packed = x_TN.new_empty(packed_numel(adapter, x_TN.dtype, x_TN.shape[0]))
+    if packed.numel():
+        A, router, A0, B, B0 = (None if matrix is None else matrix.contiguous() for matrix in _matrices(adapter))
+        arguments = {"A_ptr": A, "router_ptr": router, "A0_ptr": A0, "B_ptr": B, "B0_ptr": B0, "out_ptr": packed}
+        for name, matrix in (("A", A), ("router", router), ("A0", A0), ("B", B), ("B0", B0)):
+            arguments[f"size_{name}"] = 0 if matrix is None else matrix.numel()
+        constants = {"PARTS": router_parts(adapter, x_TN.dtype), "BLOCK": ELEMENTWISE.columns}
+        launch(pack_adapter, (packed.numel() // ELEMENTWISE.columns,), ELEMENTWISE, arguments, constants)
+    return packed
+
+
+def operands(adapter: Adapter, packed: Tensor, compute: torch.dtype) -> Operands:
+    """The matrices in ``packed``, or the adapter's own where that is empty."""
+    parts = router_parts(adapter, compute)
+    if not packed.numel():
+        A, router, A0, B, B0 = (None if matrix is None else matrix.contiguous() for matrix in _matrices(adapter))
+        return Operands(A, router, A0, B, B0, stored_parts=1, parts=parts)
+    views, offset = [], 0
+    for matrix, size in zip(_matrices(adapter), _packed_sizes(adapter, compute), strict=True):
+        columns = 1 if matrix is None else matrix.shape[1]
+        views.append(None if matrix is None else packed[offset : offset + size].view(-1, columns))
+        offset += blocks(size, ELEMENTWISE.columns) * ELEMENTWISE.columns
+    return Operands(*views, stored_parts=parts, parts=parts)
+
+
+def precision(compute: torch.dtype) -> str:
+    """How float32 operands are multiplied: by PyTorch's own switch. The router is always "ieee"."""
+    if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def splits_of(programs: int, steps: int, target: Target) -> tuple[int, int]:
+    """(splits, steps of each) of a loop: enough to fill the GPU twice, of four steps at least."""
+    wanted = max(1, min(2 * target.multiprocessors // max(programs, 1), steps // 4))
+    per_split = max(1, blocks(steps, wanted))
+    return max(1, blocks(steps, per_split)), per_split
+
+
+def dropout_arguments(adapter: Adapter) -> dict[str, Any]:
+    """What kernels that drop need; ``seed_ptr`` is None without dropout."""
+    return {
+        "seed_ptr": adapter.seed,
+        "keep_threshold": keep_threshold(adapter.dropout_p),
+        "keep_scale": keep_scale(adapter.dropout_p),
+    }
+
+
+def onto(bias_M: Tensor | None, base_output_TM: Tensor | None) -> tuple[Tensor | None, str]:
+    """What the prefill of y is added to, and its name in the kernels."""
+    if base_output_TM is not None:
+        return base_output_TM, "base"
+    return bias_M, "" if bias_M is None else "bias"
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()

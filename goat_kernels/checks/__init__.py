@@ -1,0 +1,1 @@
+"""What ``goat-kernels check`` runs: correctness on this machine, compilation for other GPUs, memory traffic."""

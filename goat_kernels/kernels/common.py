@@ -1,0 +1,40 @@
+"""Device functions that every kernel uses: the matrix product, and rounding to x's dtype.
+
+Both know what Triton's interpreter gets wrong in bfloat16 (``tl.dot`` multiplies the raw 16-bit integers, a cast from
+float32 cuts off instead of rounding to nearest even), and work round it there. No other file needs to.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this module was first imported.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a b in float32. PRECISION ("ieee" or "tf32") matters to float32 operands alone."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def cast(value, dtype: tl.constexpr):
+    """``value`` in ``dtype``, rounded to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16 and value.dtype != tl.bfloat16:
+        value = value.to(tl.float32)
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value)
+    return value.to(dtype)
+
+
+def padded(extent: int, minimum: int = 1) -> int:
+    """The next power of two, at least ``minimum``."""
+    return max(minimum, 1 << max(extent - 1, 0).bit_length())

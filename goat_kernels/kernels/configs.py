@@ -1,0 +1,266 @@
+"""Tile sizes: one frozen table, one validity predicate, and the choice of a tile for a problem.
+
+A tile decides the shape of a program of one kernel. The table is keyed by what matters: the kernel, the GPU's family, the
+width of x's dtype, and how many hidden columns one program accumulates (R, plus R' with residual="path", once more for the
+second slot with dropout). Adding a GPU or a better tile is adding an :class:`Entry`; ``goat-kernels tune`` measures
+candidates on a GPU and writes entries in the same form, which the environment variable GOAT_KERNELS_TILES reads.
+
+Nothing here touches a device at import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TILES_VARIABLE = "GOAT_KERNELS_TILES"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a choice needs to know about a GPU.
+
+    Attributes:
+        family: "sm80" (compute capability 8), "sm90" (9), "sm100" (10 and above), "gfx942" (AMD MI300), or "other".
+        multiprocessors: streaming multiprocessors, or compute units.
+        shared_bytes: shared memory one program may use.
+    """
+
+    family: str
+    multiprocessors: int
+    shared_bytes: int
+
+
+#: The GPUs that kernels are compiled for without one at hand; the first of a family is also what the interpreter imitates.
+KNOWN_TARGETS: dict[str, Target] = {
+    "sm_90": Target("sm90", 132, 232448),
+    "sm_80": Target("sm80", 108, 166912),
+    "sm_100": Target("sm100", 148, 232448),
+    "gfx942": Target("gfx942", 304, 65536),
+}
+
+INTERPRETER_TARGET = KNOWN_TARGETS["sm_90"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape of one program.
+
+    Attributes:
+        rows: tokens.
+        columns: in- or out-features in one step of the program's loop, or in its output.
+        warps: warps of 32 threads (64 on AMD).
+        stages: depth of the software pipeline.
+        rank: hidden columns of one program, in kernels that run in rank blocks; 0 elsewhere.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Tiles for one kernel, from the tallest to the lowest: the first that is valid and fills the GPU is taken.
+
+    Attributes:
+        kernel: its function's name.
+        width: bytes of an element of x: 2 or 4.
+        max_columns: the most hidden columns one program accumulates.
+        tiles: candidates.
+        family: see :class:`Target`; "any" for all that have no entry of their own.
+    """
+
+    kernel: str
+    width: int
+    max_columns: int
+    tiles: tuple[Tile, ...]
+    family: str = "any"
+
+
+def _tall_to_low(columns: int, warps: int, stages: int, rows: tuple[int, ...], rank: int = 0) -> tuple[Tile, ...]:
+    return tuple(Tile(r, columns, warps, stages, rank) for r in rows)
+
+
+#: In order: of the entries of a kernel that hold the columns, those of the GPU's own family come first, then "any".
+TABLE: tuple[Entry, ...] = (
+    # One read of x (dY) by programs of `rows` tokens; x tiles stream through, the adapter's are re-read by every program.
+    Entry("fused_forward", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
+    Entry("fused_forward", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
+    Entry("fused_forward", 2, 128, _tall_to_low(64, 8, 3, (64, 32, 16))),
+    Entry("fused_forward", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
+    Entry("fused_forward", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
+    Entry("fused_hidden_gradient", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
+    Entry("fused_hidden_gradient", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
+    Entry("fused_hidden_gradient", 2, 256, _tall_to_low(64, 8, 3, (64, 32, 16))),
+    Entry("fused_hidden_gradient", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
+    Entry("fused_hidden_gradient", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
+    # Products in rank blocks and splits.
+    Entry("project", 2, 64, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64)),
+    Entry("project", 2, 2048, _tall_to_low(64, 8, 3, (128, 64, 32, 16), rank=128)),
+    Entry("project", 4, 2048, _tall_to_low(32, 4, 2, (64, 32, 16), rank=64)),
+    Entry("dropped_hidden", 2, 2048, _tall_to_low(64, 8, 2, (64, 32), rank=64)),
+    Entry("dropped_hidden", 4, 2048, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
+    # Elementwise over hidden columns, and a narrow product.
+    Entry("route_and_prefill", 2, 128, _tall_to_low(64, 4, 2, (64, 32, 16))),
+    Entry("route_and_prefill", 2, 512, _tall_to_low(32, 8, 1, (16,))),
+    Entry("route_and_prefill", 2, 4096, _tall_to_low(32, 16, 1, (16,))),
+    Entry("route_and_prefill", 4, 128, _tall_to_low(32, 4, 1, (32, 16))),
+    Entry("route_and_prefill", 4, 512, _tall_to_low(16, 8, 1, (16,))),
+    Entry("route_and_prefill", 4, 4096, _tall_to_low(16, 16, 1, (16,))),
+    Entry("finish_hidden_gradient", 2, 512, _tall_to_low(16, 4, 1, (16,))),
+    Entry("finish_hidden_gradient", 2, 4096, _tall_to_low(16, 8, 1, (16,))),
+    Entry("finish_hidden_gradient", 4, 512, _tall_to_low(16, 4, 1, (16,))),
+    Entry("finish_hidden_gradient", 4, 4096, _tall_to_low(16, 8, 1, (16,))),
+    # Sums over tokens: `rows` tokens a step, `columns` features and `rank` hidden columns a program.
+    Entry("weight_gradient", 2, 32, (Tile(64, 128, 4, 3, 32),)),
+    Entry("weight_gradient", 2, 64, (Tile(64, 128, 4, 3, 64),)),
+    Entry("weight_gradient", 2, 2048, (Tile(64, 128, 8, 3, 128),)),
+    Entry("weight_gradient", 4, 2048, (Tile(32, 64, 4, 2, 32),)),
+    # dX and the staged y: `rows` tokens stay, the walk is over `columns` features a step.
+    Entry("expand_columns", 2, 64, _tall_to_low(128, 4, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns", 2, 128, _tall_to_low(128, 8, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns", 2, 4096, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns", 4, 4096, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
+)
+
+_TILE_FIELDS = {field.name for field in dataclasses.fields(Tile)}
+
+
+def shared_estimate(kernel: str, tile: Tile, columns: int, width: int) -> int:
+    """Bytes of shared memory that the pipelined operands of one program take, roughly."""
+    accumulated = min(tile.rank, columns) if tile.rank else columns
+    per_stage = tile.rows * tile.columns + tile.columns * (accumulated + 16)
+    return per_stage * width * max(tile.stages - 1, 1)
+
+
+def invalid_reason(kernel: str, tile: Tile, columns: int, width: int, target: Target) -> str | None:
+    """None, or why ``tile`` cannot run: the one predicate that the table, the tuner and files of tiles answer to.
+
+    Args:
+        kernel: its function's name.
+        tile: the candidate.
+        columns: hidden columns that one program accumulates.
+        width: bytes of an element of x.
+        target: the GPU.
+    """
+    for name in ("rows", "columns"):
+        value = getattr(tile, name)
+        if value < 16 or value & (value - 1):
+            return f"{name}={value} must be a power of two, at least 16"
+    if tile.rank and (tile.rank < 16 or tile.rank & (tile.rank - 1)):
+        return f"rank={tile.rank} must be 0 or a power of two, at least 16"
+    if tile.warps not in (1, 2, 4, 8, 16):
+        return f"warps={tile.warps} must be 1, 2, 4, 8 or 16"
+    if not 1 <= tile.stages <= 8:
+        return f"stages={tile.stages} must be in 1..8"
+    shared = shared_estimate(kernel, tile, columns, width)
+    if shared > target.shared_bytes:
+        return f"its operands need about {shared} bytes of shared memory, and a program has {target.shared_bytes}"
+    return None
+
+
+def entries_for(kernel: str, columns: int, width: int, family: str) -> list[Entry]:
+    """The entries that hold, a file's first, then the family's own, then any's; the narrowest of each first."""
+    fitting = [e for e in (*_entries_of_file(), *TABLE) if (e.kernel, e.width) == (kernel, width)]
+    fitting = [e for e in fitting if columns <= e.max_columns]
+    own = [e for e in fitting if e.family == family]
+    return own + [e for e in fitting if e.family == "any"]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tile(kernel: str, columns: int, width: int, target: Target, row_programs: int = 0) -> Tile | None:
+    """The tile for a problem; None where the table has none, and another form of the pass has to serve.
+
+    Args:
+        kernel: its function's name.
+        columns: hidden columns that one program accumulates.
+        width: bytes of an element of x.
+        target: the GPU.
+        row_programs: T, where programs divide the tokens alone: the tallest tile whose programs fill the GPU is taken.
+            0: the tallest.
+    """
+    for entry in entries_for(kernel, columns, width, target.family):
+        valid = [t for t in entry.tiles if invalid_reason(kernel, t, columns, width, target) is None]
+        for tile in valid:
+            if not row_programs or -(-row_programs // tile.rows) >= 0.75 * target.multiprocessors:
+                return tile
+        if valid:
+            return valid[-1]
+    return None
+
+
+@functools.cache
+def _entries_of_file() -> tuple[Entry, ...]:
+    path = os.environ.get(TILES_VARIABLE)
+    return read_entries(Path(path)) if path else ()
+
+
+def read_entries(path: Path) -> tuple[Entry, ...]:
+    """The entries of a file that the tuner wrote.
+
+    Raises:
+        ValueError: the file is not JSON of that form; it names the file, the entry and what is wrong.
+    """
+    try:
+        rows = json.loads(path.read_text())
+        entries = []
+        for row in rows:
+            tiles = tuple(Tile(**tile) for tile in row.pop("tiles"))
+            entries.append(Entry(**row, tiles=tiles))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{TILES_VARIABLE}: {path} is not a list of tile entries: {error}") from error
+    return tuple(entries)
+
+
+def write_entries(entries: list[Entry], path: Path) -> None:
+    """Write entries as :func:`read_entries` reads them; to a temporary name first, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1) + "\n")
+    partial.replace(path)
+
+
+# --- the GPU at hand ------------------------------------------------------------------------------------------------
+
+_forced_target: Target | None = None
+
+
+@contextlib.contextmanager
+def forced_target(target: Target) -> Iterator[None]:
+    """Choose tiles as if ``target`` were the GPU: for compiling and counting without it."""
+    global _forced_target
+    previous, _forced_target = _forced_target, target
+    try:
+        yield
+    finally:
+        _forced_target = previous
+
+
+def current_target(device: torch.device) -> Target:
+    """What ``device`` is; the interpreter's imitation for a CPU."""
+    if _forced_target is not None:
+        return _forced_target
+    if device.type != "cuda":
+        return INTERPRETER_TARGET
+    return _target_of(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _target_of(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        family = properties.gcnArchName.split(":")[0]
+        return Target(family if family == "gfx942" else "other", properties.multi_processor_count, 65536)
+    family = {8: "sm80", 9: "sm90"}.get(properties.major, "sm100" if properties.major >= 10 else "other")
+    shared = getattr(properties, "shared_memory_per_block_optin", 101376)
+    return Target(family, properties.multi_processor_count, shared)

@@ -1,0 +1,154 @@
+"""The second stage of the forward in stages: add the splits, route, weight the hidden columns, and prefill y.
+
+With few tokens (decoding) its programs also write y, so that a forward is two launches and the base's; otherwise
+``expand.py`` writes y in a launch of its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from goat_kernels.kernels.common import cast
+from goat_kernels.kernels.forward import prefill_columns
+from goat_kernels.kernels.routing import (
+    LOW_PART_SCALE,
+    expand,
+    hidden_columns,
+    route,
+    scaling_experts,
+    store_routing,
+)
+
+_LOW_PART_SCALE = tl.constexpr(LOW_PART_SCALE)
+
+
+@triton.jit
+def sum_splits(raw_ptr, rows, in_T, column, exists, T, C, splits):
+    """float32 [T, columns]: raw [splits, T, C] summed over its splits, in their order."""
+    total = tl.zeros((rows.shape[0], column.shape[0]), tl.float32)
+    mask = in_T[:, None] & exists[None, :]
+    for split in range(splits):
+        offsets = (tl.cast(split, tl.int64) * T + rows[:, None]) * C + column[None, :]
+        total += tl.load(raw_ptr + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "splits"])
+def route_and_prefill(
+    raw_ptr,
+    B_ptr,
+    B0_ptr,
+    onto_ptr,
+    scaling_E_ptr,
+    y_ptr,
+    weighted_ptr,
+    residual_ptr,
+    gate_ptr,
+    probs_ptr,
+    partial_ptr,
+    load_ptr,
+    balance_ptr,
+    T,
+    M,
+    splits,
+    stride_onto_t,
+    stride_onto_m,
+    scaling,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    R0: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    E_PAD: tl.constexpr,
+    D_PAD: tl.constexpr,
+    R0_PAD: tl.constexpr,
+    ONTO: tl.constexpr,
+    WITH_HIDDEN: tl.constexpr,
+    WITH_PREFILL: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BT: tl.constexpr,
+    BM: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (ceil(T / BT), ceil(M / BM) with WITH_PREFILL, else 1). Every program of a row block routes it; the first
+    of them writes what is kept.
+
+    Reads
+        raw_ptr       float32 [splits, T, C], C = PARTS * E + R + R0 (no R columns without WITH_HIDDEN, with dropout)
+        B_ptr [M, R] and B0_ptr [M, R0], any dtype, cast to compute; onto_ptr, scaling_E_ptr as in ``forward.py``
+    Writes
+        weighted_ptr  compute [T, R], h~ (WITH_HIDDEN); gate_ptr, probs_ptr float32 [E, T]
+        residual_ptr  compute [T, R0], - x A0^T (without WITH_PREFILL)
+        partial_ptr   float32 [row blocks, 2, E]; where ONE_BLOCK holds all tokens also load_ptr [E], balance_ptr []
+        y_ptr         compute [T, M] (WITH_PREFILL)
+    """
+    R: tl.constexpr = E * D
+    HIDDEN: tl.constexpr = R if WITH_HIDDEN else 0
+    C: tl.constexpr = PARTS * E + HIDDEN + R0
+    program = tl.program_id(0)
+    first = tl.program_id(1) == 0
+    rows = program.to(tl.int64) * BT + tl.arange(0, BT)
+    in_T = rows < T
+    expert = tl.arange(0, E_PAD)
+
+    # 1. Logits and gate.
+    logits = sum_splits(raw_ptr, rows, in_T, expert, expert < E, T, C, splits)
+    if PARTS == 2:
+        logits += sum_splits(raw_ptr, rows, in_T, E + expert, expert < E, T, C, splits) * (1.0 / _LOW_PART_SCALE)
+    gate, probs, selected = route(logits, E, E_PAD, TOP_K)
+    if first:
+        store_routing(gate, probs, selected, gate_ptr, probs_ptr, partial_ptr, rows, T, program, E, E_PAD)
+        if ONE_BLOCK:
+            counted = in_T[:, None] & (expert < E)[None, :]
+            load = tl.sum(tl.where(counted & selected, 1.0, 0.0), axis=0) / T
+            mean = tl.sum(tl.where(counted, probs, 0.0), axis=0) / T
+            tl.store(load_ptr + expert, load, mask=expert < E)
+            tl.store(balance_ptr, tl.sum(load * mean, axis=0) * E)
+
+    # 2. h~ and the residual columns.
+    index_R, exists_R = hidden_columns(E, D, E_PAD, D_PAD)
+    if WITH_HIDDEN:
+        hidden = sum_splits(raw_ptr, rows, in_T, PARTS * E + index_R, exists_R, T, C, splits)
+        factor = expand(gate * scaling_experts(scaling, scaling_E_ptr, E, E_PAD), E_PAD, D_PAD)
+        weighted = cast(factor * hidden, weighted_ptr.dtype.element_ty)
+        if first:
+            tl.store(
+                weighted_ptr + rows[:, None] * R + index_R[None, :], weighted, mask=in_T[:, None] & exists_R[None, :]
+            )
+    if R0 > 0:
+        index_R0 = tl.arange(0, R0_PAD)
+        residual = -sum_splits(raw_ptr, rows, in_T, PARTS * E + HIDDEN + index_R0, index_R0 < R0, T, C, splits)
+        residual = cast(residual, weighted_ptr.dtype.element_ty)
+        if not WITH_PREFILL:
+            offsets = rows[:, None] * R0 + index_R0[None, :]
+            tl.store(residual_ptr + offsets, residual, mask=in_T[:, None] & (index_R0 < R0)[None, :])
+
+    # 3. The adapter's share of y.
+    if WITH_PREFILL:
+        if R0 == 0:
+            residual = weighted
+        columns = tl.program_id(1) * BM + tl.arange(0, BM)
+        prefill_columns(
+            weighted,
+            residual,
+            B_ptr,
+            B0_ptr,
+            onto_ptr,
+            y_ptr,
+            rows,
+            columns,
+            index_R,
+            exists_R,
+            T,
+            M,
+            stride_onto_t,
+            stride_onto_m,
+            R,
+            R0,
+            R0_PAD,
+            ONTO,
+            EVEN_M,
+            PRECISION,
+        )
