@@ -237,8 +237,7 @@ def _backward_flops(
         products += (R + E + R0) * N + (M * N if weight_shape is not None else 0)
     if needs_weight:
         products += M * N
-    if needs_A or needs_router:
-        products += (R + E) * N
+    products += (R * needs_A + E * needs_router) * N
     if needs_B:
         products += R * M
     return 2 * _tokens(torch.Size(x_shape)) * products

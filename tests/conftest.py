@@ -1,5 +1,5 @@
-"""What every test starts from: a fixed seed, no backend chosen by the environment, one thread, and where there is no GPU
-Triton's interpreter; tests marked ``gpu`` skip there.
+"""What every test starts from: a fixed seed, no backend chosen by the environment, one thread; and where there is no
+GPU, Triton's interpreter: tests marked ``gpu`` skip there.
 """
 
 from __future__ import annotations

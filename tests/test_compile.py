@@ -228,11 +228,11 @@ def test_opcheck_of_the_backward_operator(case, requires_grad, needs):
     if tensors[1] is None:
         needs = [*needs[:1], False, False, *needs[3:]]
     with torch.no_grad():
-        y, _, load, hidden, gate, probs = torch.ops.goat_kernels.forward.default(*tensors, *options)
+        y, _, load, hidden, gate, probs, packed = torch.ops.goat_kernels.forward.default(*tensors, *options)
         grad_y = torch.randn_like(y)
     x, weight, _, _, *adapter, balance_scale = tensors
     arguments = (grad_y, torch.tensor(0.7, dtype=gate.dtype), x, weight, *adapter, balance_scale)
-    arguments = (*arguments, hidden, gate, probs, load, *options, needs)
+    arguments = (*arguments, hidden, gate, probs, load, packed, *options, needs)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if not requires_grad:  # this test differentiates, and a second derivative raises
         tests = (*tests, "test_aot_dispatch_dynamic")

@@ -383,13 +383,14 @@ def product_flops(problem, needs) -> tuple[int, int]:
 def test_each_subset_of_gradients_runs_only_its_own_products():
     T, N, M, R, E, R0 = 64, 160, 96, 8, 4, 6
     problem = make_problem(T, N, M, R, E, R0=R0)
-    base, adapter_in, adapter_out = 2 * T * N * M, 2 * T * N * (R + E), 2 * T * M * R
+    base, lora_A, router, adapter_out = 2 * T * N * M, 2 * T * N * R, 2 * T * N * E, 2 * T * M * R
+    adapter_in = lora_A + router
     path_in, path_out = 2 * T * N * R0, 2 * T * M * R0
     cases = {
         ("bias",): 0,
         ("lora_B",): adapter_out,
-        ("lora_A",): adapter_out + adapter_in,
-        ("router",): adapter_out + adapter_in,
+        ("lora_A",): adapter_out + lora_A,
+        ("router",): adapter_out + router,
         ("lora_A", "lora_B", "router"): 2 * adapter_out + adapter_in,
         ("x",): adapter_out + path_out + adapter_in + path_in + base,
         ("x", "lora_A", "lora_B", "router"): 2 * (adapter_out + adapter_in) + path_out + path_in + base,

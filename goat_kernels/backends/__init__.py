@@ -61,6 +61,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 _RESOLVED: dict[tuple[torch.device, torch.dtype, str], str] = {}
 
 
+@torch.compiler.assume_constant_result  # a tracer cannot follow the questions put to a GPU and to Triton
 def _resolve(device: torch.device, dtype: torch.dtype, asked: str, argument: str) -> str:
     if asked == "auto":
         reasons = {name: why_not_auto(name, device, dtype) for name in _BACKENDS}

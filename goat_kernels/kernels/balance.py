@@ -12,7 +12,8 @@ def finish_balance(
 ):
     """f_i = share of tokens of expert i, loss = E sum_i f_i P_i (docs/math.md, Balance loss). Grid: (1,).
 
-    Reads partial_ptr float32 [programs, 2, E]: sums of probs, counts. Writes load_ptr float32 [E], balance_ptr float32 [].
+    Reads partial_ptr float32 [programs, 2, E]: sums of probs, counts.
+    Writes load_ptr float32 [E], balance_ptr float32 [].
     """
     expert = tl.arange(0, E_PAD)
     probs = tl.zeros((BLOCK, E_PAD), tl.float32)

@@ -1,9 +1,9 @@
 """Tile sizes: one frozen table, one validity predicate, and the choice of a tile for a problem.
 
-A tile decides the shape of a program of one kernel. The table is keyed by what matters: the kernel, the GPU's family, the
-width of x's dtype, and how many hidden columns one program accumulates (R, plus R' with residual="path", once more for the
-second slot with dropout). Adding a GPU or a better tile is adding an :class:`Entry`; ``goat-kernels tune`` measures
-candidates on a GPU and writes entries in the same form, which the environment variable GOAT_KERNELS_TILES reads.
+A tile decides the shape of a program of one kernel. The table is keyed by what matters: the kernel, the GPU's family,
+the width of x's dtype, and how many hidden columns a program accumulates (R, plus R' with residual="path", R once more
+for the second slot with dropout). Adding a GPU or a better tile is adding an :class:`Entry`; ``goat-kernels tune``
+measures candidates on a GPU and writes entries in the same form, which GOAT_KERNELS_TILES names to be read.
 
 Nothing here touches a device at import.
 """
@@ -39,7 +39,7 @@ class Target:
     shared_bytes: int
 
 
-#: The GPUs that kernels are compiled for without one at hand; the first of a family is also what the interpreter imitates.
+#: The GPUs that kernels are compiled for without one at hand.
 KNOWN_TARGETS: dict[str, Target] = {
     "sm_90": Target("sm90", 132, 232448),
     "sm_80": Target("sm80", 108, 166912),
@@ -94,7 +94,7 @@ def _tall_to_low(columns: int, warps: int, stages: int, rows: tuple[int, ...], r
 
 #: In order: of the entries of a kernel that hold the columns, those of the GPU's own family come first, then "any".
 TABLE: tuple[Entry, ...] = (
-    # One read of x (dY) by programs of `rows` tokens; x tiles stream through, the adapter's are re-read by every program.
+    # One read of x (dY) by programs of `rows` tokens; every program re-reads the adapter.
     Entry("fused_forward", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
     Entry("fused_forward", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_forward", 2, 128, _tall_to_low(64, 8, 3, (64, 32, 16))),

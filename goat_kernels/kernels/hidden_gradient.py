@@ -4,8 +4,8 @@
     dh      = s expand(gate) dh~
     dlogits = q - gate sum q + the balance loss's share,  q_i = <h~_i, dh~_i>
 
-Fused where one block of tokens fits the registers and the blocks fill the GPU; else ``project.py`` forms dY [lora_B | B0]
-in splits, and :func:`finish_hidden_gradient` does the rest.
+Fused where one block of tokens fits the registers and the blocks fill the GPU; else ``project.py`` forms
+dY [lora_B | B0] in splits, and :func:`finish_hidden_gradient` does the rest.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def finish_hidden_gradient(
     HAS_BALANCE: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """The same from raw_ptr float32 [splits, T, R + R0], the partial sums of dY [lora_B | B0]. Grid: (ceil(T / BT),)."""
+    """The same from raw_ptr float32 [splits, T, R + R0], partial sums of dY [lora_B | B0]. Grid: (ceil(T / BT),)."""
     R: tl.constexpr = E * D
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     in_T = rows < T

@@ -1,7 +1,7 @@
 """The adapter in the compute dtype: cast once per forward, read by every row block, kept for the backward.
 
-Only where the adapter's dtype is another than x's (float32 adapters over a half-precision base). The router becomes two
-parts, high and low, whose sum is the float32 weight to about 16 bits: one half-precision router would pick other experts.
+Only where the adapter's dtype is another than x's (float32 adapters over a half-precision base). The router becomes
+two parts, high and low, whose sum is the float32 weight to 16 bits or more: half precision alone picks other experts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Skinny products in stages: partial sums of x [router; W1; W2]^T over splits of the inner dimension.
 
-The forward uses it with x [T, N] and [router; lora_A; A0] where the fused kernel does not serve (few tokens, large R or
-E); the backward with dY [T, M] and [lora_B | B0]. A second stage (``route.py``, ``hidden_gradient.py``) adds the splits in
-their order. Splitting the inner dimension is what fills the GPU when there are few tokens.
+The forward uses it with x [T, N] and [router; lora_A; A0] where the fused kernel does not serve (few tokens, large R
+or E); the backward with dY [T, M] and [lora_B | B0]. A second stage (``route.py``, ``hidden_gradient.py``) adds the
+splits in their order. Splitting the inner dimension is what fills the GPU when there are few tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Weight gradients: dlora_B = dY^T h~, and kernel 3, [dlora_A; drouter] = [dh | dlogits]^T x from one read of x.
 
-Both sum over tokens. Each program sums one split of the tokens for one block of in- or out-features; the splits are then
-added in their order (:func:`add_splits`), so that no atomics are needed and results repeat bit for bit.
+Both sum over tokens. Each program sums one split of the tokens for one block of in- or out-features; the splits are
+then added in their order (:func:`add_splits`), so that no atomics are needed and results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def weight_gradient(
         x_ptr       compute [T, N], strides (stride_xt, stride_xn)
         hidden_ptr  compute [T, R]: dh, or h~ for lora_B (WITH_HIDDEN)
         logits_ptr  float32 [E, T]: dlogits (WITH_LOGITS)
-        gate_ptr    float32 [E, T] and seed_ptr int32 [2] with dropout, which drops x for hidden_ptr's columns; else None
+        gate_ptr    float32 [E, T] and seed_ptr int32 [2] where x is dropped for hidden_ptr's columns; else None
     Writes
         out_ptr        [splits, R, N] by strides (stride_os, stride_oc, stride_on), any dtype
         out_logits_ptr [splits, E, N] by strides (stride_ls, N, 1), any dtype; by the first block along axis 2
@@ -125,7 +125,7 @@ def weight_gradient(
 def add_splits(partial_ptr, first_ptr, second_ptr, splits, first_size, second_size, BLOCK: tl.constexpr):
     """Sum partial [splits, first_size + second_size] float32 over its splits, in their order. Grid: blocks of BLOCK.
 
-    The first ``first_size`` sums go to first_ptr, the others to second_ptr, each in its own dtype; None where its size is 0.
+    The first ``first_size`` sums go to first_ptr, the others to second_ptr, in their dtypes; None where the size is 0.
     """
     size = first_size + second_size
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

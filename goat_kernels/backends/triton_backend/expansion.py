@@ -27,7 +27,9 @@ def expand(
     dropped: Adapter | None = None,
     gate_ET: Tensor | None = None,
 ) -> None:
-    """Write out = hidden W [+ residual W0] [+ logits router] [+ what it goes onto]; W [R, N], W0 [R0, N] of any strides.
+    """Write out = hidden W [+ residual W0] [+ logits router] [+ what it goes onto].
+
+    W [R, N] and W0 [R0, N] may have any strides.
 
     ``dropped``: the adapter whose dropout masks hidden's share, with ``gate_ET``; None without dropout.
     """

@@ -1,4 +1,4 @@
-"""The adapter as the kernels read it: its widths in registers, its matrices packed in the compute dtype, its strides."""
+"""The adapter as the kernels read it: its widths in registers, its matrices in the compute dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from goat_kernels.kernels.configs import Target, Tile
 from goat_kernels.kernels.launch import blocks, launch
 from goat_kernels.kernels.pack import pack_adapter
 
-#: Up to here (decoding) a forward reads the adapter as it is and takes two launches; above, it is packed where it must be.
+#: Up to here (decoding) a forward reads the adapter as it is and takes two launches; above, it is packed if need be.
 FEW_TOKENS = 64
 
 #: The kernels that go through memory element by element have nothing to choose.
