@@ -73,8 +73,10 @@ class Tile:
 class Entry:
     """Tiles for one kernel, from the tallest to the lowest: the first that is valid and fills the GPU is taken.
 
+    Of tiles with the same rows, the first that is valid counts: the others are for GPUs with less shared memory.
+
     Attributes:
-        kernel: its function's name.
+        kernel: its function's name, with ".dropout" where dropout makes another kernel of it.
         width: bytes of an element of x: 2 or 4.
         max_columns: the most hidden columns one program accumulates.
         tiles: candidates.
@@ -89,7 +91,8 @@ class Entry:
 
 
 def _tall_to_low(columns: int, warps: int, stages: int, rows: tuple[int, ...], rank: int = 0) -> tuple[Tile, ...]:
-    return tuple(Tile(r, columns, warps, stages, rank) for r in rows)
+    """One tile for each of ``rows``, each followed by the same with fewer stages."""
+    return tuple(Tile(r, columns, warps, s, rank) for r in rows for s in range(stages, 0, -1))
 
 
 #: In order: of the entries of a kernel that hold the columns, those of the GPU's own family come first, then "any".
@@ -106,15 +109,15 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_hidden_gradient", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
     Entry("fused_hidden_gradient", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
     # Products in rank blocks and splits.
-    Entry("project", 2, 64, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64)),
-    Entry("project", 2, 2048, _tall_to_low(64, 8, 3, (128, 64, 32, 16), rank=128)),
+    Entry("project", 2, 96, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64)),
+    Entry("project", 2, 2048, _tall_to_low(64, 8, 3, (64, 32, 16), rank=128)),
     Entry("project", 4, 2048, _tall_to_low(32, 4, 2, (64, 32, 16), rank=64)),
     Entry("dropped_hidden", 2, 2048, _tall_to_low(64, 8, 2, (64, 32), rank=64)),
     Entry("dropped_hidden", 4, 2048, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
     # Elementwise over hidden columns, and a narrow product.
     Entry("route_and_prefill", 2, 128, _tall_to_low(64, 4, 2, (64, 32, 16))),
     Entry("route_and_prefill", 2, 512, _tall_to_low(32, 8, 1, (16,))),
-    Entry("route_and_prefill", 2, 4096, _tall_to_low(32, 16, 1, (16,))),
+    Entry("route_and_prefill", 2, 4096, _tall_to_low(32, 16, 1, (16,)) + _tall_to_low(16, 16, 1, (16,))),
     Entry("route_and_prefill", 4, 128, _tall_to_low(32, 4, 1, (32, 16))),
     Entry("route_and_prefill", 4, 512, _tall_to_low(16, 8, 1, (16,))),
     Entry("route_and_prefill", 4, 4096, _tall_to_low(16, 16, 1, (16,))),
@@ -123,24 +126,43 @@ TABLE: tuple[Entry, ...] = (
     Entry("finish_hidden_gradient", 4, 512, _tall_to_low(16, 4, 1, (16,))),
     Entry("finish_hidden_gradient", 4, 4096, _tall_to_low(16, 8, 1, (16,))),
     # Sums over tokens: `rows` tokens a step, `columns` features and `rank` hidden columns a program.
-    Entry("weight_gradient", 2, 32, (Tile(64, 128, 4, 3, 32),)),
-    Entry("weight_gradient", 2, 64, (Tile(64, 128, 4, 3, 64),)),
-    Entry("weight_gradient", 2, 2048, (Tile(64, 128, 8, 3, 128),)),
-    Entry("weight_gradient", 4, 2048, (Tile(32, 64, 4, 2, 32),)),
+    Entry("weight_gradient", 2, 32, _tall_to_low(128, 4, 3, (64,), rank=32)),
+    Entry("weight_gradient", 2, 64, _tall_to_low(128, 4, 3, (64,), rank=64)),
+    Entry("weight_gradient", 2, 2048, _tall_to_low(128, 8, 3, (64,), rank=128)),
+    Entry("weight_gradient", 4, 2048, _tall_to_low(64, 8, 3, (16,), rank=32)),
+    Entry("weight_gradient.dropout", 2, 2048, _tall_to_low(64, 4, 2, (32,), rank=64)),
+    Entry("weight_gradient.dropout", 4, 2048, _tall_to_low(32, 4, 2, (16,), rank=32)),
     # dX and the staged y: `rows` tokens stay, the walk is over `columns` features a step.
     Entry("expand_columns", 2, 64, _tall_to_low(128, 4, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns", 2, 128, _tall_to_low(128, 8, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns", 2, 4096, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns", 4, 4096, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
+    Entry("expand_columns.dropout", 2, 4096, _tall_to_low(64, 4, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns.dropout", 4, 4096, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
 )
 
-_TILE_FIELDS = {field.name for field in dataclasses.fields(Tile)}
+
+#: Kernels whose programs divide the tokens and nothing else, so that low tiles are what fills the GPU with few tokens.
+_DIVIDE_TOKENS_ALONE = ("fused_forward", "fused_hidden_gradient", "dropped_hidden")
 
 
 def shared_estimate(kernel: str, tile: Tile, columns: int, width: int) -> int:
     """Bytes of shared memory that the pipelined operands of one program take, roughly."""
-    accumulated = min(tile.rank, columns) if tile.rank else columns
-    per_stage = tile.rows * tile.columns + tile.columns * (accumulated + 16)
+    accumulated = (min(tile.rank, columns) if tile.rank else columns) + 16
+    kernel = kernel.removesuffix(".dropout")
+    if kernel == "project":
+        accumulated = tile.rank + 16
+        per_stage = tile.columns * (tile.rows + 2 * accumulated)  # W1 and W2 each
+    elif kernel == "weight_gradient":
+        per_stage = tile.rows * (tile.columns + accumulated)
+    elif kernel == "finish_hidden_gradient":
+        per_stage = 0
+    elif kernel == "route_and_prefill":
+        per_stage = tile.columns * columns
+    elif kernel == "expand_columns":
+        per_stage = tile.columns * accumulated
+    else:
+        per_stage = tile.columns * (tile.rows + accumulated)
     return per_stage * width * max(tile.stages - 1, 1)
 
 
@@ -179,7 +201,7 @@ def entries_for(kernel: str, columns: int, width: int, family: str) -> list[Entr
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tile(kernel: str, columns: int, width: int, target: Target, row_programs: int = 0) -> Tile | None:
+def choose_tile(kernel: str, columns: int, width: int, target: Target, T: int) -> Tile | None:
     """The tile for a problem; None where the table has none, and another form of the pass has to serve.
 
     Args:
@@ -187,16 +209,23 @@ def choose_tile(kernel: str, columns: int, width: int, target: Target, row_progr
         columns: hidden columns that one program accumulates.
         width: bytes of an element of x.
         target: the GPU.
-        row_programs: T, where programs divide the tokens alone: the tallest tile whose programs fill the GPU is taken.
-            0: the tallest.
+        T: tokens. The tallest tile is taken that is not twice as tall as T and, where programs divide the tokens alone,
+            whose programs fill the GPU.
     """
     for entry in entries_for(kernel, columns, width, target.family):
-        valid = [t for t in entry.tiles if invalid_reason(kernel, t, columns, width, target) is None]
-        for tile in valid:
-            if not row_programs or -(-row_programs // tile.rows) >= 0.75 * target.multiprocessors:
+        by_rows: dict[int, Tile] = {}
+        for tile in entry.tiles:
+            if invalid_reason(kernel, tile, columns, width, target) is None:
+                by_rows.setdefault(tile.rows, tile)
+        for tile in by_rows.values():
+            if kernel in _DIVIDE_TOKENS_ALONE:
+                serves = -(-T // tile.rows) >= 0.75 * target.multiprocessors
+            else:
+                serves = tile.rows < 2 * T
+            if serves:
                 return tile
-        if valid:
-            return valid[-1]
+        if by_rows:
+            return list(by_rows.values())[-1]
     return None
 
 

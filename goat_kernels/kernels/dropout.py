@@ -29,21 +29,31 @@ def token_keys(seed_ptr, rows_T):
 
 
 @triton.jit
-def pair_bits(seed_ptr, keys_T, columns_N, pair):
-    """uint32 [T, N]: 16 bits for slot 2 * pair (low half) and 16 for the next (high half)."""
+def pair_bits(seed_ptr, keys, columns, pair):
+    """uint32: 16 bits for slot 2 * pair (low half) and 16 for the next (high half) of each token and input.
+
+    keys and columns (int32) broadcast against each other: [T, 1] and [1, N], or the other way round.
+    """
     s1 = tl.load(seed_ptr + 1).to(tl.uint32, bitcast=True)
     key = s1 + tl.cast(pair, tl.uint32) * 0x85EBCA77
-    words_N = columns_N.to(tl.uint32, bitcast=True) * 0x9E3779B1
-    return mix(words_N[None, :] ^ keys_T[:, None], key)
+    return mix(columns.to(tl.uint32, bitcast=True) * 0x9E3779B1 ^ keys, key)
 
 
 @triton.jit
-def kept(seed_ptr, keys_T, columns_N, slot, threshold):
-    """bool [T, N]: whether ``slot`` keeps an element. ``threshold`` is round(p * 65536)."""
+def kept(seed_ptr, keys, columns, slot, threshold):
+    """float32, 1 where ``slot`` keeps an element and 0 where not; shapes as in :func:`pair_bits`.
+
+    ``threshold`` is round(p * 65536). In integers, not bools: compilers fail to move a tile of bools between layouts.
+    """
     slot = tl.cast(slot, tl.uint32)
-    bits = pair_bits(seed_ptr, keys_T, columns_N, slot // 2)
-    half = (bits >> (16 * (slot % 2))) & 0xFFFF
-    return half >= threshold.to(tl.uint32)
+    half = (pair_bits(seed_ptr, keys, columns, slot // 2) >> (16 * (slot % 2))) & 0xFFFF
+    return (1 + ((half.to(tl.int32) - threshold) >> 31)).to(tl.float32)
+
+
+@triton.jit
+def of_slot(value, slots, slot):
+    """``value`` where ``slots`` (int32) is ``slot``, 0 elsewhere; in integers for the same reason as :func:`kept`."""
+    return value * (1 - tl.minimum(tl.abs(slots - slot), 1)).to(value.dtype)
 
 
 @triton.jit

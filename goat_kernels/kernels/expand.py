@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from goat_kernels.kernels.common import cast, product
-from goat_kernels.kernels.dropout import column_slots, kept, token_keys
+from goat_kernels.kernels.dropout import column_slots, kept, of_slot, token_keys
 
 
 @triton.jit
@@ -35,9 +35,9 @@ def add_dropped(
 ):
     """y + the share of ``hidden`` through the masks of its slots."""
     for slot in range(TOP_K):
-        in_slot = tl.where(slots == slot, hidden, 0.0)
+        in_slot = of_slot(hidden, slots, slot)
         share = product(in_slot, w, tl.zeros(y.shape, tl.float32), PRECISION)
-        y += tl.where(kept(seed_ptr, keys, n, slot, keep_threshold), share * keep_scale, 0.0)
+        y += share * (kept(seed_ptr, keys[:, None], n[None, :], slot, keep_threshold) * keep_scale)
     return y
 
 

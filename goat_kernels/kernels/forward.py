@@ -167,7 +167,7 @@ def fused_forward(
         if seed_ptr is None:
             hidden = product(x, a, hidden, PRECISION)
         else:
-            bits = pair_bits(seed_ptr, keys, n, 0)
+            bits = pair_bits(seed_ptr, keys[:, None], n[None, :], 0)
             threshold = keep_threshold.to(tl.uint32)
             hidden = product(tl.where((bits & 0xFFFF) >= threshold, x, 0.0), a, hidden, PRECISION)
             if TOP_K > 1:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from goat_kernels.kernels.common import cast, product
-from goat_kernels.kernels.dropout import column_slots, kept, token_keys
+from goat_kernels.kernels.dropout import column_slots, kept, of_slot, token_keys
 
 
 @triton.jit(do_not_specialize=["T", "split_T", "keep_threshold"])
@@ -88,9 +88,9 @@ def weight_gradient(
                 slots = column_slots(gate_ptr, rows, in_T, tl.minimum(column // D, E - 1), T, E)
                 keys = token_keys(seed_ptr, rows.to(tl.int32))
                 for slot in range(TOP_K):
-                    keep = tl.trans(kept(seed_ptr, keys, n, slot, keep_threshold))
-                    in_slot = tl.where(slots == slot, hidden, 0.0)
-                    accumulator = product(tl.where(keep, x, 0.0), in_slot, accumulator, PRECISION)
+                    keep = kept(seed_ptr, keys[None, :], n[:, None], slot, keep_threshold)
+                    in_slot = of_slot(hidden, slots, slot)
+                    accumulator = product(cast(x * keep, x.dtype), in_slot, accumulator, PRECISION)
         if WITH_LOGITS:
             logits = tl.load(
                 logits_ptr + expert.to(tl.int64)[None, :] * T + rows[:, None],
@@ -113,12 +113,9 @@ def weight_gradient(
         tl.store(out, cast(accumulator, out_ptr.dtype.element_ty), mask=in_N[:, None] & in_R[None, :])
     if WITH_LOGITS:  # noqa: SIM102 (a constant around a run-time condition)
         if tl.program_id(2) == 0:
-            out = out_logits_ptr + split.to(tl.int64) * stride_ls + expert[None, :] * N + n[:, None]
-            tl.store(
-                out,
-                cast(logits_accumulator, out_logits_ptr.dtype.element_ty),
-                mask=in_N[:, None] & (expert < E)[None, :],
-            )
+            out_logits = out_logits_ptr + split.to(tl.int64) * stride_ls + expert[None, :] * N + n[:, None]
+            total = cast(logits_accumulator, out_logits_ptr.dtype.element_ty)
+            tl.store(out_logits, total, mask=in_N[:, None] & (expert < E)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits", "first_size", "second_size"])

@@ -67,7 +67,7 @@ def hidden_gradient(
         "balance_coefficient": float(grad_balance) if grad_balance is not None and not is_tensor else 0.0,
     }
     constants = {**widths._asdict(), "HAS_BALANCE": grad_balance is not None}
-    tile = choose_tile("fused_hidden_gradient", widths.columns, compute.itemsize, target, row_programs=T)
+    tile = choose_tile("fused_hidden_gradient", widths.columns, compute.itemsize, target, T)
     if tile is not None and widths.E <= FUSED_EXPERTS and 2 * blocks(T, tile.rows) >= target.multiprocessors:
         arguments |= {
             "grad_y_ptr": grad_y_TM,
@@ -87,7 +87,7 @@ def hidden_gradient(
         return gradient
     B0 = matrices.B0.t() if widths.R0 else None
     raw = project_columns(grad_y_TM, adapter, matrices, matrices.B.t(), B0, target, with_router=False)
-    tile = choose_tile("finish_hidden_gradient", widths.columns, compute.itemsize, target)
+    tile = choose_tile("finish_hidden_gradient", widths.columns, compute.itemsize, target, T)
     arguments |= {"raw_ptr": raw, "splits": raw.shape[0]}
     launch(finish_hidden_gradient, (blocks(T, tile.rows),), tile, arguments, constants | {"BT": tile.rows})
     return gradient
@@ -110,7 +110,9 @@ def sum_over_tokens(
     (T, N), R, E = x_TN.shape, adapter.rank, adapter.num_experts
     target = current_target(x_TN.device)
     columns = padded(R, 16) if hidden_TR is not None else 16
-    tile = choose_tile("weight_gradient", columns, x_TN.dtype.itemsize, target)
+    dropped = gate_ET is not None and adapter.seed is not None and hidden_TR is not None
+    kernel = "weight_gradient.dropout" if dropped else "weight_gradient"
+    tile = choose_tile(kernel, columns, x_TN.dtype.itemsize, target, T)
     rank = min(tile.rank, columns)
     feature_blocks, rank_blocks = blocks(N, tile.columns), blocks(R, rank) if hidden_TR is not None else 1
     splits, split_steps = splits_of(feature_blocks * rank_blocks, blocks(T, tile.rows), target)
@@ -122,7 +124,6 @@ def sum_over_tokens(
             to_RN = partial[0, : R * N].as_strided((R, N), out_RN.stride())
         if logits_ET is not None:
             to_EN = partial[0, R_out * N :].view(E, N)
-    dropped = gate_ET is not None and adapter.seed is not None and hidden_TR is not None
     arguments = {
         "x_ptr": x_TN,
         "hidden_ptr": hidden_TR,

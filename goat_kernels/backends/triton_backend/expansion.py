@@ -36,7 +36,9 @@ def expand(
     T, N = out_TN.shape
     R, R0 = hidden_TR.shape[1], 0 if residual_TR0 is None else residual_TR0.shape[1]
     target = current_target(out_TN.device)
-    tile = choose_tile("expand_columns", R + R0, out_TN.element_size(), target, row_programs=T)
+    tile = choose_tile(
+        "expand_columns" if dropped is None else "expand_columns.dropout", R + R0, out_TN.element_size(), target, T
+    )
     row_blocks, steps = blocks(T, tile.rows), blocks(N, tile.columns)
     chunks = max(1, min(2 * target.multiprocessors // max(row_blocks, 1), steps))
     chunk_steps = max(1, blocks(steps, chunks))

@@ -95,7 +95,7 @@ def _fused_tile(T: int, widths: Widths, adapter: Adapter, width: int, target: Ta
     if widths.E > FUSED_EXPERTS or slots > FUSED_SLOTS or (T <= FEW_TOKENS and adapter.seed is None):
         return None
     columns = widths.columns + (slots - 1) * widths.E_PAD * widths.D_PAD
-    tile = choose_tile("fused_forward", columns, width, target, row_programs=T)
+    tile = choose_tile("fused_forward", columns, width, target, T)
     if tile is None or (adapter.seed is None and 2 * blocks(T, tile.rows) < target.multiprocessors):
         return None
     return tile
@@ -174,7 +174,7 @@ def _staged(
         x_TN, adapter, matrices, None if dropout else matrices.A, matrices.A0, target, with_router=True
     )
     prefills = T <= FEW_TOKENS and not dropout
-    tile = choose_tile("route_and_prefill", widths.columns, width, target)
+    tile = choose_tile("route_and_prefill", widths.columns, width, target, T)
     programs = blocks(T, tile.rows)
     partial = kept.partial(programs)
     residual_TR0 = None if prefills or not widths.R0 else x_TN.new_empty(T, widths.R0)
@@ -247,7 +247,7 @@ def project_columns(
         W1, W2 = W2, None
     C1, C2 = (0 if W is None else W.shape[0] for W in (W1, W2))
     E, parts = adapter.num_experts, matrices.parts if with_router else 0
-    tile = choose_tile("project", parts * E + C1 + C2, x_TN.dtype.itemsize, target, row_programs=T)
+    tile = choose_tile("project", parts * E + C1 + C2, x_TN.dtype.itemsize, target, T)
     row_blocks = blocks(T, tile.rows)
     column_blocks = blocks(parts * E, tile.rank) + blocks(C1 + C2, tile.rank)
     splits, split_steps = splits_of(row_blocks * column_blocks, blocks(N, tile.columns), target)
@@ -278,7 +278,6 @@ def project_columns(
         "BN": tile.columns,
         "BC": tile.rank,
         "PRECISION": precision(x_TN.dtype),
-        "ROUTER_PRECISION": "ieee",
     }
     launch(project, (row_blocks, column_blocks, splits), tile, arguments, constants)
     return raw
@@ -287,7 +286,7 @@ def project_columns(
 def _dropped(target: Target, x_TN: Tensor, adapter: Adapter, matrices: Operands, kept: Kept) -> None:
     """h~ under dropout, from the gates that ``route_and_prefill`` has written."""
     T, N = x_TN.shape
-    tile = choose_tile("dropped_hidden", adapter.rank, x_TN.dtype.itemsize, target, row_programs=T)
+    tile = choose_tile("dropped_hidden", adapter.rank, x_TN.dtype.itemsize, target, T)
     arguments = {
         "x_ptr": x_TN,
         "A_ptr": matrices.A,

@@ -1,0 +1,296 @@
+"""Does every kernel compile without spilling for GPUs that are not here? What does it take of their registers?
+
+The passes run on meta tensors under :func:`goat_kernels.kernels.launch.observed`, which records their launches instead
+of running them; each launch is then compiled as Triton would for its arguments. Needs a process in which Triton does not
+interpret (``goat-kernels check --compile`` sees to it).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from goat_kernels.backends.base import Adapter
+from goat_kernels.backends.triton_backend.passes import TritonPasses
+from goat_kernels.kernels.configs import KNOWN_TARGETS, Tile, forced_target
+from goat_kernels.kernels.launch import Launch, observed
+
+_COMPILER_TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+#: What a matrix instruction looks like in PTX or in AMD's assembly, the best first.
+_MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
+
+_TRITON_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer whose launches are compiled; letters as everywhere, ``base`` adds onto a base layer's output."""
+
+    T: int
+    R: int
+    R0: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype = torch.float32
+    E: int = 8
+    K: int = 2
+    N: int = 4096
+    M: int = 4096
+    dropout: bool = False
+    base: bool = False
+    tf32: bool = False
+
+    def adapter(self) -> Adapter:
+        def meta(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=self.adapter_dtype, device="meta")
+
+        pair = (meta(self.R0, self.N), meta(self.M, self.R0)) if self.R0 else (None, None)
+        return Adapter(
+            lora_A=meta(self.R, self.N),
+            lora_B=meta(self.M, self.R),
+            router=meta(self.E, self.N),
+            residual_A=pair[0],
+            residual_B=pair[1],
+            scaling=2.0,
+            scaling_E=None,
+            top_k=self.K,
+            dropout_p=0.05 if self.dropout else 0.0,
+            seed=torch.empty(2, dtype=torch.int32, device="meta") if self.dropout else None,
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch of a problem on a target, by its place among the problem's launches."""
+
+    target: str
+    problem: Problem
+    index: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one kernel.
+
+    Attributes:
+        kernel, target, tile: which.
+        problem: for what it was compiled.
+        registers: per thread (vector registers on AMD).
+        spilled_bytes: per thread; local memory that registers did not hold.
+        shared_bytes: per program.
+        occupancy: share of the multiprocessor's warps that registers and shared memory let run, 0 to 1.
+        matrix_instruction: the best that was found, or "".
+        multiplies_halves: whether it multiplies half-precision matrices, and so must use one.
+        limit_shared_bytes: what the target has per program.
+    """
+
+    kernel: str
+    target: str
+    tile: Tile
+    problem: Problem
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    occupancy: float
+    matrix_instruction: str
+    multiplies_halves: bool
+    limit_shared_bytes: int
+
+    def fault(self) -> str | None:
+        """None, or what is wrong with it."""
+        if self.spilled_bytes:
+            return f"spills {self.spilled_bytes} bytes"
+        if self.shared_bytes > self.limit_shared_bytes:
+            return f"takes {self.shared_bytes} bytes of shared memory of {self.limit_shared_bytes}"
+        if self.multiplies_halves and not self.matrix_instruction:
+            return "multiplies half-precision matrices without matrix instructions"
+        return None
+
+
+def record(problem: Problem, target: str) -> list[Launch]:
+    """The launches of one forward and backward of ``problem`` on ``target``, in order; nothing runs."""
+    adapter, passes = problem.adapter(), TritonPasses()
+    x = torch.empty(problem.T, problem.N, dtype=problem.dtype, device="meta")
+    y = torch.empty(problem.T, problem.M, dtype=problem.dtype, device="meta")
+    bias = None if problem.base else torch.empty(problem.M, dtype=problem.dtype, device="meta")
+    launches: list[Launch] = []
+    switch = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if problem.tf32 else "ieee"
+    try:
+        with forced_target(KNOWN_TARGETS[target]), observed(launches.append):
+            _, _, routing = passes.prefill(x, adapter, bias, y if problem.base else None)
+            gradient = passes.hidden_gradient(y, 1e-3, adapter, routing, with_residual=True)
+            passes.lora_B_gradient(y, adapter, routing)
+            passes.input_prefill(adapter, routing, gradient)
+            passes.lora_A_router_gradient(x, adapter, routing, gradient, needs_A=True, needs_router=True)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = switch
+    return launches
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The kernel with the types and properties that Triton would specialise it on for this launch's arguments."""
+    fn = launch.kernel
+    unspecialised = set(fn.do_not_specialize or ())
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for position, name in enumerate(fn.arg_names):
+        if name in launch.constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.arguments[name]
+        aligned = False
+        if isinstance(value, Tensor):
+            signature[name], aligned = "*" + _TRITON_TYPES[value.dtype], True
+        elif value is None or (isinstance(value, int) and value == 1 and name not in unspecialised):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and name not in unspecialised
+        else:
+            signature[name] = "fp32"
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn, signature, constants, attributes)
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile one launch; raises what the compiler raises."""
+    launch = record(case.problem, case.target)[case.index]
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
+    compiled = triton.compile(source_of(launch), target=_COMPILER_TARGETS[case.target], options=options)
+    is_amd = "amdgcn" in compiled.asm
+    text = compiled.asm["amdgcn" if is_amd else "ptx"]
+    registers, spilled = _amd_resources(text) if is_amd else _nvidia_resources(compiled.asm["cubin"])
+    shared, target = compiled.metadata.shared, KNOWN_TARGETS[case.target]
+    found = [name for name in _MATRIX_INSTRUCTIONS if name in text]
+    return Compiled(
+        kernel=launch.name,
+        target=case.target,
+        tile=launch.tile,
+        problem=case.problem,
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=shared,
+        occupancy=_occupancy(registers, shared, launch.tile.warps, case.target),
+        matrix_instruction=found[0] if found else "",
+        multiplies_halves=_multiplies(launch) and case.problem.dtype.itemsize == 2,
+        limit_shared_bytes=target.shared_bytes,
+    )
+
+
+def _multiplies(launch: Launch) -> bool:
+    return "PRECISION" in launch.constants and launch.constants.get("WITH_PREFILL", True)
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack, which is where spilled registers go) from a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(cuobjdump), "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(found.group(1)), int(found.group(2))
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes of private memory): what is spilled, in 4-byte registers, or kept in scratch."""
+    values = {
+        name: int(re.search(rf"\.{name}:?\s+(\d+)", assembly).group(1))
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    }
+    return values["vgpr_count"], max(4 * values["vgpr_spill_count"], values["private_segment_fixed_size"])
+
+
+def _occupancy(registers: int, shared_bytes: int, warps: int, target: str) -> float:
+    """The share of a multiprocessor's warps that can run at once; on AMD, of a compute unit's."""
+    if target == "gfx942":  # four SIMDs of 512 vector registers and 8 waves each
+        by_registers = 4 * min(8, 512 // max(registers, 1)) // warps
+        most_warps, most_programs = 32, 16
+    else:
+        by_registers = 65536 // (max(registers, 1) * 32 * warps)
+        most_warps, most_programs = 64, 32
+    by_shared = KNOWN_TARGETS[target].shared_bytes // max(shared_bytes, 1)
+    return min(most_warps, warps * min(by_registers, by_shared, most_programs)) / most_warps
+
+
+def problems(*, everything: bool) -> Iterator[Problem]:
+    """Layers whose launches cover every kernel, rank bucket and tile; the short list where not ``everything``."""
+    bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
+    if not everything:
+        yield Problem(8192, 32, 32, bf16)
+        yield Problem(8192, 128, 0, bf16)
+        yield Problem(16, 32, 32, bf16)
+        yield Problem(2048, 8, 0, fp16, dropout=True)
+        yield Problem(2048, 512, 512, bf16, E=64)
+        yield Problem(2048, 32, 32, fp32)
+        return
+    ranks = [(8, 0), (8, 8), (16, 16), (32, 0), (32, 32), (64, 0), (64, 64), (128, 0), (128, 128), (512, 0), (512, 512)]
+    for (R, R0), dtype, T in itertools.product(ranks, (bf16, fp32), (16, 64, 640, 2000, 4096, 16384)):
+        yield Problem(T, R, R0, dtype)
+    for (R, R0), dtype, K in itertools.product(ranks, (bf16, fp32), (1, 2, 3)):
+        yield Problem(16384, R, R0, dtype, K=K, dropout=True)
+    for (R, R0), dtype in itertools.product(((64, 64), (512, 512)), (bf16, fp32)):
+        yield Problem(16384, R, R0, dtype, E=64)
+    for R, R0 in ranks[:6]:
+        yield Problem(8192, R, R0, fp16)
+        yield Problem(8192, R, R0, bf16, adapter_dtype=bf16)
+        yield Problem(8192, R, R0, bf16, N=4100, M=4098, base=True)
+        yield Problem(8192, R, R0, fp32, tf32=True)
+    yield Problem(8192, 15, 5, bf16, E=5, K=3)
+    yield Problem(8192, 1, 1, bf16, E=1, K=1)
+
+
+def cases(*, everything: bool, targets: Iterable[str] = KNOWN_TARGETS) -> list[Case]:
+    """The launches to compile, one for each distinct pair of constants and argument types on each target."""
+    found: dict[tuple, Case] = {}
+    for target in targets:
+        for problem in problems(everything=everything):
+            for index, launch in enumerate(record(problem, target)):
+                source = source_of(launch)
+                key = (target, launch.name, launch.tile.warps, launch.tile.stages, str(source.signature))
+                key += (str(source.constants), str(source.attrs))
+                found.setdefault(key, Case(target, problem, index))
+    return list(found.values())
+
+
+def compile_all(everything: bool, report: Callable[[Case, Compiled | Exception], None]) -> list[Compiled | Exception]:
+    """Compile the table's kernels on all processors; ``report`` hears of each as it is done, in no order.
+
+    Args:
+        everything: the whole table, or about eighty kernels that cover each kernel, target and rank bucket.
+        report: called with the case, and what came of it: the compiler's account, or the error that it raised.
+    """
+    results: list[Compiled | Exception] = []
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        waiting = {pool.submit(compile_case, case): case for case in cases(everything=everything)}
+        for done in concurrent.futures.as_completed(waiting):
+            result = done.exception() or done.result()
+            results.append(result)
+            report(waiting[done], result)
+    return results
