@@ -148,8 +148,12 @@ def run_backward(
         # Passes over dY first, then over dX, then over x: each is still in the cache when it is needed again.
         gradients: dict[str, Tensor] = {}
         if needs_x or needs_A or needs_router:
-            hidden_gradient = passes.hidden_gradient(grad_y_TM, grad_balance, adapter, routing, with_residual=needs_x)
-        if needs_B:
+            hidden_gradient = passes.hidden_gradient(
+                grad_y_TM, grad_balance, adapter, routing, with_residual=needs_x, needs_B=needs_B
+            )
+            if hidden_gradient.lora_B is not None:
+                gradients["lora_B"] = hidden_gradient.lora_B
+        if needs_B and "lora_B" not in gradients:
             gradients["lora_B"] = passes.lora_B_gradient(grad_y_TM, adapter, routing)
         if needs_bias:
             gradients["bias"] = grad_y_TM.sum(dim=0)

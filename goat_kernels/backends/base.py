@@ -85,10 +85,11 @@ class HiddenGradient(Protocol):
     """What hidden_gradient hands to the weight and input gradients: dh, dlogits and dh0, in the backend's own layout.
 
     dlogits are in the stats dtype for the router's gradient: the balance loss's share of them is about 1e-3 / T per
-    token, which float16 cannot hold.
+    token, which float16 cannot hold. ``lora_B``: its gradient [M, R] where that came with the same read of dY, or None.
     """
 
     logits_ET: Tensor
+    lora_B: Tensor | None
 
 
 class Backend(Protocol):
@@ -137,8 +138,12 @@ class Passes(Protocol):
         routing: Routing,
         *,
         with_residual: bool,
+        needs_B: bool = False,
     ) -> HiddenGradient:
-        """dh, dlogits and (``with_residual``) dh0, from dY and the gradient of the balance loss, if there is one."""
+        """dh, dlogits and (``with_residual``) dh0, from dY and the gradient of the balance loss, if there is one.
+
+        ``needs_B``: lora_B's gradient will be asked for; a backend may compute it here if that is cheaper.
+        """
 
     def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
         """[M, R] in the adapter's dtype: dY^T h~."""

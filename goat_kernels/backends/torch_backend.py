@@ -60,6 +60,7 @@ class TorchHiddenGradient(NamedTuple):
 
     columns: Tensor
     logits_ET: Tensor
+    lora_B: None = None  # always a pass of its own
 
 
 class TorchPasses:
@@ -120,6 +121,7 @@ class TorchPasses:
         routing: Routing,
         *,
         with_residual: bool,
+        needs_B: bool = False,
     ) -> TorchHiddenGradient:
         R, E = adapter.rank, adapter.num_experts
         R0 = adapter.residual_rank if with_residual else 0

@@ -1,13 +1,14 @@
 """Does every kernel compile without spilling for GPUs that are not here? What does it take of their registers?
 
-The passes run on meta tensors under :func:`goat_kernels.kernels.launch.observed`, which records their launches instead
-of running them; each launch is then compiled as Triton would for its arguments. Needs a process in which Triton does not
+The passes run on meta tensors under :func:`goat_kernels.kernels.launch.observed`, which records launches instead of
+running them; each is then compiled as Triton would for its arguments. Needs a process in which Triton does not
 interpret (``goat-kernels check --compile`` sees to it).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 import os
 import re
@@ -23,8 +24,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from goat_kernels.backends.base import Adapter
 from goat_kernels.backends.triton_backend.passes import TritonPasses
+from goat_kernels.checks.problem import LayerCase, make_problem, run_passes
 from goat_kernels.kernels.configs import KNOWN_TARGETS, Tile, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 
@@ -48,48 +49,13 @@ _TRITON_TYPES = {
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A layer whose launches are compiled; letters as everywhere, ``base`` adds onto a base layer's output."""
-
-    T: int
-    R: int
-    R0: int
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype = torch.float32
-    E: int = 8
-    K: int = 2
-    N: int = 4096
-    M: int = 4096
-    dropout: bool = False
-    base: bool = False
-    tf32: bool = False
-
-    def adapter(self) -> Adapter:
-        def meta(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=self.adapter_dtype, device="meta")
-
-        pair = (meta(self.R0, self.N), meta(self.M, self.R0)) if self.R0 else (None, None)
-        return Adapter(
-            lora_A=meta(self.R, self.N),
-            lora_B=meta(self.M, self.R),
-            router=meta(self.E, self.N),
-            residual_A=pair[0],
-            residual_B=pair[1],
-            scaling=2.0,
-            scaling_E=None,
-            top_k=self.K,
-            dropout_p=0.05 if self.dropout else 0.0,
-            seed=torch.empty(2, dtype=torch.int32, device="meta") if self.dropout else None,
-        )
-
-
-@dataclass(frozen=True)
 class Case:
-    """One launch of a problem on a target, by its place among the problem's launches."""
+    """One launch of a layer on a target, by its place among the layer's launches; ``tf32`` for float32 products."""
 
     target: str
-    problem: Problem
+    layer: LayerCase
     index: int
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +64,7 @@ class Compiled:
 
     Attributes:
         kernel, target, tile: which.
-        problem: for what it was compiled.
+        layer: for what it was compiled.
         registers: per thread (vector registers on AMD).
         spilled_bytes: per thread; local memory that registers did not hold.
         shared_bytes: per program.
@@ -111,7 +77,7 @@ class Compiled:
     kernel: str
     target: str
     tile: Tile
-    problem: Problem
+    layer: LayerCase
     registers: int
     spilled_bytes: int
     shared_bytes: int
@@ -131,22 +97,14 @@ class Compiled:
         return None
 
 
-def record(problem: Problem, target: str) -> list[Launch]:
-    """The launches of one forward and backward of ``problem`` on ``target``, in order; nothing runs."""
-    adapter, passes = problem.adapter(), TritonPasses()
-    x = torch.empty(problem.T, problem.N, dtype=problem.dtype, device="meta")
-    y = torch.empty(problem.T, problem.M, dtype=problem.dtype, device="meta")
-    bias = None if problem.base else torch.empty(problem.M, dtype=problem.dtype, device="meta")
+def record(layer: LayerCase, target: str, tf32: bool = False) -> list[Launch]:
+    """The launches of one forward and backward of ``layer`` on ``target``, in order; nothing runs."""
     launches: list[Launch] = []
     switch = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if problem.tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         with forced_target(KNOWN_TARGETS[target]), observed(launches.append):
-            _, _, routing = passes.prefill(x, adapter, bias, y if problem.base else None)
-            gradient = passes.hidden_gradient(y, 1e-3, adapter, routing, with_residual=True)
-            passes.lora_B_gradient(y, adapter, routing)
-            passes.input_prefill(adapter, routing, gradient)
-            passes.lora_A_router_gradient(x, adapter, routing, gradient, needs_A=True, needs_router=True)
+            run_passes(TritonPasses(), make_problem(layer, "meta"))
     finally:
         torch.backends.cuda.matmul.fp32_precision = switch
     return launches
@@ -179,7 +137,7 @@ def source_of(launch: Launch) -> ASTSource:
 
 def compile_case(case: Case) -> Compiled:
     """Compile one launch; raises what the compiler raises."""
-    launch = record(case.problem, case.target)[case.index]
+    launch = record(case.layer, case.target, case.tf32)[case.index]
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
     compiled = triton.compile(source_of(launch), target=_COMPILER_TARGETS[case.target], options=options)
     is_amd = "amdgcn" in compiled.asm
@@ -191,13 +149,13 @@ def compile_case(case: Case) -> Compiled:
         kernel=launch.name,
         target=case.target,
         tile=launch.tile,
-        problem=case.problem,
+        layer=case.layer,
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=shared,
         occupancy=_occupancy(registers, shared, launch.tile.warps, case.target),
         matrix_instruction=found[0] if found else "",
-        multiplies_halves=_multiplies(launch) and case.problem.dtype.itemsize == 2,
+        multiplies_halves=_multiplies(launch) and case.layer.dtype.itemsize == 2,
         limit_shared_bytes=target.shared_bytes,
     )
 
@@ -239,43 +197,43 @@ def _occupancy(registers: int, shared_bytes: int, warps: int, target: str) -> fl
     return min(most_warps, warps * min(by_registers, by_shared, most_programs)) / most_warps
 
 
-def problems(*, everything: bool) -> Iterator[Problem]:
-    """Layers whose launches cover every kernel, rank bucket and tile; the short list where not ``everything``."""
+def layers(*, everything: bool) -> Iterator[LayerCase]:
+    """Layers whose launches cover every kernel and rank bucket; with ``everything`` also every tile and form."""
+    square = functools.partial(LayerCase, N=4096, M=4096)
     bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
     if not everything:
-        yield Problem(8192, 32, 32, bf16)
-        yield Problem(8192, 128, 0, bf16)
-        yield Problem(16, 32, 32, bf16)
-        yield Problem(2048, 8, 0, fp16, dropout=True)
-        yield Problem(2048, 512, 512, bf16, E=64)
-        yield Problem(2048, 32, 32, fp32)
+        yield square(8192, R=32)
+        yield square(8192, R=128, path=False)
+        yield square(16, R=32)
+        yield square(2048, R=8, path=False, dtype=fp16, dropout_p=0.05)
+        yield square(2048, R=512, E=64)
+        yield square(2048, R=32, dtype=fp32)
         return
-    ranks = [(8, 0), (8, 8), (16, 16), (32, 0), (32, 32), (64, 0), (64, 64), (128, 0), (128, 128), (512, 0), (512, 512)]
-    for (R, R0), dtype, T in itertools.product(ranks, (bf16, fp32), (16, 64, 640, 2000, 4096, 16384)):
-        yield Problem(T, R, R0, dtype)
-    for (R, R0), dtype, K in itertools.product(ranks, (bf16, fp32), (1, 2, 3)):
-        yield Problem(16384, R, R0, dtype, K=K, dropout=True)
-    for (R, R0), dtype in itertools.product(((64, 64), (512, 512)), (bf16, fp32)):
-        yield Problem(16384, R, R0, dtype, E=64)
-    for R, R0 in ranks[:6]:
-        yield Problem(8192, R, R0, fp16)
-        yield Problem(8192, R, R0, bf16, adapter_dtype=bf16)
-        yield Problem(8192, R, R0, bf16, N=4100, M=4098, base=True)
-        yield Problem(8192, R, R0, fp32, tf32=True)
-    yield Problem(8192, 15, 5, bf16, E=5, K=3)
-    yield Problem(8192, 1, 1, bf16, E=1, K=1)
+    ranks = (8, 32, 64, 128, 512)
+    for R, path, dtype, T in itertools.product(ranks, (True, False), (bf16, fp32), (16, 64, 640, 4096, 16384)):
+        yield square(T, R=R, path=path, dtype=dtype)
+    for R, path, dtype, K in itertools.product(ranks, (True, False), (bf16, fp32), (2, 3)):
+        yield square(16384, R=R, path=path, dtype=dtype, K=K, dropout_p=0.05)
+    for R, dtype in itertools.product((64, 512), (bf16, fp32)):
+        yield square(16384, R=R, dtype=dtype, E=64)
+    for R in ranks[:3]:
+        yield square(8192, R=R, dtype=fp16)
+        yield square(8192, R=R, adapter_dtype=bf16)
+        yield LayerCase(8192, N=4100, M=4098, R=R, onto_base=True)
+    yield square(8192, R=15, E=5, K=3)
+    yield square(8192, R=1, E=1, K=1)
 
 
-def cases(*, everything: bool, targets: Iterable[str] = KNOWN_TARGETS) -> list[Case]:
-    """The launches to compile, one for each distinct pair of constants and argument types on each target."""
+def cases(*, everything: bool, targets: Iterable[str] = tuple(KNOWN_TARGETS)) -> list[Case]:
+    """The launches to compile, one for each distinct set of constants and argument types on each target."""
     found: dict[tuple, Case] = {}
-    for target in targets:
-        for problem in problems(everything=everything):
-            for index, launch in enumerate(record(problem, target)):
+    for target, layer in itertools.product(targets, layers(everything=everything)):
+        for tf32 in (False, True) if everything and layer.dtype == torch.float32 else (False,):
+            for index, launch in enumerate(record(layer, target, tf32)):
                 source = source_of(launch)
-                key = (target, launch.name, launch.tile.warps, launch.tile.stages, str(source.signature))
-                key += (str(source.constants), str(source.attrs))
-                found.setdefault(key, Case(target, problem, index))
+                key = (target, launch.name, launch.tile.warps, launch.tile.stages)
+                key += (str(source.signature), str(source.constants), str(source.attrs))
+                found.setdefault(key, Case(target, layer, index, tf32))
     return list(found.values())
 
 

@@ -78,9 +78,10 @@ class Entry:
     Attributes:
         kernel: its function's name, with ".dropout" where dropout makes another kernel of it.
         width: bytes of an element of x: 2 or 4.
-        max_columns: the most hidden columns one program accumulates.
+        max_columns: the most hidden columns it serves.
         tiles: candidates.
         family: see :class:`Target`; "any" for all that have no entry of their own.
+        min_columns: the fewest hidden columns it serves.
     """
 
     kernel: str
@@ -88,6 +89,11 @@ class Entry:
     max_columns: int
     tiles: tuple[Tile, ...]
     family: str = "any"
+    min_columns: int = 0
+
+
+#: No limit: kernels that run in rank blocks hold any rank.
+_ANY = 1 << 30
 
 
 def _tall_to_low(columns: int, warps: int, stages: int, rows: tuple[int, ...], rank: int = 0) -> tuple[Tile, ...]:
@@ -103,6 +109,9 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_forward", 2, 128, _tall_to_low(64, 8, 3, (64, 32, 16))),
     Entry("fused_forward", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
     Entry("fused_forward", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
+    Entry("fused_forward.dropout", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
+    Entry("fused_forward.dropout", 2, 128, _tall_to_low(64, 4, 3, (64, 32, 16))),
+    Entry("fused_forward.dropout", 4, 128, _tall_to_low(32, 4, 2, (16,))),
     Entry("fused_hidden_gradient", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
     Entry("fused_hidden_gradient", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_hidden_gradient", 2, 256, _tall_to_low(64, 8, 3, (64, 32, 16))),
@@ -110,40 +119,40 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_hidden_gradient", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
     # Products in rank blocks and splits.
     Entry("project", 2, 96, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64)),
-    Entry("project", 2, 2048, _tall_to_low(64, 8, 3, (64, 32, 16), rank=128)),
-    Entry("project", 4, 2048, _tall_to_low(32, 4, 2, (64, 32, 16), rank=64)),
-    Entry("dropped_hidden", 2, 2048, _tall_to_low(64, 8, 2, (64, 32), rank=64)),
-    Entry("dropped_hidden", 4, 2048, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
+    Entry("project", 2, _ANY, _tall_to_low(64, 8, 3, (64, 32, 16), rank=128)),
+    Entry("project", 4, _ANY, _tall_to_low(32, 4, 2, (32, 16), rank=64)),
+    Entry("dropped_hidden", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32), rank=64)),
+    Entry("dropped_hidden", 4, _ANY, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
     # Elementwise over hidden columns, and a narrow product.
     Entry("route_and_prefill", 2, 128, _tall_to_low(64, 4, 2, (64, 32, 16))),
     Entry("route_and_prefill", 2, 512, _tall_to_low(32, 8, 1, (16,))),
-    Entry("route_and_prefill", 2, 4096, _tall_to_low(32, 16, 1, (16,)) + _tall_to_low(16, 16, 1, (16,))),
+    Entry("route_and_prefill", 2, 2048, _tall_to_low(32, 16, 1, (16,)) + _tall_to_low(16, 16, 1, (16,))),
     Entry("route_and_prefill", 4, 128, _tall_to_low(32, 4, 1, (32, 16))),
     Entry("route_and_prefill", 4, 512, _tall_to_low(16, 8, 1, (16,))),
-    Entry("route_and_prefill", 4, 4096, _tall_to_low(16, 16, 1, (16,))),
+    Entry("route_and_prefill", 4, 2048, _tall_to_low(16, 16, 1, (16,))),
     Entry("finish_hidden_gradient", 2, 512, _tall_to_low(16, 4, 1, (16,))),
-    Entry("finish_hidden_gradient", 2, 4096, _tall_to_low(16, 8, 1, (16,))),
+    Entry("finish_hidden_gradient", 2, 2048, _tall_to_low(16, 8, 1, (16,))),
     Entry("finish_hidden_gradient", 4, 512, _tall_to_low(16, 4, 1, (16,))),
-    Entry("finish_hidden_gradient", 4, 4096, _tall_to_low(16, 8, 1, (16,))),
+    Entry("finish_hidden_gradient", 4, 2048, _tall_to_low(16, 8, 1, (16,))),
     # Sums over tokens: `rows` tokens a step, `columns` features and `rank` hidden columns a program.
     Entry("weight_gradient", 2, 32, _tall_to_low(128, 4, 3, (64,), rank=32)),
     Entry("weight_gradient", 2, 64, _tall_to_low(128, 4, 3, (64,), rank=64)),
-    Entry("weight_gradient", 2, 2048, _tall_to_low(128, 8, 3, (64,), rank=128)),
-    Entry("weight_gradient", 4, 2048, _tall_to_low(64, 8, 3, (16,), rank=32)),
-    Entry("weight_gradient.dropout", 2, 2048, _tall_to_low(64, 4, 2, (32,), rank=64)),
-    Entry("weight_gradient.dropout", 4, 2048, _tall_to_low(32, 4, 2, (16,), rank=32)),
+    Entry("weight_gradient", 2, _ANY, _tall_to_low(128, 8, 3, (64,), rank=128)),
+    Entry("weight_gradient", 4, _ANY, _tall_to_low(64, 8, 3, (16,), rank=32)),
+    Entry("weight_gradient.dropout", 2, _ANY, _tall_to_low(64, 4, 2, (32,), rank=32)),
+    Entry("weight_gradient.dropout", 4, _ANY, _tall_to_low(32, 4, 2, (16,), rank=32)),
     # dX and the staged y: `rows` tokens stay, the walk is over `columns` features a step.
     Entry("expand_columns", 2, 64, _tall_to_low(128, 4, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns", 2, 128, _tall_to_low(128, 8, 2, (64, 32, 16), rank=64)),
-    Entry("expand_columns", 2, 4096, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
-    Entry("expand_columns", 4, 4096, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
-    Entry("expand_columns.dropout", 2, 4096, _tall_to_low(64, 4, 2, (64, 32, 16), rank=64)),
-    Entry("expand_columns.dropout", 4, 4096, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
+    Entry("expand_columns", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns", 4, _ANY, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
+    Entry("expand_columns.dropout", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
 )
 
 
 #: Kernels whose programs divide the tokens and nothing else, so that low tiles are what fills the GPU with few tokens.
-_DIVIDE_TOKENS_ALONE = ("fused_forward", "fused_hidden_gradient", "dropped_hidden")
+_DIVIDE_TOKENS_ALONE = ("fused_forward", "fused_forward.dropout", "fused_hidden_gradient", "dropped_hidden")
 
 
 def shared_estimate(kernel: str, tile: Tile, columns: int, width: int) -> int:
@@ -193,15 +202,30 @@ def invalid_reason(kernel: str, tile: Tile, columns: int, width: int, target: Ta
 
 
 def entries_for(kernel: str, columns: int, width: int, family: str) -> list[Entry]:
-    """The entries that hold, a file's first, then the family's own, then any's; the narrowest of each first."""
+    """The entries that serve: a file's before the table's, the family's own before any's, in their order."""
     fitting = [e for e in (*_entries_of_file(), *TABLE) if (e.kernel, e.width) == (kernel, width)]
-    fitting = [e for e in fitting if columns <= e.max_columns]
+    fitting = [e for e in fitting if e.min_columns <= columns <= e.max_columns]
     own = [e for e in fitting if e.family == family]
     return own + [e for e in fitting if e.family == "any"]
 
 
-@functools.lru_cache(maxsize=4096)
-def choose_tile(kernel: str, columns: int, width: int, target: Target, T: int) -> Tile | None:
+def choose_tile(kernel: str, columns: int, width: int, target: Target, T: int) -> Tile:
+    """The tile for a problem; see :func:`find_tile`.
+
+    Raises:
+        ValueError: the table has none, because a program cannot hold so many columns.
+    """
+    tile = find_tile(kernel, columns, width, target, T)
+    if tile is None:
+        most = max(e.max_columns for e in TABLE if (e.kernel, e.width) == (kernel, width))
+        raise ValueError(
+            f"lora_A: the rank and the residual pair's, padded, are {columns} columns, and the Triton kernel {kernel} "
+            f"holds {most} at most; use a smaller rank or backend='torch'"
+        )
+    return tile
+
+
+def find_tile(kernel: str, columns: int, width: int, target: Target, T: int) -> Tile | None:
     """The tile for a problem; None where the table has none, and another form of the pass has to serve.
 
     Args:
@@ -212,6 +236,14 @@ def choose_tile(kernel: str, columns: int, width: int, target: Target, T: int) -
         T: tokens. The tallest tile is taken that is not twice as tall as T and, where programs divide the tokens alone,
             whose programs fill the GPU.
     """
+    if _choices is not None:
+        _choices.append(Choice(kernel, columns, width, target, T))
+    forced = _forced_tiles.get(kernel)
+    return _tile_of_table(kernel, columns, width, target, T) if forced is None else forced
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile_of_table(kernel: str, columns: int, width: int, target: Target, T: int) -> Tile | None:
     for entry in entries_for(kernel, columns, width, target.family):
         by_rows: dict[int, Tile] = {}
         for tile in entry.tiles:
@@ -239,7 +271,7 @@ def read_entries(path: Path) -> tuple[Entry, ...]:
     """The entries of a file that the tuner wrote.
 
     Raises:
-        ValueError: the file is not JSON of that form; it names the file, the entry and what is wrong.
+        ValueError: the file is not JSON of that form; it names the file and what is wrong.
     """
     try:
         rows = json.loads(path.read_text())
@@ -247,6 +279,8 @@ def read_entries(path: Path) -> tuple[Entry, ...]:
         for row in rows:
             tiles = tuple(Tile(**tile) for tile in row.pop("tiles"))
             entries.append(Entry(**row, tiles=tiles))
+            if entries[-1].kernel not in {entry.kernel for entry in TABLE}:
+                raise ValueError(f"there is no kernel {entries[-1].kernel!r}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{TILES_VARIABLE}: {path} is not a list of tile entries: {error}") from error
     return tuple(entries)
@@ -257,6 +291,47 @@ def write_entries(entries: list[Entry], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1) + "\n")
     partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a tile was asked for; the arguments of :func:`find_tile`."""
+
+    kernel: str
+    columns: int
+    width: int
+    target: Target
+    T: int
+
+
+_choices: list[Choice] | None = None
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[list[Choice]]:
+    """Collect what tiles are asked for."""
+    global _choices
+    previous, _choices = _choices, []
+    try:
+        yield _choices
+    finally:
+        _choices = previous
+
+
+_forced_tiles: dict[str, Tile] = {}
+
+
+@contextlib.contextmanager
+def forced_tile(kernel: str, tile: Tile) -> Iterator[None]:
+    """Choose ``tile`` for ``kernel`` whatever the problem: for tuning and for tests."""
+    previous = _forced_tiles.get(kernel)
+    _forced_tiles[kernel] = tile
+    try:
+        yield
+    finally:
+        del _forced_tiles[kernel]
+        if previous is not None:
+            _forced_tiles[kernel] = previous
 
 
 # --- the GPU at hand ------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
     dh      = s expand(gate) dh~
     dlogits = q - gate sum q + the balance loss's share,  q_i = <h~_i, dh~_i>
 
+dlora_B = dY^T h~ can ride in the same read of dY: every program then writes a partial sum of it.
+
 Fused where one block of tokens fits the registers and the blocks fill the GPU; else ``project.py`` forms
 dY [lora_B | B0] in splits, and :func:`finish_hidden_gradient` does the rest.
 """
@@ -80,6 +82,7 @@ def fused_hidden_gradient(
     hidden_ptr,
     logits_ptr,
     residual_ptr,
+    partial_ptr,
     T,
     M,
     stride_yt,
@@ -107,6 +110,7 @@ def fused_hidden_gradient(
         grad_balance_ptr float32 [] or None for the number ``balance_coefficient``; scaling_E_ptr float32 [E] or None
     Writes
         hidden_ptr    compute [T, R], dh; logits_ptr float32 [E, T], dlogits; residual_ptr compute [T, R0], dh0
+        partial_ptr   float32 [programs, M, R], dY^T h~ of the program's tokens, for ``add_splits``; or None
     Accumulates in float32.
     """
     R: tl.constexpr = E * D
@@ -117,6 +121,11 @@ def fused_hidden_gradient(
     if R0 > 0:
         residual = tl.zeros((BT, R0_PAD), tl.float32)
         index_R0 = tl.arange(0, R0_PAD)
+    if partial_ptr is not None:
+        weighted = tl.load(
+            weighted_ptr + rows[:, None] * R + index_R[None, :], mask=in_T[:, None] & exists_R[None, :], other=0.0
+        )
+        partial_ptrs = partial_ptr + tl.program_id(0).to(tl.int64) * M * R + index_R[None, :]
     lane = tl.arange(0, BM)
     y_ptrs = grad_y_ptr + rows[:, None] * stride_yt + lane.to(tl.int64)[None, :] * stride_ym
     for start in range(0, M, BM):
@@ -132,6 +141,9 @@ def fused_hidden_gradient(
                 B0_ptr + m[:, None] * R0 + index_R0[None, :], mask=in_M[:, None] & (index_R0 < R0)[None, :], other=0.0
             )
             residual = product(grad_y, cast(b0, grad_y.dtype), residual, PRECISION)
+        if partial_ptr is not None:
+            grad_B = product(tl.trans(grad_y), weighted, tl.zeros((BM, E_PAD * D_PAD), tl.float32), PRECISION)
+            tl.store(partial_ptrs + m[:, None] * R, grad_B, mask=in_M[:, None] & exists_R[None, :])
         y_ptrs += BM * stride_ym
     if R0 > 0:
         tl.store(

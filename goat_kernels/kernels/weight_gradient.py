@@ -119,16 +119,24 @@ def weight_gradient(
 
 
 @triton.jit(do_not_specialize=["splits", "first_size", "second_size"])
-def add_splits(partial_ptr, first_ptr, second_ptr, splits, first_size, second_size, BLOCK: tl.constexpr):
-    """Sum partial [splits, first_size + second_size] float32 over its splits, in their order. Grid: blocks of BLOCK.
+def add_splits(
+    partial_ptr, first_ptr, second_ptr, splits, first_size, second_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sum partial [splits, first_size + second_size] float32 over its splits, SPLITS at a time in their order.
+
+    Grid: (ceil((first_size + second_size) / BLOCK),).
 
     The first ``first_size`` sums go to first_ptr, the others to second_ptr, in their dtypes; None where the size is 0.
     """
     size = first_size + second_size
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        total += tl.load(partial_ptr + tl.cast(split, tl.int64) * size + index, mask=index < size, other=0.0)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        offsets = split.to(tl.int64)[:, None] * size + index[None, :]
+        total += tl.sum(
+            tl.load(partial_ptr + offsets, mask=(split < splits)[:, None] & (index < size)[None, :], other=0.0), axis=0
+        )
     if first_ptr is not None:
         tl.store(first_ptr + index, cast(total, first_ptr.dtype.element_ty), mask=index < first_size)
     if second_ptr is not None:

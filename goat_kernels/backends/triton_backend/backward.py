@@ -1,4 +1,9 @@
-"""Which kernels make a backward: the hidden gradient fused or in stages, and the weight gradients in splits of T."""
+"""Which kernels make a backward: the hidden gradient fused or in stages, and the weight gradients in splits of T.
+
+fused     fused_hidden_gradient  [add_splits for lora_B, where it rides in the same read of dY]
+staged    project  finish_hidden_gradient
+weights   weight_gradient  add_splits
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,6 @@ from goat_kernels.backends.base import Adapter, Routing
 from goat_kernels.backends.triton_backend.expansion import NO_DROPOUT
 from goat_kernels.backends.triton_backend.forward import FUSED_EXPERTS, project_columns
 from goat_kernels.backends.triton_backend.operands import (
-    ELEMENTWISE,
     Widths,
     dropout_arguments,
     operands,
@@ -19,18 +23,33 @@ from goat_kernels.backends.triton_backend.operands import (
     splits_of,
 )
 from goat_kernels.kernels.common import padded
-from goat_kernels.kernels.configs import choose_tile, current_target
+from goat_kernels.kernels.configs import Tile, choose_tile, current_target, find_tile
 from goat_kernels.kernels.hidden_gradient import finish_hidden_gradient, fused_hidden_gradient
 from goat_kernels.kernels.launch import blocks, launch
 from goat_kernels.kernels.weight_gradient import add_splits, weight_gradient
 
+_SUM = Tile(rows=16, columns=512, warps=4, stages=1)
+
+
+def rides(rank: int, rows: int) -> bool:
+    """Whether lora_B's gradient is cheaper in the hidden gradient's read of dY than in a pass of its own.
+
+    Programs of ``rows`` tokens write, and ``add_splits`` reads, partial sums of 4 * rank / rows of a half-precision dY
+    together, where the pass of its own reads dY once more.
+    """
+    return 4 * rank < rows
+
 
 class TritonHiddenGradient(NamedTuple):
-    """dh [T, R] and dh0 [T, R0] (None without residual) in the compute dtype, dlogits [E, T] in float32."""
+    """dh [T, R] and dh0 [T, R0] (None without residual) in the compute dtype, dlogits [E, T] in float32.
+
+    lora_B: its gradient [M, R], where it came with the same read of dY.
+    """
 
     hidden_TR: Tensor
     logits_ET: Tensor
     residual_TR0: Tensor | None
+    lora_B: Tensor | None
 
 
 def hidden_gradient(
@@ -40,16 +59,20 @@ def hidden_gradient(
     routing: Routing,
     *,
     with_residual: bool,
+    needs_B: bool = False,
 ) -> TritonHiddenGradient:
     """``hidden_gradient`` of :class:`goat_kernels.backends.base.Passes`."""
     (T, M), compute = grad_y_TM.shape, grad_y_TM.dtype
     target = current_target(grad_y_TM.device)
     widths = Widths.of(adapter, with_residual=with_residual)
     matrices = operands(adapter, routing.packed, compute)
+    tile = find_tile("fused_hidden_gradient", widths.columns, compute.itemsize, target, T)
+    is_fused = tile is not None and widths.E <= FUSED_EXPERTS and 2 * blocks(T, tile.rows) >= target.multiprocessors
     gradient = TritonHiddenGradient(
-        torch.empty_like(routing.weighted_TR),
-        torch.empty_like(routing.gate_ET),
-        grad_y_TM.new_empty(T, widths.R0) if widths.R0 else None,
+        hidden_TR=torch.empty_like(routing.weighted_TR),
+        logits_ET=torch.empty_like(routing.gate_ET),
+        residual_TR0=grad_y_TM.new_empty(T, widths.R0) if widths.R0 else None,
+        lora_B=_contiguous_like(adapter.lora_B) if needs_B and is_fused and rides(adapter.rank, tile.rows) else None,
     )
     is_tensor = isinstance(grad_balance, Tensor)
     arguments = {
@@ -67,9 +90,12 @@ def hidden_gradient(
         "balance_coefficient": float(grad_balance) if grad_balance is not None and not is_tensor else 0.0,
     }
     constants = {**widths._asdict(), "HAS_BALANCE": grad_balance is not None}
-    tile = choose_tile("fused_hidden_gradient", widths.columns, compute.itemsize, target, T)
-    if tile is not None and widths.E <= FUSED_EXPERTS and 2 * blocks(T, tile.rows) >= target.multiprocessors:
+    if is_fused:
+        programs, partial = blocks(T, tile.rows), None
+        if gradient.lora_B is not None:
+            partial = grad_y_TM.new_empty(programs, M * adapter.rank, dtype=torch.float32)
         arguments |= {
+            "partial_ptr": partial,
             "grad_y_ptr": grad_y_TM,
             "B_ptr": matrices.B,
             "B0_ptr": matrices.B0 if widths.R0 else None,
@@ -83,7 +109,9 @@ def hidden_gradient(
             "EVEN_M": M % tile.columns == 0,
             "PRECISION": precision(compute),
         }
-        launch(fused_hidden_gradient, (blocks(T, tile.rows),), tile, arguments, constants)
+        launch(fused_hidden_gradient, (programs,), tile, arguments, constants)
+        if partial is not None:
+            _add_splits(partial, gradient.lora_B, None)
         return gradient
     B0 = matrices.B0.t() if widths.R0 else None
     raw = project_columns(grad_y_TM, adapter, matrices, matrices.B.t(), B0, target, with_router=False)
@@ -110,9 +138,10 @@ def sum_over_tokens(
     (T, N), R, E = x_TN.shape, adapter.rank, adapter.num_experts
     target = current_target(x_TN.device)
     columns = padded(R, 16) if hidden_TR is not None else 16
+    of_logits = padded(E, 16) if logits_ET is not None else 0
     dropped = gate_ET is not None and adapter.seed is not None and hidden_TR is not None
     kernel = "weight_gradient.dropout" if dropped else "weight_gradient"
-    tile = choose_tile(kernel, columns, x_TN.dtype.itemsize, target, T)
+    tile = choose_tile(kernel, columns + (of_logits if of_logits > 16 else 0), x_TN.dtype.itemsize, target, T)
     rank = min(tile.rank, columns)
     feature_blocks, rank_blocks = blocks(N, tile.columns), blocks(R, rank) if hidden_TR is not None else 1
     splits, split_steps = splits_of(feature_blocks * rank_blocks, blocks(T, tile.rows), target)
@@ -157,13 +186,23 @@ def sum_over_tokens(
     }
     launch(weight_gradient, (feature_blocks, splits, rank_blocks), tile, arguments, constants)
     if splits > 1:
-        sums = {
-            "partial_ptr": partial,
-            "first_ptr": out_RN,
-            "second_ptr": out_EN,
-            "splits": splits,
-            "first_size": R_out * N,
-            "second_size": E_out * N,
-        }
-        constants = {"BLOCK": ELEMENTWISE.columns}
-        launch(add_splits, (blocks((R_out + E_out) * N, ELEMENTWISE.columns),), ELEMENTWISE, sums, constants)
+        _add_splits(partial, out_RN, out_EN)
+
+
+def _add_splits(partial: Tensor, first: Tensor | None, second: Tensor | None) -> None:
+    """Sum partial [splits, sizes] over its splits into ``first`` and ``second``, in their memory order."""
+    splits = partial.shape[0]
+    arguments = {
+        "partial_ptr": partial,
+        "first_ptr": first,
+        "second_ptr": second,
+        "splits": splits,
+        "first_size": 0 if first is None else first.numel(),
+        "second_size": 0 if second is None else second.numel(),
+    }
+    constants = {"SPLITS": min(padded(splits), 16), "BLOCK": _SUM.columns}
+    launch(add_splits, (blocks(partial.shape[1], _SUM.columns),), _SUM, arguments, constants)
+
+
+def _contiguous_like(parameter: Tensor) -> Tensor:
+    return torch.empty_like(parameter, memory_format=torch.contiguous_format)

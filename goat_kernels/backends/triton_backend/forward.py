@@ -25,7 +25,7 @@ from goat_kernels.backends.triton_backend.operands import (
 )
 from goat_kernels.kernels.balance import finish_balance
 from goat_kernels.kernels.common import padded
-from goat_kernels.kernels.configs import Target, Tile, choose_tile, current_target
+from goat_kernels.kernels.configs import Target, Tile, choose_tile, current_target, find_tile
 from goat_kernels.kernels.forward import fused_forward
 from goat_kernels.kernels.launch import blocks, launch
 from goat_kernels.kernels.project import dropped_hidden, project
@@ -95,7 +95,8 @@ def _fused_tile(T: int, widths: Widths, adapter: Adapter, width: int, target: Ta
     if widths.E > FUSED_EXPERTS or slots > FUSED_SLOTS or (T <= FEW_TOKENS and adapter.seed is None):
         return None
     columns = widths.columns + (slots - 1) * widths.E_PAD * widths.D_PAD
-    tile = choose_tile("fused_forward", columns, width, target, T)
+    kernel = "fused_forward" if adapter.seed is None else "fused_forward.dropout"
+    tile = find_tile(kernel, columns, width, target, T)
     if tile is None or (adapter.seed is None and 2 * blocks(T, tile.rows) < target.multiprocessors):
         return None
     return tile
@@ -170,11 +171,11 @@ def _staged(
 ) -> None:
     T, M = y_TM.shape
     width, dropout = x_TN.dtype.itemsize, adapter.seed is not None
+    tile = choose_tile("route_and_prefill", widths.columns, width, target, T)
     raw = project_columns(
         x_TN, adapter, matrices, None if dropout else matrices.A, matrices.A0, target, with_router=True
     )
     prefills = T <= FEW_TOKENS and not dropout
-    tile = choose_tile("route_and_prefill", widths.columns, width, target, T)
     programs = blocks(T, tile.rows)
     partial = kept.partial(programs)
     residual_TR0 = None if prefills or not widths.R0 else x_TN.new_empty(T, widths.R0)

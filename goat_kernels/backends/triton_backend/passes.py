@@ -35,9 +35,12 @@ class TritonPasses:
         routing: Routing,
         *,
         with_residual: bool,
+        needs_B: bool = False,
     ) -> TritonHiddenGradient:
         with on_device_of(grad_y_TM):
-            return backward.hidden_gradient(grad_y_TM, grad_balance, adapter, routing, with_residual=with_residual)
+            return backward.hidden_gradient(
+                grad_y_TM, grad_balance, adapter, routing, with_residual=with_residual, needs_B=needs_B
+            )
 
     def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
         grad_MR = torch.empty_like(adapter.lora_B, memory_format=torch.contiguous_format)

@@ -1,0 +1,110 @@
+"""Which tiles are fastest on the GPU at hand? Opt-in: nothing is measured unless somebody asks.
+
+For each kernel that a layer launches, every candidate tile that the validity predicate of ``kernels/configs.py`` lets
+through is timed on real tensors, one launch at a time; the fastest becomes an :class:`Entry` of the table's own form.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from goat_kernels.backends.triton_backend.passes import TritonPasses
+from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
+from goat_kernels.kernels.configs import Choice, Entry, Tile, forced_tile, invalid_reason, recorded_choices
+from goat_kernels.kernels.launch import Launch, observed
+
+#: Kernels whose programs hold a block of the hidden columns.
+_RANKED = ("project", "dropped_hidden", "weight_gradient", "expand_columns")
+
+#: What a tile can fail with on a GPU: it does not compile, or needs more than a program has.
+_REFUSALS = (OutOfResources, CompilationError)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A candidate's time; infinite where it cannot run, or the pass then takes another form."""
+
+    choice: Choice
+    tile: Tile
+    time_ms: float
+
+
+def device_time_ms(launch: Launch) -> float:
+    """Median time of one launch, by device events, after warming up."""
+    import triton.testing
+
+    return triton.testing.do_bench(launch.run, warmup=10, rep=50, return_mode="median")
+
+
+def candidates(choice: Choice) -> list[Tile]:
+    """Every tile that the predicate lets through."""
+    kernel = choice.kernel.removesuffix(".dropout")
+    ranks = (32, 64, 128) if kernel in _RANKED else (0,)
+    sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (1, 2, 3, 4), ranks)
+    tiles = (Tile(rows, columns, warps, stages, rank) for rows, columns, warps, stages, rank in sizes)
+    return [t for t in tiles if invalid_reason(choice.kernel, t, choice.columns, choice.width, choice.target) is None]
+
+
+def choices_of(layer: LayerCase, device: torch.device) -> list[Choice]:
+    """The distinct tiles that one forward and backward of ``layer`` asks for."""
+    with recorded_choices() as choices:
+        run_passes(TritonPasses(), make_problem(layer, device))
+    return list(dict.fromkeys(choices))
+
+
+def measure(problem: Problem, choice: Choice, tile: Tile, time_ms: Callable[[Launch], float]) -> Measurement:
+    """Time every launch of the choice's kernel that takes ``tile``."""
+    name, times = choice.kernel.removesuffix(".dropout"), []
+
+    def observe(launch: Launch) -> None:
+        launch.run()
+        if launch.name == name and launch.tile == tile:
+            times.append(time_ms(launch))
+
+    try:
+        with forced_tile(choice.kernel, tile), observed(observe):
+            run_passes(TritonPasses(), problem)
+    except _REFUSALS:
+        times.clear()
+    return Measurement(choice, tile, sum(times) if times else float("inf"))
+
+
+def tune(
+    layers: Iterable[LayerCase],
+    device: torch.device,
+    report: Callable[[Measurement], None],
+    time_ms: Callable[[Launch], float] = device_time_ms,
+    limit: int | None = None,
+) -> list[Entry]:
+    """Entries with the fastest tile of every kernel that ``layers`` launch.
+
+    Args:
+        layers: what to tune for; several T of one layer give entries with several heights.
+        device: the GPU.
+        report: called with every measurement.
+        time_ms: times one launch.
+        limit: at most so many candidates a kernel; None tries all.
+    """
+    best: dict[tuple, list[Measurement]] = {}
+    for layer in layers:
+        problem = make_problem(layer, device)
+        for choice in choices_of(layer, device):
+            measured = []
+            for tile in candidates(choice)[:limit]:
+                measured.append(measure(problem, choice, tile, time_ms))
+                report(measured[-1])
+            fastest = min(measured, key=lambda measurement: measurement.time_ms, default=None)
+            if fastest is not None and fastest.time_ms < float("inf"):
+                key = (choice.kernel, choice.width, choice.columns, choice.target.family)
+                best.setdefault(key, []).append(fastest)
+    entries = []
+    for (kernel, width, columns, family), fastest in best.items():
+        tall_to_low = sorted({m.tile for m in fastest}, key=lambda tile: -tile.rows)
+        entries.append(Entry(kernel, width, columns, tuple(tall_to_low), family, min_columns=columns // 2 + 1))
+    return entries
