@@ -42,7 +42,7 @@ def _add_run_arguments(group) -> None:
         "from its checkpoint. Give the same options as before",
     )
     group.add_argument(
-        "--seed", metavar="N", type=_integer(0), default=0, help="seed of everything random (default: %(default)s)"
+        "--seed", metavar="N", type=integer(0), default=0, help="seed of everything random (default: %(default)s)"
     )
 
 
@@ -60,7 +60,7 @@ def _add_data_arguments(group) -> None:
     group.add_argument("--eval-data", metavar="PATH_OR_ID", help="held-out data, in place of a part of --data")
     group.add_argument(
         "--eval-fraction",
-        type=_number(0, 1),
+        type=number(0, 1),
         default=0.2,
         metavar="F",
         help="part of --data held out, the same part of every class (default: %(default)s; the digits hold out half)",
@@ -71,11 +71,11 @@ def _add_data_arguments(group) -> None:
         "--image-column", default="image", metavar="NAME", help="column of the image, for hub data (default: image)"
     )
     group.add_argument(
-        "--max-length", type=_integer(1), default=256, metavar="N", help="tokens kept of a text (default: %(default)s)"
+        "--max-length", type=integer(1), default=256, metavar="N", help="tokens kept of a text (default: %(default)s)"
     )
     group.add_argument(
         "--block-size",
-        type=_integer(2),
+        type=integer(2),
         default=256,
         metavar="N",
         help="causal-lm: texts are packed into blocks of this many tokens (default: %(default)s)",
@@ -87,21 +87,21 @@ def _add_adapter_arguments(group) -> None:
     group.add_argument(
         "--rank",
         metavar="R",
-        type=_integer(1),
+        type=integer(1),
         default=default.rank,
         help="total rank R, of LoRA too (default: %(default)s)",
     )
     group.add_argument(
         "--experts",
         metavar="E",
-        type=_integer(1),
+        type=integer(1),
         default=default.experts,
         help="experts E, a divisor of --rank (default: 8)",
     )
     group.add_argument(
         "--top-k",
         metavar="K",
-        type=_integer(1),
+        type=integer(1),
         default=default.top_k,
         help="experts K that a token uses (default: %(default)s)",
     )
@@ -116,14 +116,14 @@ def _add_adapter_arguments(group) -> None:
     group.add_argument(
         "--eta",
         metavar="X",
-        type=_number(0),
+        type=number(0),
         help="full fine-tuning learning rate / GOAT learning rate, in the goat scalings "
         "(default: the paper's, 1 for classification and 0.1 for causal-lm)",
     )
     group.add_argument(
         "--rho",
         metavar="X",
-        type=_number(0),
+        type=number(0),
         default=default.rho,
         help="the adapter starts with 1/rho of its segment of the weight (default: %(default)s)",
     )
@@ -143,7 +143,7 @@ def _add_adapter_arguments(group) -> None:
     )
     group.add_argument(
         "--balance-coefficient",
-        type=_number(0, inclusive=True),
+        type=number(0, inclusive=True),
         default=default.balance_coefficient,
         metavar="C",
         help="weight of the load-balancing loss (default: %(default)s)",
@@ -151,13 +151,13 @@ def _add_adapter_arguments(group) -> None:
     group.add_argument(
         "--dropout",
         metavar="P",
-        type=_number(0, 1, inclusive=True),
+        type=number(0, 1, inclusive=True),
         default=default.dropout,
         help="dropout in front of the adapters, of LoRA too (default: %(default)s)",
     )
     group.add_argument(
         "--lora-alpha",
-        type=_number(0),
+        type=number(0),
         metavar="ALPHA",
         help="alpha of LoRA, and of --scaling lora and rslora (default: 2 R)",
     )
@@ -180,13 +180,13 @@ def _add_training_arguments(group) -> None:
     group.add_argument(
         "--epochs",
         metavar="N",
-        type=_number(0),
+        type=number(0),
         help="passes over the training data (default: by task, 18 for the digits)",
     )
-    group.add_argument("--max-steps", type=_integer(1), metavar="N", help="optimiser steps, in place of --epochs")
-    group.add_argument("--batch-size", type=_integer(1), metavar="N", help="examples per batch (default: by task)")
+    group.add_argument("--max-steps", type=integer(1), metavar="N", help="optimiser steps, in place of --epochs")
+    group.add_argument("--batch-size", type=integer(1), metavar="N", help="examples per batch (default: by task)")
     group.add_argument(
-        "--accumulation", type=_integer(1), default=1, metavar="N", help="batches per optimiser step (default: 1)"
+        "--accumulation", type=integer(1), default=1, metavar="N", help="batches per optimiser step (default: 1)"
     )
     group.add_argument(
         "--learning-rate",
@@ -196,21 +196,21 @@ def _add_training_arguments(group) -> None:
     )
     group.add_argument(
         "--warmup",
-        type=_number(0, 1, inclusive=True),
+        type=number(0, 1, inclusive=True),
         default=0.1,
         metavar="F",
         help="part of the steps over which the learning rate rises, before it falls to 0 (default: %(default)s)",
     )
     group.add_argument(
-        "--weight-decay", type=_number(0, inclusive=True), default=0.0, metavar="W", help="AdamW's (default: 0)"
+        "--weight-decay", type=number(0, inclusive=True), default=0.0, metavar="W", help="AdamW's (default: 0)"
     )
     group.add_argument(
-        "--save-steps", type=_integer(1), metavar="N", help="write a checkpoint every N steps, against power cuts"
+        "--save-steps", type=integer(1), metavar="N", help="write a checkpoint every N steps, against power cuts"
     )
     group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto uses a GPU where there is one")
     group.add_argument(
         "--threads",
-        type=_integer(1),
+        type=integer(1),
         metavar="N",
         help="CPU threads of torch (default: torch's choice; 1 for the digits, whose model is too small for more)",
     )
@@ -222,7 +222,9 @@ def _add_training_arguments(group) -> None:
     )
 
 
-def _integer(minimum: int) -> Callable[[str], int]:
+def integer(minimum: int) -> Callable[[str], int]:
+    """A parser of whole numbers from ``minimum`` on."""
+
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d+", text) or int(text) < minimum:
             raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {minimum}")
@@ -231,7 +233,7 @@ def _integer(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def _number(minimum: float, below: float = math.inf, *, inclusive: bool = False) -> Callable[[str], float]:
+def number(minimum: float, below: float = math.inf, *, inclusive: bool = False) -> Callable[[str], float]:
     """A parser of numbers above (``inclusive``: from) ``minimum`` and below ``below``."""
     need = f"{'at least' if inclusive else 'above'} {minimum:g}" + (f" and below {below:g}" * (below < math.inf))
 
