@@ -10,11 +10,12 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import itertools
-import os
+import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from triton.compiler import ASTSource
 
 from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.checks.problem import LayerCase, make_problem, run_passes
-from goat_kernels.kernels.configs import KNOWN_TARGETS, Tile, forced_target
+from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 from goat_kernels.kernels.launch import Launch, observed
+from goat_kernels.kernels.tiles import Tile
 
 _COMPILER_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -207,6 +209,7 @@ def layers(*, everything: bool) -> Iterator[LayerCase]:
         yield square(16, R=32)
         yield square(2048, R=8, path=False, dtype=fp16, dropout_p=0.05)
         yield square(2048, R=512, E=64)
+        yield square(2048, R=16, K=3, dropout_p=0.05)
         yield square(2048, R=32, dtype=fp32)
         return
     ranks = (8, 32, 64, 128, 512)
@@ -225,30 +228,43 @@ def layers(*, everything: bool) -> Iterator[LayerCase]:
 
 
 def cases(*, everything: bool, targets: Iterable[str] = tuple(KNOWN_TARGETS)) -> list[Case]:
-    """The launches to compile, one for each distinct set of constants and argument types on each target."""
+    """The launches to compile on each target: one for each tile and dtype of a kernel, or with ``everything`` one for
+    each distinct set of constants and argument types.
+    """
     found: dict[tuple, Case] = {}
     for target, layer in itertools.product(targets, layers(everything=everything)):
         for tf32 in (False, True) if everything and layer.dtype == torch.float32 else (False,):
             for index, launch in enumerate(record(layer, target, tf32)):
                 source = source_of(launch)
-                key = (target, launch.name, launch.tile.warps, launch.tile.stages)
-                key += (str(source.signature), str(source.constants), str(source.attrs))
+                key = (target, launch.name, launch.tile, layer.dtype)
+                if everything:
+                    key += (str(source.signature), str(source.constants), str(source.attrs))
                 found.setdefault(key, Case(target, layer, index, tf32))
     return list(found.values())
 
 
-def compile_all(everything: bool, report: Callable[[Case, Compiled | Exception], None]) -> list[Compiled | Exception]:
-    """Compile the table's kernels on all processors; ``report`` hears of each as it is done, in no order.
+def compile_all(chosen: Iterable[Case], report: Callable[[Case, Compiled | Exception], None]) -> None:
+    """Compile cases on all processors.
 
     Args:
-        everything: the whole table, or about eighty kernels that cover each kernel, target and rank bucket.
-        report: called with the case, and what came of it: the compiler's account, or the error that it raised.
+        chosen: of :func:`cases`.
+        report: called with each case as it is done, in no order, and with what came of it: the compiler's account, or
+            the error that it raised.
     """
-    results: list[Compiled | Exception] = []
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
-        waiting = {pool.submit(compile_case, case): case for case in cases(everything=everything)}
-        for done in concurrent.futures.as_completed(waiting):
-            result = done.exception() or done.result()
-            results.append(result)
-            report(waiting[done], result)
-    return results
+
+    def collect(processes: int | None, waiting: Iterable[Case]) -> list[Case]:
+        """Compile and report; those that a crashed compiler took down with it are returned."""
+        crashed = []
+        with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(compile_case, case): case for case in waiting}
+            for done in concurrent.futures.as_completed(futures):
+                result = done.exception() or done.result()
+                if isinstance(result, BrokenProcessPool):
+                    crashed.append(futures[done])
+                else:
+                    report(futures[done], result)
+        return crashed
+
+    for case in collect(None, chosen):  # each for itself
+        if collect(1, [case]):
+            report(case, RuntimeError("the compiler crashed"))

@@ -16,8 +16,9 @@ from triton.runtime.errors import OutOfResources
 
 from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
-from goat_kernels.kernels.configs import Choice, Entry, Tile, forced_tile, invalid_reason, recorded_choices
+from goat_kernels.kernels.configs import Choice, forced_tile, invalid_reason, recorded_choices
 from goat_kernels.kernels.launch import Launch, observed
+from goat_kernels.kernels.tiles import Entry, Tile
 
 #: Kernels whose programs hold a block of the hidden columns.
 _RANKED = ("project", "dropped_hidden", "weight_gradient", "expand_columns")
@@ -42,13 +43,14 @@ def device_time_ms(launch: Launch) -> float:
     return triton.testing.do_bench(launch.run, warmup=10, rep=50, return_mode="median")
 
 
-def candidates(choice: Choice) -> list[Tile]:
-    """Every tile that the predicate lets through."""
+def candidates(choice: Choice, limit: int | None = None) -> list[Tile]:
+    """The tiles that the predicate lets through; with a ``limit``, about so many of them, evenly spread."""
     kernel = choice.kernel.removesuffix(".dropout")
     ranks = (32, 64, 128) if kernel in _RANKED else (0,)
     sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (1, 2, 3, 4), ranks)
     tiles = (Tile(rows, columns, warps, stages, rank) for rows, columns, warps, stages, rank in sizes)
-    return [t for t in tiles if invalid_reason(choice.kernel, t, choice.columns, choice.width, choice.target) is None]
+    valid = [t for t in tiles if invalid_reason(choice.kernel, t, choice.columns, choice.width, choice.target) is None]
+    return valid if limit is None else valid[:: -(-len(valid) // limit)]
 
 
 def choices_of(layer: LayerCase, device: torch.device) -> list[Choice]:
@@ -96,7 +98,7 @@ def tune(
         problem = make_problem(layer, device)
         for choice in choices_of(layer, device):
             measured = []
-            for tile in candidates(choice)[:limit]:
+            for tile in candidates(choice, limit):
                 measured.append(measure(problem, choice, tile, time_ms))
                 report(measured[-1])
             fastest = min(measured, key=lambda measurement: measurement.time_ms, default=None)

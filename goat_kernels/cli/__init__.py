@@ -29,6 +29,8 @@ COMMANDS: dict[str, Command] = {
     "finetune": Command(
         "goat_kernels.cli.finetune", "fine-tune a model with full fine-tuning, LoRA and GOAT, and compare them"
     ),
+    "check": Command("goat_kernels.cli.check", "check the kernels on this machine against float64, and what they move"),
+    "tune": Command("goat_kernels.cli.tune", "measure which tiles are fastest on this GPU"),
 }
 
 

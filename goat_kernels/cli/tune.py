@@ -3,8 +3,8 @@
     goat-kernels tune --in-features 4096 --out-features 4096 --r 32 --output tiles.json
     GOAT_KERNELS_TILES=tiles.json python train.py
 
-Every candidate is compiled first, about a second each; --candidates tries fewer. Nothing is measured unless this command
-is run: without a file the package's own table is used.
+Every candidate is compiled first, about a second each; --candidates tries fewer. Nothing is measured unless this
+command is run: without a file the package's own table is used.
 
 Exit code: 0 if the file was written.
 """
@@ -76,7 +76,7 @@ def _tune(arguments: argparse.Namespace, output: Path, device, dtype) -> None:
 
     from goat_kernels.checks.problem import LayerCase
     from goat_kernels.checks.tuning import Measurement, candidates, choices_of, tune
-    from goat_kernels.kernels.configs import TILES_VARIABLE, write_entries
+    from goat_kernels.kernels.tiles import TILES_VARIABLE, write_entries
 
     layers = [
         LayerCase(
@@ -92,7 +92,7 @@ def _tune(arguments: argparse.Namespace, output: Path, device, dtype) -> None:
         )
         for T in arguments.tokens
     ]
-    total = sum(len(candidates(c)[: arguments.candidates]) for layer in layers for c in choices_of(layer, device))
+    total = sum(len(candidates(c, arguments.candidates)) for layer in layers for c in choices_of(layer, device))
     with tqdm(total=total, unit="tile") as bar:
 
         def report(measurement: Measurement) -> None:

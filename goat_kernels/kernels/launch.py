@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from goat_kernels.kernels.configs import Tile
+from goat_kernels.kernels.tiles import Tile
 
 
 @dataclass(frozen=True)

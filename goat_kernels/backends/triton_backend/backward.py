@@ -23,9 +23,10 @@ from goat_kernels.backends.triton_backend.operands import (
     splits_of,
 )
 from goat_kernels.kernels.common import padded
-from goat_kernels.kernels.configs import Tile, choose_tile, current_target, find_tile
+from goat_kernels.kernels.configs import choose_tile, current_target, find_tile
 from goat_kernels.kernels.hidden_gradient import finish_hidden_gradient, fused_hidden_gradient
 from goat_kernels.kernels.launch import blocks, launch
+from goat_kernels.kernels.tiles import Tile
 from goat_kernels.kernels.weight_gradient import add_splits, weight_gradient
 
 _SUM = Tile(rows=16, columns=512, warps=4, stages=1)

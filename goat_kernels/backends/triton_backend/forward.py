@@ -25,14 +25,18 @@ from goat_kernels.backends.triton_backend.operands import (
 )
 from goat_kernels.kernels.balance import finish_balance
 from goat_kernels.kernels.common import padded
-from goat_kernels.kernels.configs import Target, Tile, choose_tile, current_target, find_tile
+from goat_kernels.kernels.configs import Target, choose_tile, current_target, find_tile
 from goat_kernels.kernels.forward import fused_forward
 from goat_kernels.kernels.launch import blocks, launch
 from goat_kernels.kernels.project import dropped_hidden, project
 from goat_kernels.kernels.route import route_and_prefill
+from goat_kernels.kernels.tiles import Tile
 
 #: More experts than this route in a stage of their own: their logits' accumulators would crowd out the hidden columns'.
 FUSED_EXPERTS = 16
+
+#: More hidden columns than this leave no registers for a block of y beside them.
+PREFILLED_COLUMNS = 512
 
 #: Slots that the fused kernel keeps accumulators for.
 FUSED_SLOTS = 2
@@ -175,7 +179,7 @@ def _staged(
     raw = project_columns(
         x_TN, adapter, matrices, None if dropout else matrices.A, matrices.A0, target, with_router=True
     )
-    prefills = T <= FEW_TOKENS and not dropout
+    prefills = T <= FEW_TOKENS and not dropout and widths.columns <= PREFILLED_COLUMNS
     programs = blocks(T, tile.rows)
     partial = kept.partial(programs)
     residual_TR0 = None if prefills or not widths.R0 else x_TN.new_empty(T, widths.R0)

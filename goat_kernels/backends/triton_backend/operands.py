@@ -11,9 +11,10 @@ from torch import Tensor
 from goat_kernels.backends.base import Adapter
 from goat_kernels.backends.dropout import keep_scale, keep_threshold
 from goat_kernels.kernels.common import padded
-from goat_kernels.kernels.configs import Target, Tile
+from goat_kernels.kernels.configs import Target
 from goat_kernels.kernels.launch import blocks, launch
 from goat_kernels.kernels.pack import pack_adapter
+from goat_kernels.kernels.tiles import Tile
 
 #: Up to here (decoding) a forward reads the adapter as it is and takes two launches; above, it is packed if need be.
 FEW_TOKENS = 64

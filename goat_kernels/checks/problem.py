@@ -1,0 +1,168 @@
+"""The layers that the checks run: their sizes and dtypes, and random tensors for them.
+
+Letters as everywhere: T tokens, N in_features, M out_features, R total rank, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from goat_kernels.backends.base import Adapter, Passes
+from goat_kernels.kernels.configs import Target
+
+#: Tokens whose K-th and next logit are nearer than this, relative to the largest, are not drawn: there two right
+#: implementations may choose different experts, and nothing after that choice could be compared.
+CLEAR_GAP = 1e-3
+
+#: s of a layer without one for each expert.
+_SCALING = 1.7
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One layer.
+
+    Attributes:
+        T, N, M, R, E, K: sizes.
+        dtype, adapter_dtype: of x and the base; of lora_A, lora_B, router and the frozen pair.
+        path: with a frozen pair, R0 = R, and a scaling per expert; or fold: neither.
+        dropout_p: 0 is none.
+        onto_base: the adapter is added onto the output of a base that ran elsewhere; else the bias.
+        target: the GPU whose tiles are taken; None is the one at hand.
+    """
+
+    T: int
+    N: int
+    M: int
+    R: int = 32
+    E: int = 8
+    K: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    adapter_dtype: torch.dtype = torch.float32
+    path: bool = True
+    dropout_p: float = 0.0
+    onto_base: bool = False
+    target: Target | None = None
+
+    @property
+    def sizes(self) -> str:
+        return " ".join(f"{letter}={getattr(self, letter)}" for letter in "TNMREK")
+
+    @property
+    def dtypes(self) -> str:
+        x, adapter = (name_of(dtype) for dtype in (self.dtype, self.adapter_dtype))
+        return x if x == adapter else f"{x}, adapter {adapter}"
+
+    @property
+    def form(self) -> str:
+        return ("path" if self.path else "fold") + (f", dropout {self.dropout_p:g}" if self.dropout_p else "")
+
+    def __str__(self) -> str:
+        return f"{self.dtypes}; {self.form}; {self.sizes}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer's tensors: x, W0, bias or the base's output, dY, the gradient [] of the balance loss, the adapter."""
+
+    x_TN: Tensor
+    weight_MN: Tensor
+    bias_M: Tensor | None
+    base_output_TM: Tensor | None
+    grad_y_TM: Tensor
+    grad_balance: Tensor
+    adapter: Adapter
+
+    def double(self) -> Problem:
+        """The same (rounded) values in float64, for the oracle."""
+        adapter = Adapter(*(doubled(value) for value in self.adapter))
+        tensors = (self.x_TN, self.weight_MN, self.bias_M, self.base_output_TM, self.grad_y_TM, self.grad_balance)
+        return Problem(*map(doubled, tensors), adapter)
+
+
+def make_problem(case: LayerCase, device: torch.device | str) -> Problem:
+    """Random tensors of unit scale: every product has entries of about 1. The same whenever it is called on a device.
+
+    Args:
+        case: the layer.
+        device: where the tensors are; "meta" gives tensors without values.
+    """
+    T, N, M, R, E = case.T, case.N, case.M, case.R, case.E
+    is_meta = torch.device(device).type == "meta"
+    generator = None if is_meta else torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0, to: torch.dtype = case.adapter_dtype) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(to)
+
+    router = normal(E, N, scale=N**-0.5)
+    x_TN = normal(T, N, to=case.dtype)
+    if not is_meta:
+        candidates = torch.cat([x_TN, normal(T // 4 + 16, N, to=case.dtype)])
+        x_TN = candidates[_clearly_routed(candidates, router, case.K)][:T].contiguous()
+    adapter = Adapter(
+        lora_A=normal(R, N, scale=N**-0.5),
+        lora_B=normal(M, R, scale=R**-0.5),
+        router=router,
+        residual_A=normal(R, N, scale=N**-0.5) if case.path else None,
+        residual_B=normal(M, R, scale=R**-0.5) if case.path else None,
+        scaling=1.0 if case.path else _SCALING,
+        scaling_E=torch.linspace(0.5, 2.0, E, device=device) if case.path else None,
+        top_k=case.K,
+        dropout_p=case.dropout_p,
+        seed=torch.tensor([0x1234567, -0x7654321], dtype=torch.int32, device=device) if case.dropout_p else None,
+    )
+    return Problem(
+        x_TN=x_TN,
+        weight_MN=normal(M, N, scale=N**-0.5, to=case.dtype),
+        bias_M=None if case.onto_base else normal(M, to=case.dtype),
+        base_output_TM=normal(T, M, to=case.dtype) if case.onto_base else None,
+        grad_y_TM=normal(T, M, to=case.dtype),
+        grad_balance=torch.tensor(0.7, device=device),
+        adapter=adapter,
+    )
+
+
+def _clearly_routed(x_TN: Tensor, router: Tensor, top_k: int) -> Tensor:
+    """bool [T]: whether the K-th logit is clear of the next."""
+    logits_TE = x_TN.double() @ router.double().t()
+    ordered = logits_TE.sort(dim=-1, descending=True).values
+    if top_k == logits_TE.shape[1]:
+        return torch.ones_like(ordered[:, 0], dtype=torch.bool)
+    return ordered[:, top_k - 1] - ordered[:, top_k] > CLEAR_GAP * logits_TE.abs().amax(dim=-1)
+
+
+def run_passes(
+    passes: Passes, problem: Problem, around: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
+) -> None:
+    """One forward and backward, without the base product; each pass runs inside ``around(its name)``.
+
+    In the order, and with the conditions, of ``operators.py``.
+    """
+    adapter = problem.adapter
+    with around("prefill"):
+        _, _, routing = passes.prefill(problem.x_TN, adapter, problem.bias_M, problem.base_output_TM)
+    with around("hidden_gradient"):
+        gradient = passes.hidden_gradient(
+            problem.grad_y_TM, problem.grad_balance, adapter, routing, with_residual=True, needs_B=True
+        )
+    if gradient.lora_B is None:
+        with around("lora_B_gradient"):
+            passes.lora_B_gradient(problem.grad_y_TM, adapter, routing)
+    with around("input_prefill"):
+        passes.input_prefill(adapter, routing, gradient)
+    with around("lora_A_router_gradient"):
+        passes.lora_A_router_gradient(problem.x_TN, adapter, routing, gradient, needs_A=True, needs_router=True)
+
+
+def doubled(value):
+    """A floating tensor in float64; anything else as it is."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,278 @@
+"""How many bytes does each launch move, and is it what the design says? Counted in Triton's interpreter, without a GPU.
+
+The interpreter runs one program after the other, so a hook on its loads and stores sees every access. Each belongs to
+the pointer argument whose memory it falls into; ``traffic_plans.py`` sorts those into kinds, and has the formulas that
+a launch must meet to the byte. What falls outside of every argument is a kind of its own, and always an error.
+
+Over a layer, ``DESIGNED_PASSES`` says how often the fused form goes through each wide tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
+from goat_kernels.checks.traffic_plans import planned, pointer_kinds
+from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, forced_target
+from goat_kernels.kernels.launch import Launch, observed
+
+#: The most that scalars may be of a launch's bytes.
+SCALARS_SHARE = 0.01
+
+#: How much more than ``DESIGNED_PASSES`` a layer may move of x, y, dY and dX.
+STREAM_BOUND = 1.02
+
+#: (direction, tensor) -> how often a fused layer goes through it. dY: for the hidden gradient, and for lora_B's where
+#: that does not ride in the same read.
+DESIGNED_PASSES = {
+    ("forward", "x"): 1,
+    ("forward", "y"): 1,
+    ("backward", "dY"): 2,
+    ("backward", "dX"): 1,
+    ("backward", "x"): 1,
+}
+
+
+@dataclass(frozen=True)
+class TrafficCase:
+    """A layer to count; ``fused``: whether it takes the kernels that ``DESIGNED_PASSES`` describes."""
+
+    name: str
+    layer: LayerCase
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What one launch moved of one kind of tensor, in bytes.
+
+    Attributes:
+        direction: "forward" or "backward".
+        kernel: its function's name.
+        what: x, dY, y or dX for the wide tensors, else a kind of ``traffic_plans.py``, or "outside".
+        read_bytes, written_bytes: counted (of :func:`plan_layer`: as planned).
+        planned: (read, written) by the kernel's plan; None for scalars that it leaves out.
+        once_bytes: going through each of those tensors once.
+        launch_bytes: all that the launch moved.
+    """
+
+    direction: str
+    kernel: str
+    what: str
+    read_bytes: int
+    written_bytes: int
+    planned: tuple[int, int] | None
+    once_bytes: int
+    launch_bytes: int
+
+    @property
+    def moved_bytes(self) -> int:
+        return self.read_bytes + self.written_bytes
+
+    @property
+    def times(self) -> float:
+        """How often the tensors were gone through."""
+        return self.moved_bytes / max(self.once_bytes, 1)
+
+    @property
+    def passed(self) -> bool:
+        if self.planned is None:
+            return self.moved_bytes <= SCALARS_SHARE * self.launch_bytes
+        return (self.read_bytes, self.written_bytes) == self.planned
+
+
+@dataclass(frozen=True)
+class StreamPasses:
+    """How often a whole layer went through x, y, dY or dX in one direction, and how often it may; None: no bound."""
+
+    direction: str
+    what: str
+    times: float
+    designed: int | None
+
+    @property
+    def passed(self) -> bool:
+        return self.designed is None or self.times <= STREAM_BOUND * self.designed
+
+
+# --- the layers ---------------------------------------------------------------------------------------------------
+
+
+def _imitated(multiprocessors: int) -> Target:
+    """An H200 with fewer multiprocessors, so that a small T takes the kernels that a large T takes on a whole one.
+
+    Two are filled by 128 tokens in tiles of 64, the tallest; forty are not, so that stages run.
+    """
+    return dataclasses.replace(KNOWN_TARGETS["sm_90"], multiprocessors=multiprocessors)
+
+
+_SIZES = {"T": 128, "N": 256, "M": 384, "target": _imitated(2)}
+
+#: What ``goat-kernels check --traffic`` counts.
+CASES: tuple[TrafficCase, ...] = (
+    TrafficCase("fused, path", LayerCase(**_SIZES)),
+    TrafficCase("fused, fold", LayerCase(**_SIZES, path=False)),
+    TrafficCase("fused, path, dropout", LayerCase(**_SIZES, dropout_p=0.1)),
+    TrafficCase("fused, onto a base's output", LayerCase(**_SIZES, onto_base=True)),
+    TrafficCase("fused, adapter in x's dtype", LayerCase(**_SIZES, adapter_dtype=torch.bfloat16)),
+    TrafficCase("fused, float32", LayerCase(**_SIZES, dtype=torch.float32)),
+    TrafficCase("fused, lora_B rides", LayerCase(**_SIZES, R=8)),
+    TrafficCase("fused, unaligned", LayerCase(T=75, N=200, M=328, R=24, E=6, K=3, target=_imitated(2))),
+    TrafficCase("fused, unaligned, lora_B rides", LayerCase(T=75, N=200, M=150, R=12, E=6, target=_imitated(2))),
+    TrafficCase("fused, splits of T", LayerCase(T=520, N=64, M=64, target=_imitated(12))),
+    TrafficCase("staged: few programs", LayerCase(T=128, N=256, M=384, target=_imitated(40)), fused=False),
+    TrafficCase("staged: large R", LayerCase(T=66, N=72, M=80, R=256, target=_imitated(2)), fused=False),
+    TrafficCase(
+        "staged: both slots' columns, dropout",
+        LayerCase(T=66, N=72, M=80, R=72, path=False, dropout_p=0.1, target=_imitated(2)),
+        fused=False,
+    ),
+    TrafficCase("decoding", LayerCase(T=16, N=512, M=384, target=_imitated(16)), fused=False),
+)
+
+#: Layers of a real size, whose bytes follow from the plans: the sizes of docs/design.md.
+REAL_CASES: tuple[LayerCase, ...] = tuple(
+    LayerCase(T=8192, N=N, M=M, R=R, path=path, target=KNOWN_TARGETS["sm_90"])
+    for N, M, R in ((4096, 4096, 32), (5120, 13824, 128), (13824, 5120, 128))
+    for path in (False, True)
+)
+
+
+def count_layer(case: LayerCase, run: Callable[[Launch], None] = Launch.run) -> list[Moved]:
+    """Run one forward and backward of the layer in the interpreter, and return what each launch moved.
+
+    Args:
+        case: the layer.
+        run: runs a launch.
+    """
+    return _layer(case, make_problem(case, "cpu"), lambda launch: count(launch, run))
+
+
+def plan_layer(case: LayerCase) -> list[Moved]:
+    """What :func:`count_layer` would count, by the plans: nothing runs, and the sizes may be real."""
+    return _layer(case, make_problem(case, "meta"), planned)
+
+
+#: Pass -> (direction, the wide tensor it reads, the one it writes).
+_STREAMS = {
+    "prefill": ("forward", "x", "y"),
+    "hidden_gradient": ("backward", "dY", ""),
+    "lora_B_gradient": ("backward", "dY", ""),
+    "input_prefill": ("backward", "", "dX"),
+    "lora_A_router_gradient": ("backward", "x", ""),
+}
+
+
+def _layer(case: LayerCase, problem: Problem, moved_by: Callable[[Launch], dict[str, tuple[int, int]]]) -> list[Moved]:
+    from goat_kernels.backends.triton_backend.passes import TritonPasses  # imports Triton
+
+    rows: list[Moved] = []
+
+    def counted(name: str) -> contextlib.AbstractContextManager:
+        return observed(lambda launch: rows.extend(_moved(*_STREAMS[name], launch, moved_by(launch))))
+
+    with forced_target(case.target) if case.target else contextlib.nullcontext():
+        run_passes(TritonPasses(), problem, around=counted)
+    return rows
+
+
+def _moved(
+    direction: str, reads: str, writes: str, launch: Launch, moved: dict[str, tuple[int, int]]
+) -> Iterator[Moved]:
+    """One row for each kind that the launch moved, or should have."""
+    plan, once = planned(launch), Counter()
+    for name, kind in pointer_kinds(launch).items():
+        once[kind] += launch.arguments[name].numel() * launch.arguments[name].element_size()
+    for kind in dict.fromkeys([*plan, *moved]):
+        read_bytes, written_bytes = moved.get(kind, (0, 0))
+        if not (any(plan.get(kind, ())) or read_bytes or written_bytes):
+            continue
+        yield Moved(
+            direction=direction,
+            kernel=launch.name,
+            what={"in": reads, "out": writes}.get(kind, kind),
+            read_bytes=read_bytes,
+            written_bytes=written_bytes,
+            planned=plan.get(kind, None if kind == "scalars" else (0, 0)),
+            once_bytes=once[kind],
+            launch_bytes=sum(sum(both) for both in moved.values()),
+        )
+
+
+def stream_passes(case: TrafficCase, rows: list[Moved]) -> list[StreamPasses]:
+    """How often the layer went through each wide tensor."""
+    summed = []
+    for (direction, what), designed in DESIGNED_PASSES.items():
+        of_it = [row for row in rows if (row.direction, row.what) == (direction, what)]
+        times = sum(row.moved_bytes for row in of_it) / max(row.once_bytes for row in of_it)
+        if what == "dY" and any((row.kernel, row.what) == ("fused_hidden_gradient", "gradient") for row in rows):
+            designed -= 1
+        summed.append(StreamPasses(direction, what, times, designed if case.fused else None))
+    return summed
+
+
+# --- counting -----------------------------------------------------------------------------------------------------
+
+
+def count(launch: Launch, run: Callable[[Launch], None] = Launch.run) -> dict[str, tuple[int, int]]:
+    """Run one launch on CPU tensors; kind -> (bytes read, bytes written), "outside" for addresses of no argument."""
+    memory = list(_memory(launch))
+    loads, stores = Counter(), Counter()
+
+    def add(moved: Counter, pointers, mask) -> None:
+        width = pointers.get_element_ty().primitive_bitwidth // 8
+        active = pointers.data[mask.data.astype(bool)]
+        for kind, start, stop in memory:
+            inside = (active >= start) & (active < stop)
+            moved[kind] += int(inside.sum()) * width
+            active = active[~inside]
+            if not active.size:
+                return
+        moved["outside"] += active.size * width
+
+    with _accesses(lambda *access: add(loads, *access), lambda *access: add(stores, *access)):
+        run(launch)
+    return {kind: (loads[kind], stores[kind]) for kind in sorted({*loads, *stores}) if loads[kind] or stores[kind]}
+
+
+def _memory(launch: Launch) -> Iterator[tuple[str, int, int]]:
+    """(kind, first address, address behind the last) of each pointer argument."""
+    for name, kind in pointer_kinds(launch).items():
+        tensor = launch.arguments[name]
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        yield kind, tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+        if launch.name == "weight_gradient" and kind == "gradient":
+            # The tensor is the first split's; the others follow in the same buffer.
+            buffer = tensor.untyped_storage()
+            yield kind, buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes()
+
+
+@contextlib.contextmanager
+def _accesses(loaded: Callable, stored: Callable) -> Iterator[None]:
+    """Hand ``(pointers, mask)`` of every load and store of the interpreter to ``loaded`` and ``stored``.
+
+    Unmasked ones reach the same two methods, with a mask of ones. No kernel uses atomics.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def observed_load(self, pointers, mask, *rest):
+        loaded(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def observed_store(self, pointers, value, mask, *rest):
+        stored(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = observed_load, observed_store
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
