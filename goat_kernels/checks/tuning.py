@@ -45,7 +45,7 @@ def device_time_ms(launch: Launch) -> float:
 
 def candidates(choice: Choice, limit: int | None = None) -> list[Tile]:
     """The tiles that the predicate lets through; with a ``limit``, about so many of them, evenly spread."""
-    kernel = choice.kernel.removesuffix(".dropout")
+    kernel = choice.kernel.partition(".")[0]
     ranks = (32, 64, 128) if kernel in _RANKED else (0,)
     sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (1, 2, 3, 4), ranks)
     tiles = (Tile(rows, columns, warps, stages, rank) for rows, columns, warps, stages, rank in sizes)
@@ -62,7 +62,7 @@ def choices_of(layer: LayerCase, device: torch.device) -> list[Choice]:
 
 def measure(problem: Problem, choice: Choice, tile: Tile, time_ms: Callable[[Launch], float]) -> Measurement:
     """Time every launch of the choice's kernel that takes ``tile``."""
-    name, times = choice.kernel.removesuffix(".dropout"), []
+    name, times = choice.kernel.partition(".")[0], []
 
     def observe(launch: Launch) -> None:
         launch.run()

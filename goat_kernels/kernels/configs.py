@@ -55,13 +55,13 @@ _DIVIDE_TOKENS_ALONE = ("fused_forward", "fused_forward.dropout", "fused_hidden_
 def shared_estimate(kernel: str, tile: Tile, columns: int, width: int) -> int:
     """Bytes of shared memory that the pipelined operands of one program take, roughly."""
     accumulated = (min(tile.rank, columns) if tile.rank else columns) + 16
-    kernel = kernel.removesuffix(".dropout")
+    kernel, _, variant = kernel.partition(".")
     if kernel == "project":
         accumulated = tile.rank + 16
         per_stage = tile.columns * (tile.rows + 2 * accumulated)  # W1 and W2 each
     elif kernel == "weight_gradient":
         per_stage = tile.rows * (tile.columns + accumulated)
-    elif kernel == "finish_hidden_gradient":
+    elif kernel == "finish_hidden_gradient" or variant == "alone":
         per_stage = 0
     elif kernel == "route_and_prefill":
         per_stage = tile.columns * columns

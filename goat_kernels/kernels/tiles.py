@@ -42,7 +42,8 @@ class Entry:
     Of tiles with the same rows, the first that is valid counts: the others are for GPUs with less shared memory.
 
     Attributes:
-        kernel: its function's name, with ".dropout" where dropout makes another kernel of it.
+        kernel: its function's name, with ".dropout" where dropout makes another kernel of it, and ".alone" where it
+            writes nothing of y.
         width: bytes of an element of x: 2 or 4.
         max_columns: the most hidden columns it serves.
         tiles: candidates.
@@ -86,16 +87,23 @@ TABLE: tuple[Entry, ...] = (
     # Products in rank blocks and splits.
     Entry("project", 2, 96, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64)),
     Entry("project", 2, _ANY, _tall_to_low(64, 8, 3, (64, 32), rank=128) + _tall_to_low(64, 8, 3, (16,), rank=64)),
-    Entry("project", 4, _ANY, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
+    Entry("project", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=32)),
     Entry("dropped_hidden", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32), rank=64)),
     Entry("dropped_hidden", 4, _ANY, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
     # Elementwise over hidden columns, and a narrow product.
     Entry("route_and_prefill", 2, 128, (Tile(64, 64, 8, 1), Tile(32, 64, 4, 1), Tile(16, 64, 4, 1))),
-    Entry("route_and_prefill", 2, 512, _tall_to_low(32, 8, 1, (16,))),
-    Entry("route_and_prefill", 2, 2048, _tall_to_low(32, 16, 1, (16,)) + _tall_to_low(16, 16, 1, (16,))),
-    Entry("route_and_prefill", 4, 128, _tall_to_low(32, 4, 1, (32, 16))),
-    Entry("route_and_prefill", 4, 512, _tall_to_low(16, 8, 1, (16,))),
-    Entry("route_and_prefill", 4, 2048, _tall_to_low(16, 16, 1, (16,))),
+    Entry("route_and_prefill", 2, 256, _tall_to_low(32, 8, 1, (16,))),
+    Entry("route_and_prefill", 4, 128, _tall_to_low(32, 8, 1, (32, 16))),
+    Entry("route_and_prefill", 4, 256, _tall_to_low(16, 8, 1, (16,))),
+    *(
+        entry
+        for width in (2, 4)
+        for entry in (
+            Entry("route_and_prefill.alone", width, 128, _tall_to_low(16, 4, 1, (32, 16))),
+            Entry("route_and_prefill.alone", width, 512, _tall_to_low(16, 8, 1, (16,))),
+            Entry("route_and_prefill.alone", width, 2048, _tall_to_low(16, 16, 1, (16,))),
+        )
+    ),
     Entry("finish_hidden_gradient", 2, 512, _tall_to_low(16, 4, 1, (16,))),
     Entry("finish_hidden_gradient", 2, 2048, _tall_to_low(16, 8, 1, (16,))),
     Entry("finish_hidden_gradient", 4, 512, _tall_to_low(16, 4, 1, (16,))),
@@ -113,6 +121,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("expand_columns", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns", 4, _ANY, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
     Entry("expand_columns.dropout", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(32, 8, 2, (16,), rank=32), family="gfx942"),
     Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=32)),
 )
 

@@ -36,7 +36,7 @@ from goat_kernels.kernels.tiles import Tile
 FUSED_EXPERTS = 16
 
 #: More hidden columns than this leave no registers for a block of y beside them.
-PREFILLED_COLUMNS = 512
+PREFILLED_COLUMNS = 256
 
 #: Slots that the fused kernel keeps accumulators for.
 FUSED_SLOTS = 2
@@ -175,11 +175,12 @@ def _staged(
 ) -> None:
     T, M = y_TM.shape
     width, dropout = x_TN.dtype.itemsize, adapter.seed is not None
-    tile = choose_tile("route_and_prefill", widths.columns, width, target, T)
+    prefills = T <= FEW_TOKENS and not dropout and widths.columns <= PREFILLED_COLUMNS
+    kernel = "route_and_prefill" if prefills else "route_and_prefill.alone"
+    tile = choose_tile(kernel, widths.columns, width, target, T)
     raw = project_columns(
         x_TN, adapter, matrices, None if dropout else matrices.A, matrices.A0, target, with_router=True
     )
-    prefills = T <= FEW_TOKENS and not dropout and widths.columns <= PREFILLED_COLUMNS
     programs = blocks(T, tile.rows)
     partial = kept.partial(programs)
     residual_TR0 = None if prefills or not widths.R0 else x_TN.new_empty(T, widths.R0)

@@ -1,0 +1,135 @@
+"""The compile gate: every kernel for GPUs that are not here, and that it notices what it is there to notice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from goat_kernels.checks.compilation import Case, Compiled, layers, record
+from goat_kernels.checks.problem import LayerCase
+from goat_kernels.kernels.configs import KNOWN_TARGETS
+from goat_kernels.kernels.tiles import Tile
+
+ROOT = Path(__file__).parents[1]
+
+KERNELS = {
+    "pack_adapter",
+    "fused_forward",
+    "finish_balance",
+    "project",
+    "dropped_hidden",
+    "route_and_prefill",
+    "fused_hidden_gradient",
+    "finish_hidden_gradient",
+    "weight_gradient",
+    "add_splits",
+    "expand_columns",
+}
+
+
+def test_every_kernel_compiles_for_every_target_without_a_fault(tmp_path):
+    command = [sys.executable, "-m", "goat_kernels", "check", "--compile", "--json", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, [line for line in done.stdout.splitlines() if "FAIL" in line]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["target"] for row in rows} == set(KNOWN_TARGETS)
+    for target, limits in KNOWN_TARGETS.items():
+        of_target = [row for row in rows if row["target"] == target]
+        assert {row["kernel"] for row in of_target} == KERNELS
+        assert {row["R"] for row in of_target} >= {8, 16, 32, 128, 512}
+        assert all(row["registers"] > 0 and row["spilled_bytes"] == 0 for row in of_target)
+        assert all(row["shared_bytes"] <= limits.shared_bytes for row in of_target)
+        assert all(0 < row["occupancy"] <= 1 for row in of_target)
+    found = {target: {row["matrix_instruction"] for row in rows if row["target"] == target} for target in KNOWN_TARGETS}
+    assert "wgmma.mma_async" in found["sm_90"]
+    assert "tcgen05.mma" in found["sm_100"]
+    assert "mma.sync" in found["sm_80"]
+    assert "v_mfma" in found["gfx942"]
+
+
+HEALTHY = Compiled(
+    kernel="fused_forward",
+    target="sm_90",
+    tile=Tile(64, 64, 4, 3),
+    layer=LayerCase(64, 64, 64),
+    registers=100,
+    spilled_bytes=0,
+    shared_bytes=1000,
+    occupancy=0.5,
+    matrix_instruction="wgmma.mma_async",
+    multiplies_halves=True,
+    limit_shared_bytes=1000,
+)
+
+
+def test_a_healthy_kernel_has_no_fault():
+    assert HEALTHY.fault() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"spilled_bytes": 8}, ["spills", "8 bytes"]),
+        ({"shared_bytes": 1001}, ["1001", "1000", "shared memory"]),
+        ({"matrix_instruction": ""}, ["matrix instructions"]),
+    ],
+    ids=["spill", "shared memory", "no matrix instruction"],
+)
+def test_a_fault_is_named(change, words):
+    fault = dataclasses.replace(HEALTHY, **change).fault()
+    assert all(word in fault for word in words)
+
+
+def compiling(code: str) -> str:
+    """What ``code`` prints in a process in which Triton compiles; these tests' own interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-1000:]
+    return done.stdout
+
+
+IMPORTS = """
+import torch
+from goat_kernels.checks.compilation import Case, compile_case, record, source_of
+from goat_kernels.checks.problem import LayerCase
+from goat_kernels.kernels.configs import forced_tile
+from goat_kernels.kernels.tiles import Tile
+"""
+
+
+def test_a_tile_that_spills_is_noticed():
+    code = """
+layer = LayerCase(8192, 4096, 4096, R=128)
+with forced_tile("expand_columns", Tile(128, 128, 4, 2, 64)):
+    names = [launch.name for launch in record(layer, "sm_80")]
+    print(compile_case(Case("sm_80", layer, names.index("expand_columns"))).fault())
+"""
+    assert compiling(IMPORTS + code).startswith("spills")
+
+
+def test_arguments_are_specialised_as_triton_would():
+    code = """
+layer = LayerCase(64, 48, 50, R=8, path=False, dtype=torch.float16)
+launch = next(launch for launch in record(layer, "sm_90") if launch.name == "project")
+source = source_of(launch)
+aligned = [name for index, name in enumerate(launch.kernel.arg_names) if (index,) in source.attrs]
+print(*(source.signature[name] for name in ("x_ptr", "W1_ptr", "stride_xn")), "N" in aligned, "T" in aligned)
+"""
+    # Few tokens read the float32 adapter as it is; a stride of 1 is a constant; 48 is a multiple of 16, and T = 64 too,
+    # but T changes from batch to batch and is not specialised.
+    assert compiling(IMPORTS + code).split() == ["*fp16", "*fp32", "constexpr", "True", "False"]
+
+
+def test_all_covers_the_ranks_of_the_short_list():
+    assert {layer.R for layer in layers(everything=True)} >= {8, 32, 128, 512}
+
+
+def test_a_case_names_one_launch():
+    case = Case("sm_90", LayerCase(8192, 256, 256), 1)
+    assert record(case.layer, case.target)[case.index].name == "fused_forward"
