@@ -19,14 +19,15 @@ from torch import Tensor
 
 from goat_kernels.backends import get_backend
 from goat_kernels.backends.base import Passes, Routing
-from goat_kernels.backends.dropout import draw_seed, expert_slots, keep_masks, keep_scale
+from goat_kernels.backends.dropout import draw_seed
 from goat_kernels.backends.torch_backend import TorchHiddenGradient, TorchPasses
-from goat_kernels.checks.problem import LayerCase, Problem, doubled, make_problem, run_passes
+from goat_kernels.checks.lora_arithmetic import goat_as_lora
+from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, make_problem, run_passes
 from goat_kernels.functional import goat_linear
 from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, current_target, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.numerics import TOLERANCES, relative_error
-from goat_kernels.reference import goat_reference, select_top_k
+from goat_kernels.reference import goat_reference
 
 #: (x's dtype, the adapter's).
 DTYPES: tuple[tuple[torch.dtype, torch.dtype], ...] = (
@@ -51,6 +52,7 @@ class Comparison:
         error: relative error against float64 of the backend that is checked; NaN where anything is.
         torch_error: the torch backend's, or None where that is the one that is checked.
         bound: on both.
+        lora_error: that of the arithmetic of PEFT's LoRA with float32 adapters; for results of a half-precision layer.
     """
 
     case: LayerCase
@@ -59,6 +61,7 @@ class Comparison:
     error: float
     torch_error: float | None
     bound: float
+    lora_error: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -136,13 +139,14 @@ def compare(case: LayerCase, backend: str, device: torch.device) -> list[Compari
     rows = []
     with forced_target(case.target) if case.target is not None else contextlib.nullcontext():
         inputs = _pass_inputs(problem)
+        of_lora = _lora_errors(problem)
         for errors in (
             [_pass_errors(name, problem, inputs) for name in names],
             [_layer_errors(name, problem) for name in names],
         ):
             for what, (kernels, error, bound) in errors[0].items():
                 torch_error = errors[1][what][1] if len(names) == 2 else None
-                rows.append(Comparison(case, what, kernels, error, torch_error, bound))
+                rows.append(Comparison(case, what, kernels, error, torch_error, bound, of_lora.get(what)))
     return rows
 
 
@@ -294,14 +298,27 @@ def _largest_error(results: list[Tensor], oracles: list[Tensor]) -> float:
 _GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B", "router")
 
 
+def _oracle(problem: Problem) -> tuple[dict[str, Tensor], Tensor | None]:
+    """(results of the layer in float64, dropout masks)."""
+    torch.manual_seed(0)
+    masks = dropout_masks(problem, draw_seed(problem.x_TN.device)) if problem.adapter.dropout_p else None
+    return _run_layer(goat_reference, problem.double(), dropout_masks=masks), masks
+
+
+def _lora_errors(problem: Problem) -> dict[str, float]:
+    """Result of the layer -> error in PEFT's arithmetic; empty where that is not another than float32's."""
+    if problem.x_TN.dtype.itemsize != 2 or problem.adapter.lora_A.dtype != torch.float32:
+        return {}
+    expected, masks = _oracle(problem)
+    results = _run_layer(goat_as_lora, problem, dropout_masks=masks)
+    return {what: relative_error(results[what], expected[what]) for what in expected}
+
+
 def _layer_errors(backend: str, problem: Problem) -> dict[str, tuple[str, float, float]]:
     """Result of the layer -> ("", error, bound)."""
-    p = problem.adapter.dropout_p
-    torch.manual_seed(0)
-    masks = _dropout_masks(problem, draw_seed(problem.x_TN.device)) if p else None
-    expected = _run_layer(goat_reference, problem.double(), dropout_masks=masks)
+    expected, _ = _oracle(problem)
     torch.manual_seed(0)  # the layer draws the seed that the oracle's masks come from
-    results = _run_layer(goat_linear, problem, dropout_p=p, training=True, backend=backend)
+    results = _run_layer(goat_linear, problem, dropout_p=problem.adapter.dropout_p, training=True, backend=backend)
     bounds = {"balance loss": TOLERANCES[torch.float32].relative}
     bound = TOLERANCES[problem.x_TN.dtype].relative
     return {what: ("", relative_error(results[what], expected[what]), bounds.get(what, bound)) for what in expected}
@@ -333,14 +350,3 @@ def _run_layer(function: Callable, problem: Problem, **options) -> dict[str, Ten
     )
     results = {"output": result.output.detach(), "balance loss": result.balance_loss.detach()}
     return results | {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
-
-
-def _dropout_masks(problem: Problem, seed: Tensor) -> Tensor:
-    """float64 [E, T, N]: what x is multiplied by in front of each expert's A."""
-    adapter, (T, N) = problem.adapter, problem.x_TN.shape
-    selection_TE = select_top_k(problem.x_TN.double() @ adapter.router.double().t(), adapter.top_k)
-    slots_TE = expert_slots(selection_TE.double())
-    masks = torch.zeros(adapter.num_experts, T, N, dtype=torch.float64, device=seed.device)
-    for slot, keep_TN in enumerate(keep_masks(seed, T, N, adapter.top_k, adapter.dropout_p)):
-        masks += (slots_TE == slot).t()[:, :, None] * keep_TN
-    return masks * keep_scale(adapter.dropout_p)

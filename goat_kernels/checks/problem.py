@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from goat_kernels.backends.base import Adapter, Passes
+from goat_kernels.backends.dropout import expert_slots, keep_masks, keep_scale
 from goat_kernels.kernels.configs import Target
+from goat_kernels.reference import select_top_k
 
 #: Tokens whose K-th and next logit are nearer than this, relative to the largest, are not drawn: there two right
 #: implementations may choose different experts, and nothing after that choice could be compared.
@@ -157,6 +159,17 @@ def run_passes(
         passes.input_prefill(adapter, routing, gradient)
     with around("lora_A_router_gradient"):
         passes.lora_A_router_gradient(problem.x_TN, adapter, routing, gradient, needs_A=True, needs_router=True)
+
+
+def dropout_masks(problem: Problem, seed: Tensor) -> Tensor:
+    """float64 [E, T, N]: what x is multiplied by in front of each expert's A."""
+    adapter, (T, N) = problem.adapter, problem.x_TN.shape
+    selection_TE = select_top_k(problem.x_TN.double() @ adapter.router.double().t(), adapter.top_k)
+    slots_TE = expert_slots(selection_TE.double())
+    masks = torch.zeros(adapter.num_experts, T, N, dtype=torch.float64, device=seed.device)
+    for slot, keep_TN in enumerate(keep_masks(seed, T, N, adapter.top_k, adapter.dropout_p)):
+        masks += (slots_TE == slot).t()[:, :, None] * keep_TN
+    return masks * keep_scale(adapter.dropout_p)
 
 
 def doubled(value):

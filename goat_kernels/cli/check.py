@@ -241,18 +241,23 @@ def _print_block(block: CaseGroup, of_forms: Sequence[Sequence[Comparison]]) -> 
     """One line for each pass and result, one column for each form that ran."""
     first = block.cases[0]
     compared = " (torch's)" if of_forms and of_forms[0][0].torch_error is not None else ""
+    if of_forms and of_forms[0][-1].lora_error is not None:
+        compared += ", | that of PEFT's float32-adapter LoRA arithmetic"
     print(f"\n{first.dtypes}; {block.title}: {first.sizes}; relative error{compared}")
-    print(" " * 36 + "".join(f"{rows[0].case.form:21}" for rows in of_forms) + "bound")
+    print(" " * 36 + "".join(f"{rows[0].case.form:31}" for rows in of_forms) + "bound")
     for rows in zip(*of_forms, strict=True):
         kernels = ", ".join(dict.fromkeys(row.kernels for row in rows if row.kernels))
         name = rows[0].what + (f" ({kernels})" if kernels else "")
-        cells = "".join(f"{_errors(row):21}" for row in rows)
+        cells = "".join(f"{_errors(row):31}" for row in rows)
         verdict = "pass" if all(row.passed for row in rows) else "FAIL"
         print(f"  {name:34}{cells}{rows[0].bound:<8.0e}{verdict}", flush=True)
 
 
 def _errors(row: Comparison) -> str:
-    return f"{row.error:.1e}" + ("" if row.torch_error is None else f" ({row.torch_error:.1e})")
+    beside = ("" if row.torch_error is None else f" ({row.torch_error:.1e})") + (
+        "" if row.lora_error is None else f" | {row.lora_error:.1e}"
+    )
+    return f"{row.error:.1e}{beside}"
 
 
 def _failed_comparison(row: Comparison) -> str:
@@ -261,7 +266,7 @@ def _failed_comparison(row: Comparison) -> str:
 
 
 def _comparison_json(row: Comparison) -> dict:
-    errors = {name: getattr(row, name) for name in ("error", "torch_error")}
+    errors = {name: getattr(row, name) for name in ("error", "torch_error", "lora_error")}
     return {
         **case_json(row.case),
         "what": row.what,

@@ -79,7 +79,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_forward.dropout", 2, 128, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_forward.dropout", 4, 64, _tall_to_low(32, 4, 2, (16,))),
     Entry("fused_forward.dropout", 4, 128, _tall_to_low(32, 8, 2, (16,))),
-    Entry("fused_hidden_gradient", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
+    Entry("fused_hidden_gradient", 2, 32, _tall_to_low(64, 4, 4, (64, 32, 16))),
     Entry("fused_hidden_gradient", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_hidden_gradient", 2, 256, _tall_to_low(64, 8, 3, (64, 32, 16))),
     Entry("fused_hidden_gradient", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
