@@ -85,6 +85,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_hidden_gradient", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
     Entry("fused_hidden_gradient", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
     # Products in rank blocks and splits.
+    Entry("project", 2, 96, _tall_to_low(64, 8, 3, (64, 32, 16), rank=64), family="sm100"),
     Entry("project", 2, 96, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64)),
     Entry("project", 2, _ANY, _tall_to_low(64, 8, 3, (64, 32), rank=128) + _tall_to_low(64, 8, 3, (16,), rank=64)),
     Entry("project", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=32)),
@@ -109,6 +110,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("finish_hidden_gradient", 4, 512, _tall_to_low(16, 4, 1, (16,))),
     Entry("finish_hidden_gradient", 4, 2048, _tall_to_low(16, 8, 1, (16,))),
     # Sums over tokens: `rows` tokens a step, `columns` features and `rank` hidden columns a program.
+    Entry("weight_gradient", 2, 32, _tall_to_low(128, 8, 3, (64,), rank=32), family="sm100"),
     Entry("weight_gradient", 2, 32, _tall_to_low(128, 4, 3, (64,), rank=32)),
     Entry("weight_gradient", 2, 64, _tall_to_low(128, 4, 3, (64,), rank=64)),
     Entry("weight_gradient", 2, _ANY, _tall_to_low(128, 8, 3, (64,), rank=128)),
@@ -120,10 +122,9 @@ TABLE: tuple[Entry, ...] = (
     # dX and the staged y: `rows` tokens stay, the walk is over `columns` features a step.
     Entry("expand_columns", 2, 64, _tall_to_low(128, 4, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
-    Entry("expand_columns", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=32)),
+    Entry("expand_columns", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=16)),
     Entry("expand_columns.dropout", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
-    Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(32, 8, 2, (16,), rank=32), family="gfx942"),
-    Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=32)),
+    Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(64, 8, 2, (16,), rank=16)),
 )
 
 
