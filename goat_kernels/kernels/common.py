@@ -25,6 +25,12 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def long(value):
+    """An integer as int64: products of strides pass 2^31."""
+    return tl.cast(value, tl.int64)
+
+
+@triton.jit
 def cast(value, dtype: tl.constexpr):
     """``value`` in ``dtype``, rounded to nearest even."""
     if _INTERPRETED and dtype == tl.bfloat16 and value.dtype != tl.bfloat16:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from goat_kernels.kernels.common import cast
+
 
 @triton.jit
 def mix(word, key):
@@ -53,7 +55,7 @@ def kept(seed_ptr, keys, columns, slot, threshold):
 @triton.jit
 def of_slot(value, slots, slot):
     """``value`` where ``slots`` (int32) is ``slot``, 0 elsewhere; in integers for the same reason as :func:`kept`."""
-    return value * (1 - tl.minimum(tl.abs(slots - slot), 1)).to(value.dtype)
+    return cast(value * (1 - tl.minimum(tl.abs(slots - slot), 1)).to(tl.float32), value.dtype)
 
 
 @triton.jit

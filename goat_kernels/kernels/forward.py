@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from goat_kernels.kernels.common import cast, product
+from goat_kernels.kernels.common import cast, long, product
 from goat_kernels.kernels.dropout import pair_bits, token_keys
 from goat_kernels.kernels.routing import (
     expand,
@@ -55,10 +55,8 @@ def prefill_columns(
     in_M = columns < M
     if EVEN_M:
         in_M = columns >= 0
-    b = tl.load(B_ptr + columns[None, :] * R + index_R[:, None], mask=in_M[None, :] & exists_R[:, None], other=0.0).to(
-        weighted.dtype
-    )
-    y = product(weighted, b, tl.zeros((rows.shape[0], columns.shape[0]), tl.float32), PRECISION)
+    b = tl.load(B_ptr + columns[None, :] * R + index_R[:, None], mask=in_M[None, :] & exists_R[:, None], other=0.0)
+    y = product(weighted, cast(b, weighted.dtype), tl.zeros((rows.shape[0], columns.shape[0]), tl.float32), PRECISION)
     if R0 > 0:
         index_R0 = tl.arange(0, R0_PAD)
         b0 = cast(
@@ -179,7 +177,7 @@ def fused_forward(
                 A0_ptr + index_R0[None, :] * N + n[:, None], mask=(index_R0 < R0)[None, :] & in_N[:, None], other=0.0
             )
             residual = product(x, a0, residual, PRECISION)
-        x_ptrs += BN * stride_xn
+        x_ptrs += BN * long(stride_xn)
 
     # 2. Gate, balance statistics, h~.
     gate, probs, selected = route(join_logit_parts(logit_parts, E_PAD), E, E_PAD, TOP_K)

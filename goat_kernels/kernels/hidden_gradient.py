@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from goat_kernels.kernels.common import cast, product
+from goat_kernels.kernels.common import cast, long, product
 from goat_kernels.kernels.route import sum_splits
 from goat_kernels.kernels.routing import expand, hidden_columns, load_experts, logit_gradient, scaling_experts
 
@@ -144,7 +144,7 @@ def fused_hidden_gradient(
         if partial_ptr is not None:
             grad_B = product(tl.trans(grad_y), weighted, tl.zeros((BM, E_PAD * D_PAD), tl.float32), PRECISION)
             tl.store(partial_ptrs + m[:, None] * R, grad_B, mask=in_M[:, None] & exists_R[None, :])
-        y_ptrs += BM * stride_ym
+        y_ptrs += BM * long(stride_ym)
     if R0 > 0:
         tl.store(
             residual_ptr + rows[:, None] * R0 + index_R0[None, :],

@@ -15,23 +15,23 @@ from goat_kernels.kernels.routing import LOW_PART_SCALE
 _LOW_PART_SCALE = tl.constexpr(LOW_PART_SCALE)
 
 
-@triton.jit(do_not_specialize=["size_A", "size_router", "size_A0", "size_B", "size_B0"])
+@triton.jit(do_not_specialize=["size_A", "size_router", "size_B", "size_A0", "size_B0"])
 def pack_adapter(
     A_ptr,
     router_ptr,
-    A0_ptr,
     B_ptr,
+    A0_ptr,
     B0_ptr,
     out_ptr,
     size_A,
     size_router,
-    size_A0,
     size_B,
+    size_A0,
     size_B0,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: one program per BLOCK elements of each of A, router (its PARTS: high, low), A0, B, B0 in turn.
+    """Grid: one program per BLOCK elements of each of A, router (its PARTS: high, low), B, A0, B0 in turn.
 
     Reads the five matrices, contiguous, by their sizes in elements (0 for an absent one, whose pointer is None).
     Writes out_ptr compute: the five one after the other, each beginning at a multiple of BLOCK.
@@ -41,13 +41,13 @@ def pack_adapter(
     out = out_ptr + program.to(tl.int64) * BLOCK + lane
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     first_router = tl.cdiv(size_A, BLOCK)
-    first_A0 = first_router + tl.cdiv(PARTS * size_router, BLOCK)
-    first_B = first_A0 + tl.cdiv(size_A0, BLOCK)
-    first_B0 = first_B + tl.cdiv(size_B, BLOCK)
+    first_B = first_router + tl.cdiv(PARTS * size_router, BLOCK)
+    first_A0 = first_B + tl.cdiv(size_B, BLOCK)
+    first_B0 = first_A0 + tl.cdiv(size_A0, BLOCK)
     if program < first_router:
         index = program * BLOCK + lane
         tl.store(out, cast(tl.load(A_ptr + index, mask=index < size_A, other=0.0), dtype))
-    elif program < first_A0:
+    elif program < first_B:
         index = (program - first_router) * BLOCK + lane
         is_high = index < size_router
         source = tl.where(is_high, index, index - size_router)
@@ -55,13 +55,13 @@ def pack_adapter(
         high = cast(whole, dtype)
         low = cast((whole - high.to(tl.float32)) * _LOW_PART_SCALE, dtype)
         tl.store(out, tl.where(is_high, high, low))
-    elif program < first_B:
+    elif program < first_A0:
+        index = (program - first_B) * BLOCK + lane
+        tl.store(out, cast(tl.load(B_ptr + index, mask=index < size_B, other=0.0), dtype))
+    elif program < first_B0:
         if A0_ptr is not None:
             index = (program - first_A0) * BLOCK + lane
             tl.store(out, cast(tl.load(A0_ptr + index, mask=index < size_A0, other=0.0), dtype))
-    elif program < first_B0:
-        index = (program - first_B) * BLOCK + lane
-        tl.store(out, cast(tl.load(B_ptr + index, mask=index < size_B, other=0.0), dtype))
     else:
         if B0_ptr is not None:
             index = (program - first_B0) * BLOCK + lane

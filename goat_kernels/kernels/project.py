@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from goat_kernels.kernels.common import cast, product
+from goat_kernels.kernels.common import cast, long, product
 from goat_kernels.kernels.dropout import column_slots, kept, token_keys
 from goat_kernels.kernels.routing import LOW_PART_SCALE
 
@@ -86,7 +86,7 @@ def project(
                 x = tl.load(x_ptrs, mask=in_T[:, None] & in_N[None, :], other=0.0)
                 w = router_block(router_ptr, column, n, in_N, N, E, STORED_PARTS, PARTS, x.dtype)
                 accumulator = product(x, w, accumulator, "ieee")
-                x_ptrs += BN * stride_xn
+                x_ptrs += BN * long(stride_xn)
             tl.store(out + column[None, :], accumulator, mask=in_T[:, None] & (column < PARTS * E)[None, :])
     else:
         if C1 > 0:
@@ -99,7 +99,7 @@ def project(
                     W1_ptr, W2_ptr, column, n, in_N, stride_1c, stride_1n, stride_2c, stride_2n, C1, C2, x.dtype
                 )
                 accumulator = product(x, w, accumulator, PRECISION)
-                x_ptrs += BN * stride_xn
+                x_ptrs += BN * long(stride_xn)
             in_C = (column < C1 + C2)[None, :]
             tl.store(out + (PARTS * E + column[None, :]), accumulator, mask=in_T[:, None] & in_C)
 
@@ -154,7 +154,7 @@ def dropped_hidden(
             x = cast(x * kept(seed_ptr, keys[:, None], n[None, :], slot, keep_threshold), x.dtype)
             a = tl.load(A_ptr + column[None, :] * N + n[:, None], mask=in_R[None, :] & in_N[:, None], other=0.0)
             accumulator = product(x, cast(a, x.dtype), accumulator, PRECISION)
-            x_ptrs += BN * stride_xn
+            x_ptrs += BN * long(stride_xn)
         hidden = tl.where(slots == slot, accumulator, hidden)
     mask = in_T[:, None] & in_R[None, :]
     gate = tl.load(gate_ptr + expert.to(tl.int64)[None, :] * T + rows[:, None], mask=mask, other=0.0)

@@ -34,6 +34,28 @@ def sum_splits(raw_ptr, rows, in_T, column, exists, T, C, splits):
     return total
 
 
+@triton.jit
+def sum_logits(raw_ptr, rows, T, C, splits, E: tl.constexpr, E_PAD: tl.constexpr, PARTS: tl.constexpr):
+    """float32 [T, E_PAD]: the router's columns, which come first in raw, added over splits and parts."""
+    expert = tl.arange(0, E_PAD)
+    logits = sum_splits(raw_ptr, rows, rows < T, expert, expert < E, T, C, splits)
+    if PARTS == 2:
+        low = sum_splits(raw_ptr, rows, rows < T, E + expert, expert < E, T, C, splits)
+        logits += low * (1.0 / _LOW_PART_SCALE)
+    return logits
+
+
+@triton.jit
+def store_balance(probs, selected, in_T, load_ptr, balance_ptr, T, E: tl.constexpr, E_PAD: tl.constexpr):
+    """f and the balance loss of tokens that one program holds all of."""
+    expert = tl.arange(0, E_PAD)
+    counted = in_T[:, None] & (expert < E)[None, :]
+    load = tl.sum(tl.where(counted & selected, 1.0, 0.0), axis=0) / T
+    mean = tl.sum(tl.where(counted, probs, 0.0), axis=0) / T
+    tl.store(load_ptr + expert, load, mask=expert < E)
+    tl.store(balance_ptr, tl.sum(load * mean, axis=0) * E)
+
+
 @triton.jit(do_not_specialize=["T", "splits"])
 def route_and_prefill(
     raw_ptr,
@@ -66,7 +88,8 @@ def route_and_prefill(
     ONTO: tl.constexpr,
     WITH_HIDDEN: tl.constexpr,
     WITH_PREFILL: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    BALANCE: tl.constexpr,
+    MOST_TOKENS: tl.constexpr,
     BT: tl.constexpr,
     BM: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -81,7 +104,9 @@ def route_and_prefill(
     Writes
         weighted_ptr  compute [T, R], h~ (WITH_HIDDEN); gate_ptr, probs_ptr float32 [E, T]
         residual_ptr  compute [T, R0], - x A0^T (without WITH_PREFILL)
-        partial_ptr   float32 [row blocks, 2, E]; where ONE_BLOCK holds all tokens also load_ptr [E], balance_ptr []
+        partial_ptr   float32 [row blocks, 2, E]
+        load_ptr [E], balance_ptr [] float32: with few tokens (BALANCE), by the very first program, which then routes
+                      every row block: "one" where it has done so anyway, or "all"
         y_ptr         compute [T, M] (WITH_PREFILL)
     """
     R: tl.constexpr = E * D
@@ -91,21 +116,20 @@ def route_and_prefill(
     first = tl.program_id(1) == 0
     rows = program.to(tl.int64) * BT + tl.arange(0, BT)
     in_T = rows < T
-    expert = tl.arange(0, E_PAD)
 
     # 1. Logits and gate.
-    logits = sum_splits(raw_ptr, rows, in_T, expert, expert < E, T, C, splits)
-    if PARTS == 2:
-        logits += sum_splits(raw_ptr, rows, in_T, E + expert, expert < E, T, C, splits) * (1.0 / _LOW_PART_SCALE)
+    logits = sum_logits(raw_ptr, rows, T, C, splits, E, E_PAD, PARTS)
     gate, probs, selected = route(logits, E, E_PAD, TOP_K)
     if first:
         store_routing(gate, probs, selected, gate_ptr, probs_ptr, partial_ptr, rows, T, program, E, E_PAD)
-        if ONE_BLOCK:
-            counted = in_T[:, None] & (expert < E)[None, :]
-            load = tl.sum(tl.where(counted & selected, 1.0, 0.0), axis=0) / T
-            mean = tl.sum(tl.where(counted, probs, 0.0), axis=0) / T
-            tl.store(load_ptr + expert, load, mask=expert < E)
-            tl.store(balance_ptr, tl.sum(load * mean, axis=0) * E)
+        if BALANCE == "one":
+            store_balance(probs, selected, in_T, load_ptr, balance_ptr, T, E, E_PAD)
+        elif BALANCE == "all":  # noqa: SIM102 (a constant around a run-time condition)
+            if program == 0:
+                every = tl.arange(0, MOST_TOKENS).to(tl.int64)
+                logits_of_all = sum_logits(raw_ptr, every, T, C, splits, E, E_PAD, PARTS)
+                _, probs_of_all, selected_of_all = route(logits_of_all, E, E_PAD, TOP_K)
+                store_balance(probs_of_all, selected_of_all, every < T, load_ptr, balance_ptr, T, E, E_PAD)
 
     # 2. h~ and the residual columns.
     index_R, exists_R = hidden_columns(E, D, E_PAD, D_PAD)

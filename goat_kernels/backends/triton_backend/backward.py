@@ -21,6 +21,7 @@ from goat_kernels.backends.triton_backend.operands import (
     operands,
     precision,
     splits_of,
+    with_contiguous_vectors,
 )
 from goat_kernels.kernels.common import padded
 from goat_kernels.kernels.configs import choose_tile, current_target, find_tile
@@ -64,6 +65,7 @@ def hidden_gradient(
 ) -> TritonHiddenGradient:
     """``hidden_gradient`` of :class:`goat_kernels.backends.base.Passes`."""
     (T, M), compute = grad_y_TM.shape, grad_y_TM.dtype
+    adapter = with_contiguous_vectors(adapter)
     target = current_target(grad_y_TM.device)
     widths = Widths.of(adapter, with_residual=with_residual)
     matrices = operands(adapter, routing.packed, compute)

@@ -22,6 +22,7 @@ from goat_kernels.backends.triton_backend.operands import (
     pack,
     precision,
     splits_of,
+    with_contiguous_vectors,
 )
 from goat_kernels.kernels.balance import finish_balance
 from goat_kernels.kernels.common import padded
@@ -79,6 +80,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Routing]:
     """``prefill`` of :class:`goat_kernels.backends.base.Passes`."""
     T, target = x_TN.shape[0], current_target(x_TN.device)
+    adapter = with_contiguous_vectors(adapter)
     y_TM = x_TN.new_empty(T, adapter.lora_B.shape[0])
     kept = Kept(x_TN, adapter)
     packed = pack(adapter, x_TN)
@@ -182,6 +184,7 @@ def _staged(
         x_TN, adapter, matrices, None if dropout else matrices.A, matrices.A0, target, with_router=True
     )
     programs = blocks(T, tile.rows)
+    balance = "one" if programs == 1 else "all" if T <= FEW_TOKENS else ""
     partial = kept.partial(programs)
     residual_TR0 = None if prefills or not widths.R0 else x_TN.new_empty(T, widths.R0)
     target_of_y, kind = onto(bias_M, base_output_TM)
@@ -213,14 +216,15 @@ def _staged(
         "ONTO": kind,
         "WITH_HIDDEN": not dropout,
         "WITH_PREFILL": prefills,
-        "ONE_BLOCK": programs == 1,
+        "BALANCE": balance,
+        "MOST_TOKENS": FEW_TOKENS,
         "BT": tile.rows,
         "BM": tile.columns,
         "EVEN_M": M % tile.columns == 0,
         "PRECISION": precision(x_TN.dtype),
     }
     launch(route_and_prefill, (programs, blocks(M, tile.columns) if prefills else 1), tile, arguments, constants)
-    if programs > 1:
+    if not balance:
         kept.finish_balance(partial)
     if dropout:
         _dropped(target, x_TN, adapter, matrices, kept)

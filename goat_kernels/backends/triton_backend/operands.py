@@ -59,8 +59,8 @@ class Operands(NamedTuple):
 
     A: Tensor
     router: Tensor
-    A0: Tensor | None
     B: Tensor
+    A0: Tensor | None
     B0: Tensor | None
     stored_parts: int
     parts: int
@@ -72,8 +72,11 @@ def router_parts(adapter: Adapter, compute: torch.dtype) -> int:
 
 
 def _matrices(adapter: Adapter) -> tuple[Tensor | None, ...]:
-    """A, router, A0, B, B0: the order in which they are packed."""
-    return adapter.lora_A, adapter.router, adapter.residual_A, adapter.lora_B, adapter.residual_B
+    """A, router, B, A0, B0: the order in which they are packed.
+
+    The pair comes last, because a backward without a gradient of x does not have it.
+    """
+    return adapter.lora_A, adapter.router, adapter.lora_B, adapter.residual_A, adapter.residual_B
 
 
 def _packed_sizes(adapter: Adapter, compute: torch.dtype) -> list[int]:
@@ -87,7 +90,7 @@ def packed_numel(adapter: Adapter, compute: torch.dtype, T: int) -> int:
     """Elements of the packed adapter for T tokens of dtype ``compute``; 0 where the matrices are read as they are."""
     if all(matrix is None or matrix.dtype == compute for matrix in _matrices(adapter)):
         return 0
-    if T <= FEW_TOKENS and adapter.seed is None:
+    if T == 0 or (T <= FEW_TOKENS and adapter.seed is None):
         return 0
     return sum(blocks(size, ELEMENTWISE.columns) for size in _packed_sizes(adapter, compute)) * ELEMENTWISE.columns
 
@@ -96,9 +99,9 @@ def pack(adapter: Adapter, x_TN: Tensor) -> Tensor:
     """The matrices in x's dtype one after the other, or an empty tensor where they are read as they are."""
     packed = x_TN.new_empty(packed_numel(adapter, x_TN.dtype, x_TN.shape[0]))
     if packed.numel():
-        A, router, A0, B, B0 = (None if matrix is None else matrix.contiguous() for matrix in _matrices(adapter))
-        arguments = {"A_ptr": A, "router_ptr": router, "A0_ptr": A0, "B_ptr": B, "B0_ptr": B0, "out_ptr": packed}
-        for name, matrix in (("A", A), ("router", router), ("A0", A0), ("B", B), ("B0", B0)):
+        A, router, B, A0, B0 = (None if matrix is None else matrix.contiguous() for matrix in _matrices(adapter))
+        arguments = {"A_ptr": A, "router_ptr": router, "B_ptr": B, "A0_ptr": A0, "B0_ptr": B0, "out_ptr": packed}
+        for name, matrix in (("A", A), ("router", router), ("B", B), ("A0", A0), ("B0", B0)):
             arguments[f"size_{name}"] = 0 if matrix is None else matrix.numel()
         constants = {"PARTS": router_parts(adapter, x_TN.dtype), "BLOCK": ELEMENTWISE.columns}
         launch(pack_adapter, (packed.numel() // ELEMENTWISE.columns,), ELEMENTWISE, arguments, constants)
@@ -109,8 +112,8 @@ def operands(adapter: Adapter, packed: Tensor, compute: torch.dtype) -> Operands
     """The matrices in ``packed``, or the adapter's own where that is empty."""
     parts = router_parts(adapter, compute)
     if not packed.numel():
-        A, router, A0, B, B0 = (None if matrix is None else matrix.contiguous() for matrix in _matrices(adapter))
-        return Operands(A, router, A0, B, B0, stored_parts=1, parts=parts)
+        contiguous = (None if matrix is None else matrix.contiguous() for matrix in _matrices(adapter))
+        return Operands(*contiguous, stored_parts=1, parts=parts)
     views, offset = [], 0
     for matrix, size in zip(_matrices(adapter), _packed_sizes(adapter, compute), strict=True):
         columns = 1 if matrix is None else matrix.shape[1]
@@ -146,7 +149,14 @@ def onto(bias_M: Tensor | None, base_output_TM: Tensor | None) -> tuple[Tensor |
     """What the prefill of y is added to, and its name in the kernels."""
     if base_output_TM is not None:
         return base_output_TM, "base"
-    return bias_M, "" if bias_M is None else "bias"
+    return (None, "") if bias_M is None else (bias_M.contiguous(), "bias")
+
+
+def with_contiguous_vectors(adapter: Adapter) -> Adapter:
+    """The same with a scaling per expert and a seed that can be read without strides."""
+    if adapter.scaling_E is not None:
+        adapter = adapter._replace(scaling_E=adapter.scaling_E.contiguous())
+    return adapter if adapter.seed is None else adapter._replace(seed=adapter.seed.contiguous())
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
