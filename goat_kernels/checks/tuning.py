@@ -12,19 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
-from goat_kernels.kernels.configs import Choice, forced_tile, invalid_reason, recorded_choices
+from goat_kernels.kernels.configs import RANKED, Choice, forced_tile, invalid_reason, recorded_choices
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.kernels.tiles import Entry, Tile
 
-#: Kernels whose programs hold a block of the hidden columns.
-_RANKED = ("project", "dropped_hidden", "weight_gradient", "expand_columns")
-
 #: What a tile can fail with on a GPU: it does not compile, or needs more than a program has.
-_REFUSALS = (OutOfResources, CompilationError)
+_REFUSALS = (OutOfResources, PTXASError, CompilationError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,11 @@ def device_time_ms(launch: Launch) -> float:
 def candidates(choice: Choice, limit: int | None = None) -> list[Tile]:
     """The tiles that the predicate lets through; with a ``limit``, about so many of them, evenly spread."""
     kernel = choice.kernel.partition(".")[0]
-    ranks = (32, 64, 128) if kernel in _RANKED else (0,)
+    ranks = (32, 64, 128) if kernel in RANKED else (0,)
     sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (1, 2, 3, 4), ranks)
     tiles = (Tile(rows, columns, warps, stages, rank) for rows, columns, warps, stages, rank in sizes)
-    valid = [t for t in tiles if invalid_reason(choice.kernel, t, choice.columns, choice.width, choice.target) is None]
+    about = (choice.columns, choice.width, choice.target, choice.read_width)
+    valid = [tile for tile in tiles if invalid_reason(choice.kernel, tile, *about) is None]
     return valid if limit is None else valid[:: -(-len(valid) // limit)]
 
 

@@ -52,27 +52,43 @@ INTERPRETER_TARGET = KNOWN_TARGETS["sm_90"]
 _DIVIDE_TOKENS_ALONE = ("fused_forward", "fused_forward.dropout", "fused_hidden_gradient", "dropped_hidden")
 
 
-def shared_estimate(kernel: str, tile: Tile, columns: int, width: int) -> int:
-    """Bytes of shared memory that the pipelined operands of one program take, roughly."""
-    accumulated = (min(tile.rank, columns) if tile.rank else columns) + 16
+#: Kernels whose programs hold a block of the hidden columns, of ``Tile.rank``.
+RANKED = ("project", "dropped_hidden", "weight_gradient", "expand_columns")
+
+
+def shared_estimate(kernel: str, tile: Tile, columns: int, width: int, read_width: int) -> int:
+    """Bytes of shared memory that the pipelined operands of one program take, roughly.
+
+    ``read_width``: bytes of an element of the adapter as it is read; where that is not ``width``, a copy in x's dtype
+    stands beside it.
+    """
     kernel, _, variant = kernel.partition(".")
+    is_cast = width * (read_width != width)
     if kernel == "project":
-        accumulated = tile.rank + 16
-        per_stage = tile.columns * (tile.rows + 2 * accumulated)  # W1 and W2 each
+        per_stage = tile.columns * (tile.rows * width + 2 * tile.rank * read_width)  # W1 and W2 each
+        resident = tile.columns * tile.rank * is_cast
     elif kernel == "weight_gradient":
-        per_stage = tile.rows * (tile.columns + accumulated)
+        per_stage = tile.rows * (tile.columns + min(tile.rank, columns) + 16) * width
+        resident = 0
     elif kernel == "finish_hidden_gradient" or variant == "alone":
-        per_stage = 0
+        per_stage = resident = 0
     elif kernel == "route_and_prefill":
-        per_stage = tile.columns * columns
+        per_stage = tile.columns * columns * read_width
+        resident = tile.columns * columns * is_cast
     elif kernel == "expand_columns":
-        per_stage = tile.columns * accumulated
+        rank_blocks = min(-(-columns // tile.rank), 4)
+        rank = min(tile.rank, columns)
+        per_stage = tile.columns * (rank_blocks * rank + 16) * read_width + rank_blocks // 2 * rank * tile.rows * width
+        resident = tile.columns * rank_blocks * rank * is_cast
     else:
-        per_stage = tile.columns * (tile.rows + accumulated)
-    return per_stage * width * max(tile.stages - 1, 1)
+        per_stage = tile.columns * (tile.rows + (min(tile.rank, columns) if tile.rank else columns) + 16) * width
+        resident = 0
+    return per_stage * max(tile.stages - 1, 1) + resident
 
 
-def invalid_reason(kernel: str, tile: Tile, columns: int, width: int, target: Target) -> str | None:
+def invalid_reason(
+    kernel: str, tile: Tile, columns: int, width: int, target: Target, read_width: int | None = None
+) -> str | None:
     """None, or why ``tile`` cannot run: the one predicate that the table, the tuner and files of tiles answer to.
 
     Args:
@@ -81,18 +97,21 @@ def invalid_reason(kernel: str, tile: Tile, columns: int, width: int, target: Ta
         columns: hidden columns that one program accumulates.
         width: bytes of an element of x.
         target: the GPU.
+        read_width: bytes of an element of the adapter as it is read; None is ``width``.
     """
     for name in ("rows", "columns"):
         value = getattr(tile, name)
         if value < 16 or value & (value - 1):
             return f"{name}={value} must be a power of two, at least 16"
+    if not tile.rank and kernel.partition(".")[0] in RANKED:
+        return f"rank=0 must be a power of two, at least 16, for {kernel}"
     if tile.rank and (tile.rank < 16 or tile.rank & (tile.rank - 1)):
         return f"rank={tile.rank} must be 0 or a power of two, at least 16"
     if tile.warps not in (1, 2, 4, 8, 16):
         return f"warps={tile.warps} must be 1, 2, 4, 8 or 16"
     if not 1 <= tile.stages <= 8:
         return f"stages={tile.stages} must be in 1..8"
-    shared = shared_estimate(kernel, tile, columns, width)
+    shared = shared_estimate(kernel, tile, columns, width, read_width or width)
     if shared > target.shared_bytes:
         return f"its operands need about {shared} bytes of shared memory, and a program has {target.shared_bytes}"
     return None
@@ -106,13 +125,13 @@ def entries_for(kernel: str, columns: int, width: int, family: str) -> list[Entr
     return own + [e for e in fitting if e.family == "any"]
 
 
-def choose_tile(kernel: str, columns: int, width: int, target: Target, T: int) -> Tile:
+def choose_tile(kernel: str, columns: int, width: int, target: Target, T: int, read_width: int | None = None) -> Tile:
     """The tile for a problem; see :func:`find_tile`.
 
     Raises:
         ValueError: the table has none, because a program cannot hold so many columns.
     """
-    tile = find_tile(kernel, columns, width, target, T)
+    tile = find_tile(kernel, columns, width, target, T, read_width)
     if tile is None:
         most = max(e.max_columns for e in TABLE if (e.kernel, e.width) == (kernel, width))
         raise ValueError(
@@ -122,7 +141,9 @@ def choose_tile(kernel: str, columns: int, width: int, target: Target, T: int) -
     return tile
 
 
-def find_tile(kernel: str, columns: int, width: int, target: Target, T: int) -> Tile | None:
+def find_tile(
+    kernel: str, columns: int, width: int, target: Target, T: int, read_width: int | None = None
+) -> Tile | None:
     """The tile for a problem; None where the table has none, and another form of the pass has to serve.
 
     Args:
@@ -132,19 +153,21 @@ def find_tile(kernel: str, columns: int, width: int, target: Target, T: int) -> 
         target: the GPU.
         T: tokens. The tallest tile is taken that is not twice as tall as T and, where programs divide the tokens alone,
             whose programs fill the GPU.
+        read_width: bytes of an element of the adapter as it is read; None is ``width``.
     """
+    read_width = read_width or width
     if _choices is not None:
-        _choices.append(Choice(kernel, columns, width, target, T))
+        _choices.append(Choice(kernel, columns, width, target, T, read_width))
     forced = _forced_tiles.get(kernel)
-    return _tile_of_table(kernel, columns, width, target, T) if forced is None else forced
+    return _tile_of_table(kernel, columns, width, target, T, read_width) if forced is None else forced
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile_of_table(kernel: str, columns: int, width: int, target: Target, T: int) -> Tile | None:
+def _tile_of_table(kernel: str, columns: int, width: int, target: Target, T: int, read_width: int) -> Tile | None:
     for entry in entries_for(kernel, columns, width, target.family):
         by_rows: dict[int, Tile] = {}
         for tile in entry.tiles:
-            if invalid_reason(kernel, tile, columns, width, target) is None:
+            if invalid_reason(kernel, tile, columns, width, target, read_width) is None:
                 by_rows.setdefault(tile.rows, tile)
         for tile in by_rows.values():
             if kernel in _DIVIDE_TOKENS_ALONE:
@@ -173,6 +196,7 @@ class Choice:
     width: int
     target: Target
     T: int
+    read_width: int
 
 
 _choices: list[Choice] | None = None

@@ -15,7 +15,7 @@ from goat_kernels.kernels.routing import LOW_PART_SCALE
 _LOW_PART_SCALE = tl.constexpr(LOW_PART_SCALE)
 
 
-@triton.jit(do_not_specialize=["size_A", "size_router", "size_B", "size_A0", "size_B0"])
+@triton.jit
 def pack_adapter(
     A_ptr,
     router_ptr,

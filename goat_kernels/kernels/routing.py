@@ -22,9 +22,12 @@ _NAN_KEY = tl.constexpr(2**31 - 1)
 def hidden_columns(E: tl.constexpr, D: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr):
     """(index [R_PAD] of each padded column in memory, whether it exists)."""
     column = tl.arange(0, E_PAD * D_PAD)
-    expert = column // D_PAD
-    within = column % D_PAD
-    return expert * D + within, (expert < E) & (within < D)
+    index = column
+    exists = column < E * D
+    if D != D_PAD:
+        index = (column // D_PAD) * D + column % D_PAD
+        exists = (column // D_PAD < E) & (column % D_PAD < D)
+    return index, exists  # contiguous wherever D allows, so that loads are wide
 
 
 @triton.jit

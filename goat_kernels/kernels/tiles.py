@@ -68,6 +68,13 @@ def _tall_to_low(columns: int, warps: int, stages: int, rows: tuple[int, ...], r
     return tuple(Tile(r, columns, warps, s, rank) for r in rows for s in range(stages, 0, -1))
 
 
+_PROJECT = _tall_to_low(64, 8, 3, (64, 32), rank=128) + _tall_to_low(64, 8, 3, (16,), rank=64)
+_EXPAND = _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)
+
+#: For adapters that are read wider than x, in little shared memory.
+_SMALL_EXPAND = _tall_to_low(32, 8, 2, (64, 32, 16), rank=32)
+_SMALL_PROJECT = _tall_to_low(32, 4, 2, (64, 32, 16), rank=32)
+
 #: In order: of the entries of a kernel that hold the columns, those of the GPU's own family come first, then "any".
 TABLE: tuple[Entry, ...] = (
     # One read of x (dY) by programs of `rows` tokens; every program re-reads the adapter.
@@ -86,8 +93,8 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_hidden_gradient", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
     # Products in rank blocks and splits.
     Entry("project", 2, 96, _tall_to_low(64, 8, 3, (64, 32, 16), rank=64), family="sm100"),
-    Entry("project", 2, 96, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64)),
-    Entry("project", 2, _ANY, _tall_to_low(64, 8, 3, (64, 32), rank=128) + _tall_to_low(64, 8, 3, (16,), rank=64)),
+    Entry("project", 2, 96, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64) + _SMALL_PROJECT),
+    Entry("project", 2, _ANY, _PROJECT + _SMALL_PROJECT),
     Entry("project", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=32)),
     Entry("dropped_hidden", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32), rank=64)),
     Entry("dropped_hidden", 4, _ANY, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
@@ -121,7 +128,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("weight_gradient.dropout", 4, _ANY, _tall_to_low(32, 8, 2, (32,), rank=32)),
     # dX and the staged y: `rows` tokens stay, the walk is over `columns` features a step.
     Entry("expand_columns", 2, 64, _tall_to_low(128, 4, 2, (64, 32, 16), rank=64)),
-    Entry("expand_columns", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns", 2, _ANY, _EXPAND + _SMALL_EXPAND),
     Entry("expand_columns", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=16)),
     Entry("expand_columns.dropout", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(64, 8, 2, (16,), rank=16)),

@@ -13,7 +13,7 @@ from goat_kernels.kernels.common import cast, product
 from goat_kernels.kernels.dropout import column_slots, kept, of_slot, token_keys
 
 
-@triton.jit(do_not_specialize=["T", "split_T", "keep_threshold"])
+@triton.jit(do_not_specialize=["split_T", "keep_threshold"])
 def weight_gradient(
     x_ptr,
     hidden_ptr,
@@ -118,7 +118,7 @@ def weight_gradient(
             tl.store(out_logits, total, mask=in_N[:, None] & (expert < E)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "first_size", "second_size"])
+@triton.jit(do_not_specialize=["splits"])
 def add_splits(
     partial_ptr, first_ptr, second_ptr, splits, first_size, second_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):

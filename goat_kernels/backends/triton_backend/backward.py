@@ -30,7 +30,9 @@ from goat_kernels.kernels.launch import blocks, launch
 from goat_kernels.kernels.tiles import Tile
 from goat_kernels.kernels.weight_gradient import add_splits, weight_gradient
 
+#: ``add_splits``: splits at a time, elements of a program; the second where few elements would leave the GPU idle.
 _SUM = Tile(rows=16, columns=512, warps=4, stages=1)
+_SMALL_SUM = Tile(rows=32, columns=128, warps=4, stages=1)
 
 
 def rides(rank: int, rows: int) -> bool:
@@ -68,8 +70,9 @@ def hidden_gradient(
     adapter = with_contiguous_vectors(adapter)
     target = current_target(grad_y_TM.device)
     widths = Widths.of(adapter, with_residual=with_residual)
-    matrices = operands(adapter, routing.packed, compute)
-    tile = find_tile("fused_hidden_gradient", widths.columns, compute.itemsize, target, T)
+    matrices = operands(adapter, routing.packed)
+    read_width = matrices.read_width(with_router=False)
+    tile = find_tile("fused_hidden_gradient", widths.columns, compute.itemsize, target, T, read_width)
     is_fused = tile is not None and widths.E <= FUSED_EXPERTS and 2 * blocks(T, tile.rows) >= target.multiprocessors
     gradient = TritonHiddenGradient(
         hidden_TR=torch.empty_like(routing.weighted_TR),
@@ -83,7 +86,7 @@ def hidden_gradient(
         "gate_ptr": routing.gate_ET,
         "probs_ptr": routing.probs_ET,
         "load_E_ptr": routing.load_E,
-        "grad_balance_ptr": grad_balance.to(torch.float32) if is_tensor else None,
+        "grad_balance_ptr": grad_balance.to(grad_y_TM.device, torch.float32) if is_tensor else None,
         "scaling_E_ptr": adapter.scaling_E,
         "hidden_ptr": gradient.hidden_TR,
         "logits_ptr": gradient.logits_ET,
@@ -203,8 +206,9 @@ def _add_splits(partial: Tensor, first: Tensor | None, second: Tensor | None) ->
         "first_size": 0 if first is None else first.numel(),
         "second_size": 0 if second is None else second.numel(),
     }
-    constants = {"SPLITS": min(padded(splits), 16), "BLOCK": _SUM.columns}
-    launch(add_splits, (blocks(partial.shape[1], _SUM.columns),), _SUM, arguments, constants)
+    tile = _SUM if partial.shape[1] > 100 * _SUM.columns else _SMALL_SUM
+    constants = {"SPLITS": min(padded(splits), tile.rows), "BLOCK": tile.columns}
+    launch(add_splits, (blocks(partial.shape[1], tile.columns),), tile, arguments, constants)
 
 
 def _contiguous_like(parameter: Tensor) -> Tensor:

@@ -34,11 +34,13 @@ def expand(
     ``dropped``: the adapter whose dropout masks hidden's share, with ``gate_ET``; None without dropout.
     """
     T, N = out_TN.shape
+    if T == 0:
+        return
     R, R0 = hidden_TR.shape[1], 0 if residual_TR0 is None else residual_TR0.shape[1]
     target = current_target(out_TN.device)
-    tile = choose_tile(
-        "expand_columns" if dropped is None else "expand_columns.dropout", R + R0, out_TN.element_size(), target, T
-    )
+    kernel = "expand_columns" if dropped is None else "expand_columns.dropout"
+    read_width = max(matrix.element_size() for matrix in (W, W0, router) if matrix is not None)
+    tile = choose_tile(kernel, R + R0, out_TN.element_size(), target, T, read_width)
     row_blocks, steps = blocks(T, tile.rows), blocks(N, tile.columns)
     chunks = max(1, min(2 * target.multiprocessors // max(row_blocks, 1), steps))
     chunk_steps = max(1, blocks(steps, chunks))

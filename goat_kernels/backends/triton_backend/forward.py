@@ -84,7 +84,7 @@ def run(
     y_TM = x_TN.new_empty(T, adapter.lora_B.shape[0])
     kept = Kept(x_TN, adapter)
     packed = pack(adapter, x_TN)
-    matrices = operands(adapter, packed, x_TN.dtype)
+    matrices = operands(adapter, packed)
     widths = Widths.of(adapter)
     tile = _fused_tile(T, widths, adapter, x_TN.dtype.itemsize, target)
     if tile is not None:
@@ -179,7 +179,7 @@ def _staged(
     width, dropout = x_TN.dtype.itemsize, adapter.seed is not None
     prefills = T <= FEW_TOKENS and not dropout and widths.columns <= PREFILLED_COLUMNS
     kernel = "route_and_prefill" if prefills else "route_and_prefill.alone"
-    tile = choose_tile(kernel, widths.columns, width, target, T)
+    tile = choose_tile(kernel, widths.columns, width, target, T, matrices.read_width(with_router=False))
     raw = project_columns(
         x_TN, adapter, matrices, None if dropout else matrices.A, matrices.A0, target, with_router=True
     )
@@ -257,10 +257,12 @@ def project_columns(
         W1, W2 = W2, None
     C1, C2 = (0 if W is None else W.shape[0] for W in (W1, W2))
     E, parts = adapter.num_experts, matrices.parts if with_router else 0
-    tile = choose_tile("project", parts * E + C1 + C2, x_TN.dtype.itemsize, target, T)
+    read_width = matrices.read_width(with_router=with_router)
+    tile = choose_tile("project", parts * E + C1 + C2, x_TN.dtype.itemsize, target, T, read_width)
     row_blocks = blocks(T, tile.rows)
     column_blocks = blocks(parts * E, tile.rank) + blocks(C1 + C2, tile.rank)
-    splits, split_steps = splits_of(row_blocks * column_blocks, blocks(N, tile.columns), target)
+    least_steps = 2 if T <= FEW_TOKENS else 4
+    splits, split_steps = splits_of(row_blocks * column_blocks, blocks(N, tile.columns), target, least_steps)
     raw = x_TN.new_empty(splits, T, parts * E + C1 + C2, dtype=torch.float32)
     arguments = {
         "x_ptr": x_TN,

@@ -35,13 +35,13 @@ class Widths(NamedTuple):
 
     @classmethod
     def of(cls, adapter: Adapter, *, with_residual: bool = True) -> Widths:
-        E_PAD = padded(adapter.num_experts)
+        D_PAD = padded(adapter.expert_rank)
         return cls(
             E=adapter.num_experts,
             D=adapter.expert_rank,
             R0=adapter.residual_rank if with_residual else 0,
-            E_PAD=E_PAD,
-            D_PAD=padded(adapter.expert_rank, minimum=max(16 // E_PAD, 1)),
+            E_PAD=padded(adapter.num_experts, minimum=max(16 // D_PAD, 1)),  # padding D would scatter the columns
+            D_PAD=D_PAD,
             R0_PAD=padded(adapter.residual_rank, minimum=16),
         )
 
@@ -64,6 +64,11 @@ class Operands(NamedTuple):
     B0: Tensor | None
     stored_parts: int
     parts: int
+
+    def read_width(self, *, with_router: bool) -> int:
+        """Bytes of the widest element among them, as they are read."""
+        matrices = [self.A, self.B, self.A0, self.B0] + [self.router] * with_router
+        return max(matrix.element_size() for matrix in matrices if matrix is not None)
 
 
 def router_parts(adapter: Adapter, compute: torch.dtype) -> int:
@@ -108,30 +113,34 @@ def pack(adapter: Adapter, x_TN: Tensor) -> Tensor:
     return packed
 
 
-def operands(adapter: Adapter, packed: Tensor, compute: torch.dtype) -> Operands:
-    """The matrices in ``packed``, or the adapter's own where that is empty."""
+def operands(adapter: Adapter, packed: Tensor) -> Operands:
+    """The matrices in ``packed``, whose dtype is x's, or the adapter's own where that is empty."""
+    compute = packed.dtype
     parts = router_parts(adapter, compute)
     if not packed.numel():
         contiguous = (None if matrix is None else matrix.contiguous() for matrix in _matrices(adapter))
         return Operands(*contiguous, stored_parts=1, parts=parts)
     views, offset = [], 0
     for matrix, size in zip(_matrices(adapter), _packed_sizes(adapter, compute), strict=True):
-        columns = 1 if matrix is None else matrix.shape[1]
-        views.append(None if matrix is None else packed[offset : offset + size].view(-1, columns))
+        if matrix is None:
+            views.append(None)
+        else:
+            columns = matrix.shape[1]
+            views.append(packed.as_strided((size // max(columns, 1), columns), (columns, 1), offset))
         offset += blocks(size, ELEMENTWISE.columns) * ELEMENTWISE.columns
     return Operands(*views, stored_parts=parts, parts=parts)
 
 
 def precision(compute: torch.dtype) -> str:
-    """How float32 operands are multiplied: by PyTorch's own switch. The router is always "ieee"."""
+    """How float32 operands are multiplied: by PyTorch's own switch. The router's forward is always "ieee"."""
     if compute == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
 
-def splits_of(programs: int, steps: int, target: Target) -> tuple[int, int]:
-    """(splits, steps of each) of a loop: enough to fill the GPU twice, of four steps at least."""
-    wanted = max(1, min(2 * target.multiprocessors // max(programs, 1), steps // 4))
+def splits_of(programs: int, steps: int, target: Target, least_steps: int = 4) -> tuple[int, int]:
+    """(splits, steps of each) of a loop: enough to fill the GPU twice, of ``least_steps`` or more."""
+    wanted = max(1, min(2 * target.multiprocessors // max(programs, 1), steps // least_steps))
     per_split = max(1, blocks(steps, wanted))
     return max(1, blocks(steps, per_split)), per_split
 

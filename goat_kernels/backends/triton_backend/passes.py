@@ -72,7 +72,7 @@ class TritonPasses:
     def input_prefill(self, adapter: Adapter, routing: Routing, gradient: TritonHiddenGradient) -> Tensor:
         hidden_TR = gradient.hidden_TR
         grad_x_TN = hidden_TR.new_empty(hidden_TR.shape[0], adapter.lora_A.shape[1])
-        matrices = operands(adapter, routing.packed, hidden_TR.dtype)
+        matrices = operands(adapter, routing.packed)
         with on_device_of(hidden_TR):
             expand(
                 grad_x_TN,
