@@ -25,6 +25,7 @@ LAYERS = (
     ("checks",),
     ("training",),
     ("peft",),
+    ("benchmarking",),
     ("cli",),
     ("__main__",),
 )

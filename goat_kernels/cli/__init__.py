@@ -30,6 +30,9 @@ COMMANDS: dict[str, Command] = {
         "goat_kernels.cli.finetune", "fine-tune a model with full fine-tuning, LoRA and GOAT, and compare them"
     ),
     "check": Command("goat_kernels.cli.check", "check the kernels on this machine against float64, and what they move"),
+    "bench": Command(
+        "goat_kernels.cli.bench", "measure layers, passes and models beside PEFT's LoRA and the frozen base"
+    ),
     "tune": Command("goat_kernels.cli.tune", "measure which tiles are fastest on this GPU"),
 }
 

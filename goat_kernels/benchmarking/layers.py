@@ -1,0 +1,247 @@
+"""The layer's contenders on shared tensors, and the check of each against float64 on these very tensors.
+
+Adding a contender is adding an entry to ``CONTENDERS``. It comes with the function that it computes: "frozen", "lora",
+or GOAT with the residual as "fold" or "path"; that is what the check holds it to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from goat_kernels.backends import resolve_backend
+from goat_kernels.benchmarking.cases import Case
+from goat_kernels.benchmarking.peers import ExpertLoop, UnslothLora, frozen_linear, peft_lora, why_no_unsloth
+from goat_kernels.benchmarking.steps import BALANCE_COEFFICIENT, differentiated, outputs_of
+from goat_kernels.checks.problem import make_problem
+from goat_kernels.linear import GoatLinear
+from goat_kernels.numerics import TOLERANCES, relative_error
+from goat_kernels.reference import goat_reference
+
+#: s, of every contender.
+SCALING = 2.0
+
+FROZEN, FROZEN_GRAPH = "frozen linear", "frozen linear, CUDA graph"
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """What all contenders of a shape share; ``folded_MN`` is W0 - B0 A0 in the weight's dtype."""
+
+    x_TN: Tensor
+    weight_MN: Tensor
+    folded_MN: Tensor
+    bias_M: Tensor
+    grad_y_TM: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    router: Tensor
+    residual_A: Tensor
+    residual_B: Tensor
+    top_k: int
+
+    @classmethod
+    def draw(cls, case: Case, dtype: torch.dtype, device: torch.device) -> LayerTensors:
+        """Random tensors of unit scale, with tokens whose choice of experts rounding cannot change."""
+        problem = make_problem(case.layer(dtype, "path"), device)
+        adapter = problem.adapter
+        correction_MN = adapter.residual_B.double() @ adapter.residual_A.double()
+        return cls(
+            x_TN=problem.x_TN.requires_grad_(),
+            weight_MN=problem.weight_MN,
+            folded_MN=(problem.weight_MN.double() - correction_MN).to(dtype),
+            bias_M=problem.bias_M,
+            grad_y_TM=problem.grad_y_TM,
+            lora_A=adapter.lora_A,
+            lora_B=adapter.lora_B,
+            router=adapter.router,
+            residual_A=adapter.residual_A,
+            residual_B=adapter.residual_B,
+            top_k=adapter.top_k,
+        )
+
+    def copy(self) -> LayerTensors:
+        """The same values in other memory."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        cloned = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+        cloned["x_TN"].requires_grad_()
+        return LayerTensors(**cloned)
+
+    @property
+    def input_bytes(self) -> int:
+        """Of what the frozen layer reads in a step: the least that a rotation has to push out of the cache."""
+        return sum(t.numel() * t.element_size() for t in (self.x_TN, self.weight_MN, self.grad_y_TM))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute the layer.
+
+    Attributes:
+        name: in results.
+        kind: what ``--without`` names.
+        computes: "frozen", "lora", "fold" or "path".
+        make: tensors -> module; its trainable parameters are A, B and the router, in this order.
+        backend: "torch" or "triton" of ours.
+        graph: whether a CUDA graph of it is replayed.
+        half: another contender than the one above it only where x has two bytes.
+    """
+
+    name: str
+    kind: str
+    computes: str
+    make: Callable[[LayerTensors], nn.Module]
+    backend: str | None = None
+    graph: bool = False
+    half: bool = False
+
+    @property
+    def base(self) -> str:
+        """The contender that its ratio refers to: launched in the same way."""
+        return FROZEN_GRAPH if self.graph else FROZEN
+
+    def skipped_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None, or why it cannot be timed here."""
+        if self.backend == "triton" and device.type != "cuda":
+            return "the Triton kernels run on a GPU; in Triton's interpreter there is nothing to time"
+        if self.graph and device.type != "cuda":
+            return "CUDA graphs need a GPU"
+        if self.backend is not None:
+            try:
+                resolve_backend(self.backend, device, dtype)
+            except RuntimeError as error:
+                return str(error)
+        if self.kind == "compiled" and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+            return "torch.compile needs a C++ compiler on a CPU"
+        if self.kind == "unsloth":
+            return why_no_unsloth() or (None if device.type == "cuda" else "it needs a GPU")
+        return None
+
+    def modes(self, modes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of ``modes`` that it can run: a compiled backward does not run twice on one forward."""
+        return tuple(mode for mode in modes if self.kind != "compiled" or mode != "backward")
+
+
+def _frozen(t: LayerTensors) -> nn.Module:
+    return frozen_linear(t.weight_MN, t.bias_M)
+
+
+def _lora(t: LayerTensors) -> nn.Module:
+    return peft_lora(_frozen(t), t.lora_A, t.lora_B, SCALING)
+
+
+def _half_lora(t: LayerTensors) -> nn.Module:
+    return peft_lora(_frozen(t), t.lora_A.to(t.x_TN.dtype), t.lora_B.to(t.x_TN.dtype), SCALING)
+
+
+def _loop(t: LayerTensors) -> nn.Module:
+    return ExpertLoop(frozen_linear(t.folded_MN, t.bias_M), t.lora_A, t.lora_B, t.router, SCALING, t.top_k)
+
+
+def _unsloth(t: LayerTensors) -> nn.Module:
+    return UnslothLora(_frozen(t), t.lora_A, t.lora_B, SCALING)
+
+
+def goat_layer(t: LayerTensors, form: str, backend: str) -> GoatLinear:
+    """``GoatLinear`` around these tensors, without a singular value decomposition.
+
+    "fold" is a layer over the folded weight that has no frozen pair: what a folded layer runs.
+    """
+    R, N = t.lora_A.shape
+    layer = GoatLinear(
+        N,
+        t.lora_B.shape[0],
+        r=R,
+        num_experts=t.router.shape[0],
+        top_k=t.top_k,
+        scaling=SCALING,
+        init="goat" if form == "path" else "lora",
+        residual=form,
+        balance_coefficient=BALANCE_COEFFICIENT,
+        backend=backend,
+        device="meta",
+        dtype=t.weight_MN.dtype,
+    )
+    values = {name: getattr(t, name).detach().clone() for name in ("lora_A", "lora_B", "router")}
+    values |= {"weight": t.weight_MN if form == "path" else t.folded_MN, "bias": t.bias_M}
+    if form == "path":
+        values |= {"residual_A": t.residual_A, "residual_B": t.residual_B}
+    layer.load_state_dict(values, assign=True, strict=False)
+    return layer
+
+
+def _goat(form: str, backend: str, kind: str) -> Contender:
+    def make(t: LayerTensors) -> nn.Module:
+        layer = goat_layer(t, form, backend)
+        return torch.compile(layer) if kind == "compiled" else layer
+
+    suffix = {"compiled": ", compiled", "graph": ", CUDA graph"}.get(kind, "")
+    return Contender(f"GOAT {form}, {backend}{suffix}", kind, form, make, backend=backend, graph=kind == "graph")
+
+
+CONTENDERS: tuple[Contender, ...] = (
+    Contender(FROZEN, "frozen", "frozen", _frozen),
+    Contender(FROZEN_GRAPH, "frozen", "frozen", _frozen, graph=True),
+    Contender("PEFT LoRA", "lora", "lora", _lora),
+    Contender("PEFT LoRA, adapter in x's dtype", "lora", "lora", _half_lora, half=True),
+    Contender("PEFT LoRA, CUDA graph", "lora", "lora", _lora, graph=True),
+    Contender("Unsloth LoRA", "unsloth", "lora", _unsloth),
+    Contender("expert loop", "loop", "fold", _loop),
+    *(
+        _goat(form, backend, kind)
+        for backend, kind in (("torch", "torch"), ("torch", "compiled"), ("triton", "triton"), ("triton", "graph"))
+        for form in ("fold", "path")
+    ),
+)
+
+KINDS = tuple(dict.fromkeys(contender.kind for contender in CONTENDERS))
+
+
+# --- the check ----------------------------------------------------------------------------------------------------
+
+
+def expected_results(computes: str, t: LayerTensors) -> list[Tensor]:
+    """float64 [y, dX, dA, dB, drouter] of what a contender computes, as far as it has them."""
+    weight = t.folded_MN if computes == "fold" else t.weight_MN
+    parameters = {"frozen": (), "lora": (t.lora_A, t.lora_B)}.get(computes, (t.lora_A, t.lora_B, t.router))
+    x, *leaves = (leaf.detach().double().requires_grad_() for leaf in (t.x_TN, *parameters))
+    weight, bias = weight.double(), t.bias_M.double()
+    if computes == "frozen":
+        y, balance_loss = F.linear(x, weight, bias), 0.0
+    elif computes == "lora":
+        A, B = leaves
+        y, balance_loss = F.linear(x, weight, bias) + SCALING * (x @ A.t()) @ B.t(), 0.0
+    else:
+        residual = (t.residual_A.double(), t.residual_B.double()) if computes == "path" else None
+        oracle = goat_reference(x, weight, *leaves, bias=bias, scaling=SCALING, top_k=t.top_k, residual=residual)
+        y, balance_loss = oracle.output, oracle.balance_loss
+    objective = (y * t.grad_y_TM.double()).sum() + BALANCE_COEFFICIENT * balance_loss
+    return [y.detach(), *torch.autograd.grad(objective, [x, *leaves])]
+
+
+def layer_error(layer: nn.Module, t: LayerTensors, expected: list[Tensor]) -> float:
+    """The largest relative error of the layer's results; NaN where anything is NaN."""
+    outputs, gradients = outputs_of(layer, t.x_TN, t.grad_y_TM)
+    of_inputs = torch.autograd.grad(outputs, differentiated(layer, t.x_TN), gradients)
+    return results_error([outputs[0].detach(), *of_inputs], t, expected)
+
+
+def results_error(results: list[Tensor], t: LayerTensors, expected: list[Tensor]) -> float:
+    """The largest relative error of [y, gradients of x and of the parameters], or of its first or last part."""
+    E = t.router.shape[0]
+    if len(results) > 5:  # an expert's A and B are each a parameter of its own
+        *first, router = results
+        of_A, of_B = first[2 : 2 + E], first[2 + E :]
+        results = [*first[:2], torch.cat(of_A), torch.cat(of_B, dim=1), router]
+    errors = [relative_error(result, oracle) for result, oracle in zip(results, expected, strict=True)]
+    return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def error_bound(dtype: torch.dtype) -> float:
+    return TOLERANCES[dtype].relative

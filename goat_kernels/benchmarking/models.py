@@ -1,0 +1,276 @@
+"""Training steps of whole transformers models with random weights: a Llama and a ViT, each adapted in several ways.
+
+A step is forward, loss, backward and an AdamW update. The base of the ratios is the frozen model: forward, loss, and
+the gradient of its inputs, which any adapter needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from goat_kernels.backends import BACKEND_NAMES, ENVIRONMENT_VARIABLE, resolve_backend
+from goat_kernels.benchmarking.cases import NUM_EXPERTS, TOP_K, Case
+from goat_kernels.benchmarking.memory import peak_bytes
+from goat_kernels.benchmarking.settings import BenchSettings
+from goat_kernels.benchmarking.steps import BALANCE_COEFFICIENT
+from goat_kernels.benchmarking.timing import time_interleaved
+from goat_kernels.numerics import TOLERANCES
+
+FROZEN_MODEL = "frozen model"
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One model.
+
+    Attributes:
+        name: "llama" or "vit".
+        sizes: keywords of its configuration.
+        batch: sequences or images in a step.
+        length: tokens of a sequence; 0 for images.
+        rank: R of every adapter.
+    """
+
+    name: str
+    sizes: dict[str, int]
+    batch: int
+    length: int
+    rank: int
+
+    @property
+    def unit(self) -> str:
+        return "tokens_per_s" if self.length else "images_per_s"
+
+    @property
+    def units(self) -> int:
+        """Tokens or images of one step."""
+        return self.batch * max(self.length, 1)
+
+
+def _llama(hidden: int, layers: int, heads: int, vocabulary: int, batch: int, length: int, rank: int) -> ModelCase:
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 8 * hidden // 3 // 16 * 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": length,
+    }
+    return ModelCase("llama", sizes, batch, length, rank)
+
+
+def _vit(hidden: int, layers: int, heads: int, image: int, patch: int, batch: int, rank: int) -> ModelCase:
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image,
+        "patch_size": patch,
+    }
+    return ModelCase("vit", sizes, batch, 0, rank)
+
+
+def model_cases(device: str, *, quick: bool) -> tuple[ModelCase, ...]:
+    """On a GPU eight layers of a Llama of 2048 and a ViT-B/32; on a CPU small ones of the same build."""
+    if quick:
+        return (_llama(32, 1, 2, 64, 2, 8, 8), _vit(32, 1, 2, 16, 8, 2, 8))
+    if device == "cuda":
+        return (_llama(2048, 8, 16, 32000, 4, 2048, 32), _vit(768, 12, 12, 224, 32, 64, 8))
+    return (_llama(256, 4, 4, 1024, 4, 128, 32), _vit(192, 4, 3, 64, 8, 16, 8))
+
+
+def model_layers(case: ModelCase) -> tuple[Case, ...]:
+    """The shapes of its linear layers, but for a head."""
+    hidden, wide = case.sizes["hidden_size"], case.sizes["intermediate_size"]
+    length = case.length or (case.sizes["image_size"] // case.sizes["patch_size"]) ** 2 + 1
+    shapes = ((hidden, hidden), (hidden, wide), (wide, hidden))
+    return tuple(Case(case.batch * length, N, M, case.rank) for N, M in shapes)
+
+
+def _build(case: ModelCase, settings: BenchSettings) -> nn.Module:
+    """The pretrained model: random weights, the same for every method."""
+    from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    if case.name == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**case.sizes, use_cache=False))
+    else:
+        model = ViTForImageClassification(ViTConfig(**case.sizes, num_labels=10))
+    return model.to(settings.device, settings.dtype).requires_grad_(False)
+
+
+def _batch(case: ModelCase, settings: BenchSettings) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if case.length:
+        tokens = torch.randint(case.sizes["vocab_size"], (case.batch, case.length), generator=generator)
+        return {"input_ids": tokens.to(settings.device), "labels": tokens.to(settings.device)}
+    size = case.sizes["image_size"]
+    pixels = torch.randn(case.batch, 3, size, size, generator=generator)
+    labels = torch.randint(10, (case.batch,), generator=generator)
+    return {"pixel_values": pixels.to(settings.device, settings.dtype), "labels": labels.to(settings.device)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train a model; ``adapt`` puts adapters into a pretrained one; ``backend`` is ours."""
+
+    name: str
+    adapt: Callable[[nn.Module, ModelCase], nn.Module]
+    backend: str | None = None
+    needs: str | None = None
+
+    def skipped_reason(self, case: ModelCase, settings: BenchSettings) -> str | None:
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            return f"the package {self.needs} is not installed"
+        if self.needs is not None and (settings.device.type != "cuda" or case.name != "llama"):
+            return f"{self.needs} has kernels for a Llama on a GPU"
+        if self.backend == "triton" and settings.device.type != "cuda":
+            return "the Triton kernels run on a GPU; in Triton's interpreter there is nothing to time"
+        try:
+            resolve_backend(self.backend or "torch", settings.device, settings.dtype)
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+
+def _lora(model: nn.Module, case: ModelCase) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=case.rank, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def _lora_with_liger(model: nn.Module, case: ModelCase) -> nn.Module:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(model=model)
+    return _lora(model, case)
+
+
+def _goat(residual: str) -> Callable[[nn.Module, ModelCase], nn.Module]:
+    def adapt(model: nn.Module, case: ModelCase) -> nn.Module:
+        from peft import get_peft_model
+
+        from goat_kernels.peft import GoatConfig
+
+        config = GoatConfig(
+            r=case.rank,
+            num_experts=NUM_EXPERTS,
+            top_k=TOP_K,
+            target_modules="all-linear",
+            residual=residual,
+            balance_coefficient=BALANCE_COEFFICIENT,
+            init_weights=False,
+        )
+        return get_peft_model(model, config)
+
+    return adapt
+
+
+def methods() -> tuple[Method, ...]:
+    return (
+        Method(FROZEN_MODEL, lambda model, case: model),
+        Method("PEFT LoRA", _lora),
+        Method("PEFT LoRA with Liger-Kernel", _lora_with_liger, needs="liger_kernel"),
+        *(
+            Method(f"GOAT {form}, {backend}", _goat(form), backend=backend)
+            for backend in BACKEND_NAMES
+            if backend != "auto"
+            for form in ("fold", "path")
+        ),
+    )
+
+
+@contextmanager
+def _backend(name: str | None) -> Iterator[None]:
+    """PEFT's layers pick their backend at every call: ``name`` inside the block, whatever the environment says."""
+    before = os.environ.pop(ENVIRONMENT_VARIABLE, None)
+    if name is not None:
+        os.environ[ENVIRONMENT_VARIABLE] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(ENVIRONMENT_VARIABLE, None)
+        if before is not None:
+            os.environ[ENVIRONMENT_VARIABLE] = before
+
+
+def _training_step(model: nn.Module, batch: dict[str, Tensor], backend: str | None) -> Callable[[int], None]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-6) if parameters else None
+
+    def step(copy_number: int) -> None:
+        with _backend(backend):
+            model(**batch).loss.backward()
+            if optimiser is not None:
+                optimiser.step()
+                optimiser.zero_grad()
+
+    return step
+
+
+def _loss_error(model: nn.Module, batch: dict[str, Tensor], backend: str | None) -> float:
+    """Relative error of the loss against the same model in float64; NaN where a gradient is not finite."""
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad(), _backend("torch"):
+        doubled = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+        expected = exact(**doubled).loss
+    del exact
+    with _backend(backend):
+        loss = model(**batch).loss
+        loss.backward()
+    finite = [torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    if not all(bool(one) for one in finite):
+        return float("nan")
+    return float((loss.detach().double() - expected).abs() / expected.abs())
+
+
+def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
+    """One row for each method: time of a step, tokens or images per second, peak memory of a step."""
+    common = {"model": case.name, **case.sizes, "batch": case.batch, "length": case.length, "R": case.rank}
+    common |= {"E": NUM_EXPERTS, "K": TOP_K, "mode": "training step", **settings.dtypes()}
+    batch, bound = _batch(case, settings), TOLERANCES[settings.dtype].relative
+    steps, of_method = {}, {}
+    for method in methods():
+        row = {**common, "contender": method.name}
+        reason = method.skipped_reason(case, settings)
+        if reason is not None:
+            yield {**row, "skipped": reason}
+            continue
+        model = method.adapt(_build(case, settings), case).train()
+        if method.name == FROZEN_MODEL:
+            model.enable_input_require_grads()
+        error = _loss_error(model, batch, method.backend)
+        if not error <= bound:
+            yield {**row, "failed": f"the loss is {error:.1e} away from float64, allowed is {bound:.0e}; not timed"}
+            continue
+        step = _training_step(model, batch, method.backend)
+        step(0)  # the optimiser's state stays
+        peak = peak_bytes(lambda step=step: step(0), settings.device)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        steps[method.name] = step
+        of_method[method.name] = {
+            **row,
+            "trainable_parameters": trainable,
+            "peak_mib": round(peak / 2**20, 3),
+            "relative_error": error,
+            "relative_error_bound": bound,
+        }
+    bases = dict.fromkeys(steps, FROZEN_MODEL) if FROZEN_MODEL in steps else {}
+    timings = time_interleaved(
+        steps, device=settings.device, copies=1, rounds=settings.rounds, bases=bases, label=case.name
+    )
+    for name, timing in timings.items():
+        row = {**of_method[name], **timing.row(), "ratio_to": FROZEN_MODEL}
+        yield {**row, case.unit: case.units / row["time_ms_p50"] * 1e3}

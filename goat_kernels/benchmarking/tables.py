@@ -1,0 +1,233 @@
+"""Markdown tables and sentences from rows of results; nothing in them comes from anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from goat_kernels.benchmarking.layers import FROZEN
+from goat_kernels.benchmarking.results import timed
+
+_MIB = 2**20
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table; the cells are text."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def shape(row: dict) -> tuple:
+    return tuple(row.get(letter) for letter in "TNMREK")
+
+
+def by_shape(rows: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
+    """(T, N, M, R, E, K) -> contender -> row."""
+    grouped: dict[tuple, dict[str, dict]] = {}
+    for row in timed(rows):
+        grouped.setdefault(shape(row), {})[row["contender"]] = row
+    return grouped
+
+
+def contenders(rows: Iterable[dict]) -> list[str]:
+    return list(dict.fromkeys(row["contender"] for row in timed(rows)))
+
+
+def in_mode(rows: Iterable[dict], mode: str) -> list[dict]:
+    return [row for row in timed(rows) if row["mode"] == mode]
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3g}"
+
+
+def provenance(rows: list[dict]) -> str:
+    """One sentence: what the rows were measured on."""
+    row = rows[0]
+    rounds = sorted({r["rounds"] for r in timed(rows) if "rounds" in r})
+    where = f"{row['gpu']}, driver {row['driver']}, CUDA {row['cuda']}" if row["gpu"] else row["cpu"]
+    threads = "" if row["gpu"] else f", {row['threads']} thread" + ("s" if row["threads"] > 1 else "")
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "python")
+    of_rounds = f"Medians of {rounds[-1]} rounds. " if rounds and rounds[-1] > 1 else ""
+    commit = f"commit {row['commit']}" + (" with uncommitted changes" if row["commit_is_dirty"] else "")
+    return f"{of_rounds}{where}{threads}; {versions}; {commit}; {row['date'][:10]}."
+
+
+# --- the layer ----------------------------------------------------------------------------------------------------
+
+
+def layer_table(rows: list[dict], mode: str, only: tuple[str, ...] = ()) -> str:
+    """One row per shape: the frozen layer's time, every contender's median ratio to it, and GOAT's over PEFT LoRA's.
+
+    ``only``: the contenders to show beside the frozen layer; all by default. A ratio of a CUDA graph is to the frozen
+    layer's CUDA graph.
+    """
+    rows = in_mode(rows, mode)
+    grouped = by_shape(rows)
+    names = [name for name in contenders(rows) if not name.startswith(FROZEN)]
+    names = [name for name in names if not only or name in only]
+    over_lora = [n for n in names if n.startswith("GOAT") and "compiled" not in n and "graph" not in n]
+    lora = "PEFT LoRA"
+    if lora not in names:
+        over_lora = []
+    head = ["T", "N -> M", "R", "frozen, ms", *names, *(f"{name} / LoRA" for name in over_lora)]
+    lines = []
+    for (T, N, M, R, _, _), of_shape in grouped.items():
+        cells = [str(T), f"{N} -> {M}", str(R), _cell(of_shape, FROZEN, lambda row: number(row["time_ms_p50"]))]
+        cells += [_cell(of_shape, name, lambda row: f"{row['ratio_p50']:.2f}") for name in names]
+        for name in over_lora:
+            both = name in of_shape and lora in of_shape
+            cells.append(f"{of_shape[name]['ratio_p50'] / of_shape[lora]['ratio_p50']:.2f}" if both else "-")
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def _cell(of_shape: dict[str, dict], name: str, text: Callable[[dict], str]) -> str:
+    row = of_shape.get(name)
+    return "-" if row is None or ("ratio_p50" not in row and name != FROZEN) else text(row)
+
+
+def layer_summary(rows: list[dict], backend: str) -> str:
+    """From where to where GOAT's ratios to the frozen layer and to PEFT's LoRA go, over the shapes."""
+    grouped = by_shape(in_mode(rows, "both"))
+    sentences = []
+    for form in ("fold", "path"):
+        name = f"GOAT {form}, {backend}"
+        of_frozen = [of[name]["ratio_p50"] for of in grouped.values() if name in of]
+        of_lora = [
+            of[name]["ratio_p50"] / of["PEFT LoRA"]["ratio_p50"]
+            for of in grouped.values()
+            if name in of and "PEFT LoRA" in of
+        ]
+        if of_frozen and of_lora:
+            sentences.append(
+                f"`{form}` takes {min(of_frozen):.2f} to {max(of_frozen):.2f} of the frozen layer's time and "
+                f"{min(of_lora):.2f} to {max(of_lora):.2f} of PEFT LoRA's"
+            )
+    return "; ".join(sentences) + "." if sentences else ""
+
+
+# --- the other suites -----------------------------------------------------------------------------------------------
+
+
+def kernels_table(rows: list[dict]) -> str:
+    """One row per pass and contender."""
+    head = ["T", "N -> M", "R", "form", "pass", "contender", "ms", "floor, ms", "GB/s", "TFLOP/s", "% of roofline"]
+    lines = []
+    for row in timed(rows):
+        cells = [str(row["T"]), f"{row['N']} -> {row['M']}", str(row["R"]), row["residual"], row["pass"]]
+        cells += [row["contender"], *(number(row[name]) for name in ("time_ms_p50", "floor_ms", "gb_per_s", "tflops"))]
+        lines.append([*cells, f"{row['roofline_percent']:.0f}"])
+    return markdown(head, lines)
+
+
+def ceilings(rows: list[dict]) -> str:
+    row = timed(rows)[0]
+    return (
+        f"This machine's ceilings, measured in the same run: {row['machine_gb_per_s']:.0f} GB/s in a large copy, "
+        f"{number(row['machine_tflops'])} TFLOP/s in a large {row['dtype']} product."
+    )
+
+
+def memory_table(rows: list[dict]) -> str:
+    """Saved for backward beside x and the parameters, and the peak, in MiB."""
+    names = contenders(rows)
+    head = ["T", "N -> M", "R", "x, MiB", *(f"{name}: saved / peak" for name in names)]
+    lines = []
+    for (T, N, M, R, _, _), of_shape in by_shape(rows).items():
+        cells = [str(T), f"{N} -> {M}", str(R), number(next(iter(of_shape.values()))["x_bytes"] / _MIB)]
+        for name in names:
+            row = of_shape.get(name)
+            saved = "" if row is None else f"{row['saved_for_backward_bytes'] / _MIB:.2f} / {number(row['peak_mib'])}"
+            cells.append(saved or "-")
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def scaling_table(rows: list[dict]) -> str:
+    """The ratio to the frozen layer as one size grows."""
+    names = [name for name in contenders(rows) if not name.startswith(FROZEN)]
+    lines = []
+    for letter, of_letter in scaling_groups(rows).items():
+        for value, of_value in of_letter.items():
+            frozen = _cell(of_value, FROZEN, lambda row: number(row["time_ms_p50"]))
+            ratios = (_cell(of_value, name, lambda row: f"{row['ratio_p50']:.2f}") for name in names)
+            lines.append([f"{letter} = {value}" + (" (= M)" if letter == "N" else ""), frozen, *ratios])
+    return markdown(["varied", "frozen, ms", *names], lines)
+
+
+def scaling_groups(rows: list[dict]) -> dict[str, dict[int, dict[str, dict]]]:
+    """Letter -> its value -> contender -> row."""
+    groups: dict[str, dict[int, dict[str, dict]]] = {}
+    for row in timed(rows):
+        groups.setdefault(row["varied"], {}).setdefault(row[row["varied"]], {})[row["contender"]] = row
+    return groups
+
+
+def model_table(rows: list[dict]) -> str:
+    """One row per model and method."""
+    lines = []
+    for row in timed(rows):
+        unit = "tokens_per_s" if "tokens_per_s" in row else "images_per_s"
+        name = f"{row['model']}, {row['num_hidden_layers']} x {row['hidden_size']}, R = {row['R']}"
+        ratio = f"{row['ratio_p50']:.2f}" if "ratio_p50" in row else "-"
+        rate = f"{number(row[unit])} {unit.split('_')[0]}"
+        lines.append([name, row["contender"], number(row["time_ms_p50"]), rate, ratio, number(row["peak_mib"])])
+    return markdown(["model", "method", "ms a step", "a second", "ratio to frozen", "peak, MiB"], lines)
+
+
+def startup_table(rows: list[dict]) -> str:
+    """One row per thing that is paid once."""
+    lines = []
+    for row in timed(rows):
+        size = f"{row['N']} -> {row['M']}, R = {row['R']}" if "N" in row else ""
+        lines.append([row["mode"], row["contender"], size, number(row["time_ms_p50"])])
+    return markdown(["what", "of", "layer", "ms"], lines)
+
+
+def design_table(rows: list[dict]) -> str:
+    """One row per shape, form and direction: the median ratio of each order to the base product alone."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in timed(rows):
+        key = (row["T"], f"{row['N']} -> {row['M']}", row["R"], row["residual"], row["mode"])
+        groups.setdefault(key, {})[row["contender"]] = row
+    base = timed(rows)[0]["ratio_to"]
+    names = [name for name in contenders(rows) if name != base]
+    lines = []
+    for key, of_key in groups.items():
+        alone = number(of_key[base]["time_ms_p50"]) if base in of_key else "-"
+        lines.append([*map(str, key), alone, *(_cell(of_key, n, lambda row: f"{row['ratio_p50']:.3f}") for n in names)])
+    return markdown(["T", "N -> M", "R", "form", "direction", "base alone, ms", *names], lines)
+
+
+def not_timed(rows: list[dict]) -> list[str]:
+    """One line for each reason why a contender has no time, in the order of the rows."""
+    lines = []
+    for row in rows:
+        for word in ("skipped", "failed"):
+            if word in row:
+                at = "" if word == "skipped" else f" ({', '.join(f'{k}={row[k]}' for k in 'TNMR' if k in row)})"
+                lines.append(f"{word}: {row['contender']}{at}: {row[word]}")
+    return list(dict.fromkeys(lines))
+
+
+#: Suite -> its tables, one below the other.
+TABLES: dict[str, Callable[[list[dict]], str]] = {
+    "kernels": lambda rows: f"{ceilings(rows)}\n\n{kernels_table(rows)}",
+    "layer": lambda rows: "\n\n".join(
+        f"{title}\n\n{layer_table(rows, mode)}"
+        for mode, title in (
+            ("both", "Forward and backward:"),
+            ("forward", "Forward, keeping what the backward needs:"),
+            ("backward", "Backward alone:"),
+            ("inference", "Forward without gradients (decoding):"),
+        )
+        if in_mode(rows, mode)
+    ),
+    "memory": memory_table,
+    "scaling": scaling_table,
+    "model": model_table,
+    "startup": startup_table,
+    "design": design_table,
+}

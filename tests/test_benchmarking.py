@@ -1,0 +1,540 @@
+"""The benchmarks: what is timed is checked, ratios and floors are what they say, reports follow from results.
+
+Nothing here asserts how long anything takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import socket
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import gpu_visit
+from goat_kernels.benchmarking import (
+    ahead,
+    layer_suite,
+    models,
+    plots,
+    report,
+    results,
+    startup,
+    suites,
+    tables,
+    timing,
+)
+from goat_kernels.benchmarking.cases import Case, kernel_cases, layer_cases, scaling_cases
+from goat_kernels.benchmarking.compare import compare_rows
+from goat_kernels.benchmarking.layers import (
+    CONTENDERS,
+    FROZEN,
+    KINDS,
+    Contender,
+    LayerTensors,
+    error_bound,
+    expected_results,
+    goat_layer,
+    layer_error,
+)
+from goat_kernels.benchmarking.machine import Roofline
+from goat_kernels.benchmarking.memory import peak_bytes, saved_bytes
+from goat_kernels.benchmarking.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
+from goat_kernels.benchmarking.settings import BenchSettings
+from goat_kernels.benchmarking.steps import call_of
+from goat_kernels.checks.problem import LayerCase
+from goat_kernels.cli import bench, main
+from goat_kernels.kernels.configs import KNOWN_TARGETS
+from goat_kernels.linear import GoatLinear
+from goat_kernels.operators import backward_operator, forward_operator
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+SMALL = Case(48, 32, 40, 16)
+
+
+def quick(device: torch.device = CPU, dtype: torch.dtype = torch.float32, **changes) -> BenchSettings:
+    return BenchSettings(device, dtype, rounds=2, quick=True, **changes)
+
+
+# --- timing -------------------------------------------------------------------------------------------------------
+
+
+def test_every_contender_runs_once_a_round_in_an_order_that_rotates(monkeypatch):
+    order = []
+    monkeypatch.setattr(timing, "sample_ms", lambda step, *_: order.append(step) or 5.0)
+    timing.time_interleaved({"a": "A", "b": "B", "c": "C"}, device=CPU, copies=1, rounds=3, warmup=0)
+    assert order == [*"ABC", *"BCA", *"CAB"]
+
+
+def test_a_ratio_is_taken_round_by_round(monkeypatch):
+    # The machine is ten times slower in the second round: no ratio may mix the two.
+    times = iter([1.0, 2.0, 30.0, 10.0])
+    monkeypatch.setattr(timing, "sample_ms", lambda *_: next(times))
+    timed = timing.time_interleaved(
+        {"base": None, "other": None}, device=CPU, copies=1, rounds=2, warmup=0, bases={"other": "base"}
+    )
+    assert timed["other"].ratio == (2.0, 3.0)
+    assert timed["base"].ratio == ()
+    row = timed["other"].row()
+    assert (row["ratio_p50"], row["time_ms_p50"], row["rounds"]) == (2.5, 16.0, 2)
+    assert row["ratio_p20"] < row["ratio_p50"] < row["ratio_p80"]
+
+
+def test_a_sample_rotates_through_the_copies():
+    seen = []
+    timing.sample_ms(seen.append, CPU, copies=3, calls=7, first=1)
+    assert seen == [1, 2, 0, 1, 2, 0, 1]
+
+
+def test_samples_of_one_call_rotate_through_the_copies_from_round_to_round(monkeypatch):
+    seen = []
+    monkeypatch.setattr(timing, "MIN_SAMPLE_MS", {"cpu": 0})
+    timing.time_interleaved({"a": seen.append}, device=CPU, copies=3, rounds=4, warmup=1)
+    assert seen == [0, 1, 2, *(1, 2, 0, 1)]
+
+
+def test_short_steps_are_called_often_enough_to_fill_a_sample(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "sample_ms", lambda step, device, copies, count, first: calls.append(count) or 0.01)
+    timed = timing.time_interleaved({"a": None}, device=CPU, copies=2, rounds=1, warmup=1)
+    assert calls == [2, 100] and timed["a"].calls == 100
+
+
+@pytest.mark.parametrize(("input_bytes", "copies"), [(100, 1), (50, 2), (33, 4), (0, timing.MAX_COPIES)])
+def test_copies_together_are_larger_than_the_cache(input_bytes, copies):
+    assert timing.copies_for(input_bytes, cache_bytes=50) == copies
+
+
+def test_quantiles():
+    assert timing.quantile((4.0, 1.0, 3.0, 2.0, 5.0), 0.5) == 3.0
+    assert timing.quantile((1.0, 2.0), 0.2) == pytest.approx(1.2)
+    assert timing.quantile((7.0,), 0.8) == 7.0
+
+
+# --- contenders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def tensors(request) -> LayerTensors:
+    torch.manual_seed(0)
+    return LayerTensors.draw(SMALL, request.param, CPU)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
+def test_every_contender_that_runs_here_computes_what_it_says(tensors, contender):
+    dtype = tensors.x_TN.dtype
+    if contender.kind == "compiled" or contender.skipped_reason(CPU, dtype) is not None:
+        pytest.skip("not on a CPU, or compiled")
+    error = layer_error(contender.make(tensors), tensors, expected_results(contender.computes, tensors))
+    assert error <= error_bound(dtype)
+
+
+def test_fold_and_path_are_one_function(tensors):
+    exact = {form: expected_results(form, tensors) for form in ("fold", "path")}
+    error = max(float((a - b).norm() / b.norm()) for a, b in zip(exact["fold"], exact["path"], strict=True))
+    assert error <= error_bound(tensors.x_TN.dtype)
+
+
+def test_goat_layers_are_built_without_a_decomposition_and_take_the_form_asked_for(tensors):
+    fold, path = (goat_layer(tensors, form, "torch") for form in ("fold", "path"))
+    assert fold.residual_A is None and torch.equal(fold.weight, tensors.folded_MN)
+    assert torch.equal(path.residual_B, tensors.residual_B) and path.weight is not tensors.weight_MN
+    assert path.weight.data_ptr() == tensors.weight_MN.data_ptr()  # shared by all contenders
+    assert isinstance(fold, GoatLinear) and not fold.weight.requires_grad and fold.lora_A.requires_grad
+
+
+class _Wrong(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1.01
+
+
+class _Nan(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+
+def _of(kind: type[nn.Linear], name: str) -> Contender:
+    def make(t: LayerTensors) -> nn.Module:
+        M, N = t.weight_MN.shape
+        layer = kind(N, M).requires_grad_(False)
+        layer.load_state_dict({"weight": t.weight_MN, "bias": t.bias_M})
+        return layer
+
+    return Contender(name, "torch", "frozen", make)
+
+
+def _raise(t: LayerTensors) -> nn.Module:
+    raise RuntimeError("out of luck")
+
+
+def test_a_wrong_contender_gets_no_time_and_the_others_do(monkeypatch):
+    raising = Contender("raising", "torch", "frozen", _raise)
+    contenders = (CONTENDERS[0], _of(_Wrong, "wrong"), _of(_Nan, "nan"), raising, _of(nn.Linear, "right"))
+    monkeypatch.setattr(layer_suite, "CONTENDERS", contenders)
+    rows = list(layer_suite.layer_rows(SMALL, quick()))
+    timed = {row["contender"] for row in rows if "time_ms_p50" in row}
+    failed = {row["contender"]: row["failed"] for row in rows if "failed" in row}
+    assert timed == {FROZEN, "right"}
+    assert failed["wrong"].endswith("not timed") and "nan" in failed["nan"] and "out of luck" in failed["raising"]
+    assert {row["mode"] for row in rows if "mode" in row} == {"forward", "backward", "both"}
+
+
+def test_modes_do_what_they_say(tensors):
+    layer = goat_layer(tensors, "fold", "torch")
+    arguments = (layer, tensors.x_TN, tensors.grad_y_TM)
+    assert not call_of("inference", *arguments)().requires_grad
+    assert call_of("forward", *arguments)().requires_grad
+    backward = call_of("backward", *arguments)
+    once, twice, both = backward(), backward(), call_of("both", *arguments)()
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(once, twice, both, strict=True))
+    assert [tuple(g.shape) for g in both] == [(48, 32), (16, 32), (40, 16), (8, 32)]
+
+
+# --- work and memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [False, True], ids=["fold", "path"])
+def test_the_operations_of_the_passes_add_up_to_those_of_the_operators(path):
+    T, N, M, R, E = 64, 48, 80, 16, 8
+    work = pass_work(LayerCase(T, N, M, R, dtype=torch.float32, path=path), lora_B_rides=False)
+    adapter = [torch.randn(size) for size in ((R, N), (M, R), (E, N))]
+    adapter += [torch.randn(R, N), torch.randn(M, R)] if path else [None, None]
+    x, weight, grad_y, options = torch.randn(T, N), torch.randn(M, N), torch.randn(T, M), (1.0, 2, 0.0, 0.0, "torch")
+    with FlopCounterMode(display=False) as forward:
+        _, _, load, *kept = forward_operator(x, weight, None, torch.randn(M), *adapter, None, None, None, *options)
+    with FlopCounterMode(display=False) as backward:
+        state = (kept[0], kept[1], kept[2], load, kept[3])
+        needs = [True, False, False, True, True, True]
+        backward_operator(grad_y, None, x, weight, *adapter, None, None, None, *state, *options, needs)
+    assert forward.get_total_flops() == work["prefill"].flops + work[BASE_FORWARD].flops
+    of_backward = ("hidden_gradient", "lora_B_gradient", "input_prefill", "lora_A_router_gradient", BASE_BACKWARD)
+    assert backward.get_total_flops() == sum(work[name].flops for name in of_backward)
+
+
+@pytest.mark.parametrize("path", [False, True], ids=["fold", "path"])
+def test_no_kernel_asks_for_less_than_its_floor(path):
+    case = LayerCase(8192, 4096, 4096, 32, path=path)
+    requested, work = requested_bytes(case, KNOWN_TARGETS["sm_90"]), pass_work(case, lora_B_rides=False)
+    assert set(requested) == set(work) - {name for name in work if name.startswith(BASE_FORWARD)}
+    for name, asked in requested.items():
+        assert asked > 0.95 * work[name].moved_bytes, name  # a packed adapter is half of a float32 one
+        assert asked < 4 * work[name].moved_bytes, name
+
+
+def test_a_riding_gradient_is_counted_with_the_pass_that_it_rides_in():
+    case = LayerCase(8192, 4096, 4096, 8)
+    alone, riding = (pass_work(case, lora_B_rides=rides) for rides in (False, True))
+    extra = riding["hidden_gradient"].flops - alone["hidden_gradient"].flops
+    assert extra == alone["lora_B_gradient"].flops
+    assert riding[BASE_BACKWARD] == alone[BASE_BACKWARD]
+
+
+def test_the_floor_is_the_larger_of_the_two():
+    roofline = Roofline(torch.float32, gb_per_s=1.0, tflops=1.0)
+    assert roofline.floor_ms(10**9, 10**9) == pytest.approx(1000)
+    assert roofline.floor_ms(10**6, 10**12) == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("form", ["fold", "path"])
+def test_a_goat_layer_saves_what_the_design_says_and_nothing_else(form):
+    t = LayerTensors.draw(SMALL, torch.float32, CPU)
+    layer = goat_layer(t, form, "torch")
+    saved = saved_bytes(lambda: layer(t.x_TN), [*layer.parameters(), *layer.buffers(), t.x_TN])
+    assert saved == 4 * (SMALL.T * (SMALL.R + 2 * SMALL.E) + SMALL.E)  # h~, gate, probs; the load
+
+
+def test_saved_bytes_counts_a_storage_once():
+    a, b = torch.randn(10, requires_grad=True), torch.randn(10, requires_grad=True)
+    exp = saved_bytes(lambda: a.exp().sin() * b, [a, b])
+    assert exp == 2 * 40  # exp(a), which is the sine's argument too; sin(exp(a))
+
+
+def test_peak_bytes_counts_what_lives_at_one_time():
+    def run():
+        first = torch.empty(1000)
+        second = first.exp()
+        del first
+        return second.exp()
+
+    assert peak_bytes(run, CPU) == 2 * 4000
+
+
+# --- suites and results ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_knows_the_suites_and_the_kinds():
+    assert bench.SUITE_NAMES == tuple(suites.SUITES) == tuple(tables.TABLES)
+    assert bench.KINDS == KINDS
+    assert set(plots.FIGURES) <= set(suites.SUITES)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_standard_cases(device):
+    assert all(case.R % case.E == 0 and case.K <= case.E for case in layer_cases(device, quick=False))
+    scaled = scaling_cases(device, quick=False)
+    assert all(case.R % case.E == 0 and case.K <= case.E for case in scaled)
+    assert Counter(case.varied for case in scaled).keys() == set("TNREK")
+    assert kernel_cases(device, quick=False)
+
+
+def test_kernels_are_compiled_ahead_for_either_kind_of_scaling():
+    problems = list(ahead._problems([SMALL], torch.bfloat16))
+    kinds = [(p.adapter.residual_rank, p.adapter.scaling_E is None) for p in problems]
+    assert kinds == [(0, True), (SMALL.R, False), (SMALL.R, True)]
+    assert all(p.x_TN.is_meta and p.adapter.lora_A.is_meta for p in problems)
+
+
+def test_the_layers_of_a_model_are_those_that_are_compiled_ahead():
+    (llama, vit) = models.model_cases("cuda", quick=False)
+    assert {(c.T, c.R) for c in models.model_layers(llama)} == {(8192, 32)}
+    assert {(c.T, c.N, c.M) for c in models.model_layers(vit)} == {
+        (3200, 768, 768), (3200, 768, 3072), (3200, 3072, 768),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory) -> Path:
+    """Every suite at tiny sizes, by the command."""
+    path = tmp_path_factory.mktemp("results") / "run.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "_IMPORTS", {"import json": "import json"})
+        code = main(["bench", "--suite", "all", "--quick", "--without", "compiled", "--output", str(path)])
+    assert code == 0
+    return path
+
+
+def test_rows_say_what_was_measured_on_what(quick_run):
+    rows = results.read_rows(quick_run)
+    assert {row["suite"] for row in rows} == set(suites.SUITES)
+    needed = {"date", "commit", "device", "gpu", "cpu", "driver", "threads", "versions", "cases", "contender"}
+    for row in rows:
+        assert needed <= set(row)
+        assert ("time_ms_p50" in row or "peak_mib" in row) != ("skipped" in row)
+        assert row["cases"] == "quick"
+    text = quick_run.read_text()
+    assert str(ROOT) not in text and str(Path.home()) not in text
+    assert len(socket.gethostname()) < 4 or socket.gethostname() not in text
+
+
+def test_what_cannot_run_is_skipped_with_a_reason_once(quick_run):
+    skipped = [row for row in results.read_rows(quick_run) if "skipped" in row and row["suite"] == "layer"]
+    reasons = {row["contender"]: row["skipped"] for row in skipped}
+    assert len(skipped) == len(reasons)
+    if not torch.cuda.is_available():
+        assert "GPU" in reasons["GOAT path, triton"] and "GPU" in reasons["GOAT path, triton, CUDA graph"]
+
+
+def test_every_suite_makes_a_table_and_a_figure(quick_run):
+    rows = results.read_rows(quick_run)
+    for name in suites.SUITES:
+        of_suite = [row for row in rows if row["suite"] == name]
+        text = tables.TABLES[name](of_suite)
+        assert text.count("|") > 10 and "nan" not in text
+        if name in plots.FIGURES:
+            assert plots.figure(name, of_suite).startswith(b"\x89PNG")
+
+
+def test_a_compiled_layer_is_timed_like_the_others():
+    case = dataclasses.replace(SMALL, forms=("fold",), modes=("backward", "both"))
+    settings = quick(without=frozenset({"lora", "loop", "triton", "graph", "unsloth"}))
+    rows = [row for row in layer_suite.layer_rows(case, settings) if "compiled" in row["contender"]]
+    assert [row["mode"] for row in rows if "time_ms_p50" in row] == ["both"]
+
+
+def test_numbers_are_rounded_and_not_a_number_is_refused(tmp_path):
+    write = results.writer(tmp_path / "new" / "rows.jsonl")
+    write({"suite": "layer", "time_ms_p50": 1.23456789, "versions": {"torch": "2"}})
+    write({"suite": "layer", "time_ms_p50": 2.0})
+    assert [row["time_ms_p50"] for row in results.read_rows(tmp_path / "new" / "rows.jsonl")] == [1.23457, 2.0]
+    with pytest.raises(ValueError):
+        write({"suite": "layer", "time_ms_p50": math.nan})
+
+
+def test_the_newest_standard_run_counts():
+    row = {"suite": "layer", "device": "cpu", "cases": "standard", "date": "2026-01-01"}
+    later, custom = {**row, "date": "2026-02-01"}, {**row, "date": "2026-03-01", "cases": "custom"}
+    other = {**row, "date": "2026-04-01", "device": "cuda"}
+    assert results.newest([row, later, custom, other], "layer", "cpu") == [later]
+    assert results.newest([row], "kernels", "cpu") == []
+
+
+# --- compare ------------------------------------------------------------------------------------------------------
+
+
+def _row(contender: str, p50: float, spread: float = 0.01, **fields) -> dict:
+    row = {"suite": "layer", "device": "cpu", "T": 8, "mode": "both", "contender": contender, **fields}
+    for quantity in ("time_ms", "ratio"):
+        row |= {f"{quantity}_p20": p50 - spread, f"{quantity}_p50": p50, f"{quantity}_p80": p50 + spread}
+    return row
+
+
+def test_a_change_counts_where_the_two_runs_do_not_touch():
+    old = [_row("a", 1.0), _row("b", 1.0), _row("c", 1.0), _row("d", 1.0, spread=0.3), _row("gone", 1.0)]
+    new = [_row("a", 1.2), _row("b", 0.9), _row("c", 1.005), _row("d", 1.2, spread=0.3), _row("new", 1.0)]
+    assert [change.verdict for change in compare_rows(old, new)] == ["slower", "faster", "", ""]
+
+
+def test_a_busy_machine_is_no_regression_where_there_is_a_ratio():
+    busy = _row("a", 1.0) | {"time_ms_p20": 9.0, "time_ms_p50": 9.5, "time_ms_p80": 10.0}
+    (change,) = compare_rows([_row("a", 1.0)], [busy])
+    assert (change.quantity, change.verdict) == ("ratio", "")
+
+
+def test_other_threads_dtypes_and_shapes_are_other_measurements():
+    assert not compare_rows([_row("a", 1.0, threads=1)], [_row("a", 1.0, threads=2)])
+    assert not compare_rows([_row("a", 1.0, dtype="float32")], [_row("a", 1.0, dtype="bfloat16")])
+    assert not compare_rows([_row("a", 1.0, R=8)], [_row("a", 1.0, R=16)])
+
+
+def test_memory_is_compared_exactly():
+    old, new = ({"suite": "memory", "contender": "a", "peak_mib": mib} for mib in (10.0, 11.0))
+    assert [change.verdict for change in compare_rows([old], [new])] == ["more"]
+    assert [change.verdict for change in compare_rows([new], [old])] == ["less"]
+
+
+def test_the_command_compares_files(tmp_path, capsys):
+    files = {}
+    for name, p50 in (("old", 1.0), ("new", 1.5)):
+        files[name] = tmp_path / f"{name}.jsonl"
+        results.writer(files[name])(_row("a", p50))
+    assert main(["bench", "--compare", str(files["old"]), str(files["new"])]) == 1
+    assert "slower" in capsys.readouterr().out
+    assert main(["bench", "--compare", str(files["new"]), str(files["old"])]) == 0
+    assert main(["bench", "--compare", str(files["old"]), str(files["old"])]) == 0
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def test_tables_and_figures_are_those_of_the_results():
+    stale = [str(path) for path in report.out_of_date(ROOT)]
+    assert not stale, f"out of date: {stale}; run goat-kernels bench --report"
+
+
+@pytest.fixture
+def checkout(tmp_path, quick_run) -> Path:
+    """A checkout with one run, which says that its cases are the standard ones."""
+    (tmp_path / "docs").mkdir()
+    for path in report.DOCUMENTS:
+        shutil.copy(ROOT / path, tmp_path / path)
+    write = results.writer(tmp_path / results.RESULTS_FOLDER / "run.jsonl")
+    for row in results.read_rows(quick_run):
+        write({**row, "cases": "standard"})
+    return tmp_path
+
+
+def test_new_results_make_documents_and_figures_out_of_date(checkout):
+    report.write(checkout)
+    folder = checkout / results.RESULTS_FOLDER
+    rows = [row for row in results.read_rows(folder / "run.jsonl") if row["suite"] == "memory" and "peak_mib" in row]
+    write = results.writer(folder / "later.jsonl")
+    for row in rows:
+        write({**row, "date": "2999-01-01T00:00:00+00:00", "peak_mib": 123.0})
+    assert set(report.out_of_date(checkout)) == {
+        Path("docs/benchmarks.md"),
+        Path("docs/figures/bench-memory-cpu.png"),
+    }
+
+
+# --- bad options ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--shape", "1,2,3"], ["--shape", "'1,2,3'", "T,N,M,R"]),
+        (["--shape", "8,8,8,x"], ["--shape", "T,N,M,R"]),
+        (["--shape", "0,8,8,8"], ["--shape", "at least 1"]),
+        (["--shape", "8,8,8,12"], ["--shape", "multiple of 8"]),
+        (["--shape", "8,8,8,8", "--suite", "model"], ["--shape", "model"]),
+        (["--shape", "8,8,8,8", "--quick"], ["--shape", "--quick"]),
+        (["--residual", "fold"], ["--residual", "--shape"]),
+        (["--suite", "speed"], ["--suite", "'speed'", "kernels"]),
+        (["--without", "everything"], ["--without", "'everything'"]),
+        (["--rounds", "0"], ["--rounds", "0"]),
+        (["--output", "."], ["--output", "file"]),
+        (["--compare", "nowhere.jsonl", "nowhere.jsonl"], ["--compare", "nowhere.jsonl", "exists"]),
+        pytest.param(
+            ["--device", "cuda"],
+            ["--device", "GPU"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_are_named(options, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in named), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_holds_no_results_is_named(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"suite": "layer"}\nnotes\n')
+    assert main(["bench", "--compare", str(path), str(path)]) == 2
+    assert "line 2" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--report"]) == 2
+    assert "README.md" in capsys.readouterr().err
+
+
+# --- a visit to a GPU machine ---------------------------------------------------------------------------------------
+
+
+def test_a_step_that_hangs_is_ended_and_the_others_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_visit, "_LEAST_S", 1)
+    hanging = gpu_visit.Step("hangs", (sys.executable, "-c", "import time; print('began'); time.sleep(600)"), 3)
+    failing = gpu_visit.Step("fails", (sys.executable, "-c", "raise SystemExit(3)"), 60)
+    absent = gpu_visit.Step("absent", ("true",), 60, needs="no-such-program")
+    with (tmp_path / "log").open("w") as log:
+        outcomes = [gpu_visit.run_step(step, step.limit_s, log) for step in (hanging, failing, absent)]
+        outcomes.append(gpu_visit.run_step(failing, 0.5, log))
+    assert [outcome.exit_code for outcome in outcomes] == [None, 3, None, None]
+    assert [outcome.verdict.split(":")[0] for outcome in outcomes] == [
+        "OUT OF TIME", "FAILED with exit code 3", "skipped", "skipped",
+    ]  # fmt: skip
+    assert "began" in (tmp_path / "log").read_text()
+
+
+def test_a_visit_covers_every_suite_and_writes_few_files(tmp_path):
+    steps = gpu_visit.steps(tmp_path, quick=False)
+    commands = [" ".join(step.command) for step in steps]
+    assert all(any(f"--suite {name}" in command for command in commands) for name in suites.SUITES)
+    assert any("pytest" in command and "-m gpu" in command for command in commands)
+    assert gpu_visit.TOTAL_S < 600 and len({step.name for step in steps}) == len(steps)
+    files = {part for step in steps for part in step.command if part.startswith(str(tmp_path))}
+    assert len(files) + 2 <= 8  # and the log and the summary
+
+
+def test_a_visit_does_without_plugins_of_pytest(monkeypatch):
+    monkeypatch.setattr(gpu_visit.importlib.util, "find_spec", lambda name: None)
+    command = gpu_visit._pytest("tests")
+    assert "-n" not in command and "addopts=-ra --strict-markers --strict-config" in command
+
+
+def test_the_options_of_pytest_that_a_visit_repeats_are_the_projects():
+    assert "-ra --strict-markers --strict-config --benchmark-disable" in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_suites_run_on_a_gpu(name, device):
+    rows = []
+    suites.run_suite(name, quick(torch.device("cuda", 0), torch.bfloat16), rows.append)
+    failed = [json.dumps(row) for row in rows if "failed" in row]
+    assert not failed
+    if name in ("layer", "kernels", "model"):
+        assert any("triton" in row["contender"] for row in rows if "time_ms_p50" in row)
+    if name == "layer":
+        assert any("CUDA graph" in row["contender"] for row in rows if "ratio_p50" in row)
