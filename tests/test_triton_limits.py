@@ -526,6 +526,33 @@ def test_the_number_of_tokens_is_dynamic(dynamic, tokens, device):
     assert graphs[-1] - graphs[first] <= 1, f"at most one more where the adapter begins to be packed: {graphs}"
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.usefixtures("_no_compiled_code")
+@pytest.mark.filterwarnings("ignore")
+def test_a_number_of_tokens_that_the_data_decide_compiles(dropout_p, device):
+    problem = make_problem(T=70, **HALF)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def on_chosen(function, chosen):
+        def run(*tensors, **arguments):
+            torch.manual_seed(3)
+            arguments = {name: moved(value, device) for name, value in arguments.items()}
+            result = function(chosen.to(device), *moved(tensors, device), backend="triton", **arguments)
+            return type(result)(*(tensor.cpu() for tensor in result))
+
+        return evaluate(run, problem, dropout_p=dropout_p, training=True)
+
+    def eager(chosen, x, *tensors, **arguments):
+        return goat_linear(x[chosen.nonzero().squeeze(-1)], *tensors, **arguments)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(eager, fullgraph=True, backend=counter)
+        for tokens in (40, 70, 64, 65, 1):
+            chosen = torch.arange(70) < tokens
+            assert_outcomes_agree(on_chosen(compiled, chosen), on_chosen(eager, chosen), F32)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.usefixtures("_no_compiled_code")
 @pytest.mark.filterwarnings("ignore")
 def test_a_layer_compiles_with_inductor(device, monkeypatch):

@@ -92,12 +92,16 @@ def _packed_sizes(adapter: Adapter, compute: torch.dtype) -> list[int]:
 
 
 def packed_numel(adapter: Adapter, compute: torch.dtype, T: int) -> int:
-    """Elements of the packed adapter for T tokens of dtype ``compute``; 0 where the matrices are read as they are."""
+    """Elements of the packed adapter for T tokens of dtype ``compute``; 0 where the matrices are read as they are.
+
+    Without a branch on T, which under torch.compile may be a symbol whose value only the data decide.
+    """
     if all(matrix is None or matrix.dtype == compute for matrix in _matrices(adapter)):
         return 0
-    if T == 0 or (T <= FEW_TOKENS and adapter.seed is None):
-        return 0
-    return sum(blocks(size, ELEMENTWISE.columns) for size in _packed_sizes(adapter, compute)) * ELEMENTWISE.columns
+    read_as_they_are = FEW_TOKENS if adapter.seed is None else 0
+    is_packed = torch.sym_min((T + FEW_TOKENS - 1 - read_as_they_are) // FEW_TOKENS, 1)
+    whole = sum(blocks(size, ELEMENTWISE.columns) for size in _packed_sizes(adapter, compute)) * ELEMENTWISE.columns
+    return whole * torch.sym_max(is_packed, 0)
 
 
 def pack(adapter: Adapter, x_TN: Tensor) -> Tensor:
