@@ -33,6 +33,10 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "goat_kernels.cli.bench", "measure layers, passes and models beside PEFT's LoRA and the frozen base"
     ),
+    "convert": Command(
+        "goat_kernels.cli.convert",
+        "turn GOAT-PEFT, LoRA and PiSSA adapters into GOAT ones, or GOAT into approximate LoRA",
+    ),
     "tune": Command("goat_kernels.cli.tune", "measure which tiles are fastest on this GPU"),
 }
 

@@ -10,10 +10,11 @@ import peft
 import peft.mapping
 
 from goat_kernels.peft.config import GoatConfig, GoatPeftType
+from goat_kernels.peft.hotswap import hotswap_adapter
 from goat_kernels.peft.layer import GoatLinearLayer
 from goat_kernels.peft.model import GoatModel
 
-__all__ = ["GoatConfig", "GoatLinearLayer", "GoatModel", "GoatPeftType"]
+__all__ = ["GoatConfig", "GoatLinearLayer", "GoatModel", "GoatPeftType", "hotswap_adapter"]
 
 
 def _register() -> None:

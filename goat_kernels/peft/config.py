@@ -5,14 +5,22 @@ from __future__ import annotations
 import enum
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from packaging.version import Version
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from goat_kernels import __version__
+from goat_kernels.peft.integrity import check_adapter_folder
 from goat_kernels.rules import ZERO_RULES
-from goat_kernels.settings import AdapterSettings, check_dropout, check_number
+from goat_kernels.settings import AdapterSettings, check_dropout, check_name, check_number
 
 BIAS_OPTIONS = ("none", "all", "goat_only")
+OTHER_BASE_OPTIONS = ("refuse", "warn")
+
+#: Fields that say how to load, not what the adapter is, and a digest that only a finished file has: never saved here.
+_NOT_SAVED = ("other_base", "allow_pickle", "weights_sha256")
 
 
 class GoatPeftType(enum.StrEnum):
@@ -132,10 +140,35 @@ class GoatConfig(PeftConfig):
             "run. Not to be set by hand."
         },
     )
+    base_weights: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Fingerprint of the base weights that the adapter was made on (goat_kernels.peft.base_check), "
+            "compared with the model at loading. Filled in by itself."
+        },
+    )
+    weights_sha256: str | None = field(
+        default=None, metadata={"help": "SHA-256 of the saved weights file. Filled in by itself."}
+    )
+    goat_kernels_version: str | None = field(
+        default=None, compare=False, metadata={"help": "Version that saved the adapter. Filled in by itself."}
+    )
+    other_base: str = field(
+        default="refuse",
+        metadata={
+            "help": "For loading: 'refuse' a base model that the adapter was not made on, or 'warn' and load. "
+            "Not saved."
+        },
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "For loading: whether a .bin file may be read, with weights_only=True. Not saved."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = GoatPeftType.GOAT
+        self.shapes_in_file: dict[str, tuple[int, int]] = {}  # module -> (M, N), where it was read from a folder
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
@@ -164,6 +197,9 @@ class GoatConfig(PeftConfig):
             check_number(f"alpha_pattern[{key!r}]", alpha, minimum=0, exclusive=True)
         if self.bias not in BIAS_OPTIONS:
             raise ValueError(f"bias={self.bias!r} is unknown; it must be one of {', '.join(BIAS_OPTIONS)}")
+        check_name("other_base", self.other_base, OTHER_BASE_OPTIONS)
+        if not isinstance(self.allow_pickle, bool):
+            raise TypeError(f"allow_pickle must be True or False, got {self.allow_pickle!r}")
         if not isinstance(self.init_weights, bool):
             raise TypeError(
                 f"init_weights must be True or False, got {self.init_weights!r}; choose the initialisation with init"
@@ -206,14 +242,56 @@ class GoatConfig(PeftConfig):
         """Whether the adapter carries a frozen pair: not for the zero rules, nor with a coefficient of 0."""
         return self.init not in ZERO_RULES and self.settings().w_res_coefficient != 0
 
+    def to_dict(self) -> dict:
+        """The fields that are saved."""
+        return {name: value for name, value in super().to_dict().items() if name not in _NOT_SAVED}
+
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write ``adapter_config.json``, marked as that of an initialised adapter; the object stays as it is."""
-        initialised = self.initialised
-        self.initialised = True
+        before = self.initialised, self.goat_kernels_version
+        self.initialised, self.goat_kernels_version = True, __version__
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.initialised = initialised
+            self.initialised, self.goat_kernels_version = before
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> GoatConfig:
+        """Read ``adapter_config.json``, and check the weights beside it before any model is touched.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or an id on the hub (whose weights are checked by PEFT alone).
+            subfolder: below it.
+            kwargs: ``other_base`` and ``allow_pickle``, and what ``hf_hub_download`` takes.
+
+        Raises:
+            ValueError: weights that are damaged, do not fit, or are pickled without ``allow_pickle=True``; fields
+                that a newer version wrote; an adapter of the GOAT-PEFT repository.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if isinstance(config, GoatConfig) and folder.is_dir():
+            config.shapes_in_file = check_adapter_folder(folder, config)
+        return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs) -> dict:
+        """PEFT calls this with what a file says. Unknown fields of a newer goat_kernels raise: they may change what the
+        adapter computes. Others are left to PEFT, which drops them with a warning."""
+        unknown = sorted(kwargs.keys() - cls.__dataclass_fields__.keys())
+        if "init_type" in unknown and "init_cof" in unknown:
+            raise ValueError(
+                "this is an adapter of the GOAT-PEFT repository, whose file lacks what it computes with; turn it into "
+                "one of this package: goat-kernels convert"
+            )
+        written_by = kwargs.get("goat_kernels_version")
+        if unknown and written_by is not None and Version(written_by) > Version(__version__):
+            raise ValueError(
+                f"the adapter was saved by goat_kernels {written_by}, with fields that this version {__version__} does "
+                f"not know: {', '.join(unknown)}. They may change what it computes: upgrade goat_kernels, or remove "
+                "them from adapter_config.json"
+            )
+        return super().check_kwargs(**kwargs)
 
 
 def _matching(pattern: dict, module_name: str, default):

@@ -10,7 +10,6 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.functional import routed_linear
@@ -22,8 +21,8 @@ from goat_kernels.peft.base_layer import (
     is_plain,
     pretrained_weight,
 )
+from goat_kernels.peft.folding import FoldingLayer
 from goat_kernels.peft.tensors import AdapterTensors, Float32BufferDict, pending_tensors
-from goat_kernels.residual import FoldedWeight
 from goat_kernels.routed_module import RoutedModule, never_bypass
 from goat_kernels.settings import AdapterSettings
 
@@ -33,7 +32,7 @@ NO_MERGE = (
 )
 
 
-class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule):
+class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
     """GOAT adapters on one base layer.
 
     "Linear" is in the name because PEFT looks for it when "all-linear" meets a model that has adapters already.
@@ -64,8 +63,7 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule):
         self._disable_adapters = False
         self.merged_adapters = []
         self._pending: set[str] = set()
-        self._folded: FoldedWeight | None = None
-        self._folded_adapter: str | None = None
+        FoldingLayer.__init__(self)
         never_bypass(self)
         self.register_state_dict_post_hook(_pretrained_weight_into_state_dict)
         self.register_load_state_dict_post_hook(_check_loaded)
@@ -144,7 +142,7 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule):
 
     def pretrained_weight(self) -> Tensor:
         """W0 [M, N], dequantised, whether or not an adapter is folded into the base weight."""
-        self._unfold()
+        self.unfold()
         return pretrained_weight(self.get_base_layer(), self.name)
 
     @property
@@ -156,13 +154,11 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [..., N] -> [..., M]: the base layer plus every active adapter."""
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.goat_A]
+        active = self.active_here()
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        if self._pending:
-            for name in active:
-                self.initialise_pending(name)
-        self._fold_if_asked(active)
+        if not self.is_settled():
+            self.settle()
 
         base = self.base_layer
         weight = bias = output = None
@@ -205,65 +201,42 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule):
             balance_scale=self.balance_scale,
         )
 
-    # --- residual="fold" ------------------------------------------------------------------------------------------
-
-    def _fold_if_asked(self, active: list[str]) -> None:
-        """Bring the base weight into the state that the active adapters need; an adapter that folds is alone."""
-        folding = next((n for n in active if self.settings[n].residual == "fold" and n in self.goat_residual_A), None)
-        if folding == self._folded_adapter:
-            return
-        self._unfold()
-        if folding is None:
-            return
-        base = self.get_base_layer()
-        A0, B0 = self.goat_residual_A[folding], self.goat_residual_B[folding]
-        self._folded = FoldedWeight(base.weight)
-        if isinstance(base, Conv1D):
-            self._folded.fold(B0.T, A0.T)  # its weight is W0^T
-        else:
-            self._folded.fold(A0, B0)
-        self._folded_adapter = folding
-
-    def _unfold(self) -> None:
-        if self._folded is not None:
-            self._folded.restore()
-            self._folded, self._folded_adapter = None, None
-
-    def _check_alone(self, adapter_names: list[str]) -> None:
-        """Raise where several adapters would be active and one of them is folded into the weight."""
-        here = [name for name in adapter_names if name in self.settings]
-        folded = [name for name in here if self.settings[name].residual == "fold"]
-        if folded and len(here) > 1:
-            raise ValueError(
-                f"adapters {here} cannot be active together: residual='fold' of {folded} changes the base weight that "
-                "the others see; activate one, or create them with residual='path'"
-            )
+    # --- switching and loading: whatever may change which pair belongs in the weight -------------------------------
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
-            self._unfold()
+            self.unfold()
         super().enable_adapters(enabled)
+        self._settle_unless_waiting()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._check_alone(names)
+        self.check_alone(names)
         if self._folded_adapter not in names:
-            self._unfold()
+            self.unfold()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._settle_unless_waiting()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name == self._folded_adapter:
-            self._unfold()
+            self.unfold()
         self._pending.discard(adapter_name)
         super().delete_adapter(adapter_name)
+        self._settle_unless_waiting()
 
     def _apply(self, fn, recurse=True):
-        self._unfold()  # W0 is what moves or changes its dtype; the next forward folds again
-        return super()._apply(fn, recurse)
+        self.unfold()  # W0 is what moves or changes its dtype
+        super()._apply(fn, recurse)
+        self._settle_unless_waiting()
+        return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._unfold()  # whatever is loaded, weight or pair, replaces what was folded
+        self.unfold()  # whatever is loaded, weight or pair, replaces what was folded
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _settle_unless_waiting(self) -> None:
+        if not self._pending.intersection(self.active_here()):
+            self.settle()
 
     # --- PEFT -----------------------------------------------------------------------------------------------------
 
@@ -310,8 +283,9 @@ def _pretrained_weight_into_state_dict(layer: GoatLinearLayer, state_dict: dict,
 
 
 def _check_loaded(layer: GoatLinearLayer, incompatible_keys) -> None:
-    """Note which adapters have come, so that a compiled first forward need not look."""
+    """Note which adapters have come, and settle, so that a compiled first forward need not."""
     for name in list(layer._pending):
         tensors = layer._adapter_tensors(name).values()
         if all(t.device.type != "meta" and not bool(torch.isnan(t).all()) for t in tensors):
             layer._pending.discard(name)
+    layer._settle_unless_waiting()

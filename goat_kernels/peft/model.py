@@ -12,6 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from goat_kernels.initialisation import InitialisationTask, check_weight, initialise_adapters
+from goat_kernels.peft.base_check import check_base, fingerprint
 from goat_kernels.peft.base_layer import (
     adapter_device,
     adapter_dtype,
@@ -23,6 +24,7 @@ from goat_kernels.peft.base_layer import (
 )
 from goat_kernels.peft.config import GoatConfig
 from goat_kernels.peft.layer import NO_MERGE, GoatLinearLayer
+from goat_kernels.peft.saving import save_whole
 from goat_kernels.peft.tensors import AdapterTensors, random_tensors
 from goat_kernels.rules import ZERO_RULES
 from goat_kernels.training.balance import attach_balance_scale, detach_balance_scale
@@ -46,6 +48,10 @@ class GoatModel(BaseTuner):
     prefix: str = "goat_"
     tuner_layer_cls = GoatLinearLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, model, peft_config, adapter_name: str, *args, **kwargs) -> None:
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        save_whole(self)
 
     # --- injection ------------------------------------------------------------------------------------------------
 
@@ -79,6 +85,7 @@ class GoatModel(BaseTuner):
         targets = self._targets(_maybe_include_all_linear_layers(peft_config, model), model)
         for name, base in targets.items():
             _check_target(peft_config, name, base, model)
+        self._check_base(peft_config, targets, model)
         if self._loads:
             return
         if not peft_config.init_weights:
@@ -106,6 +113,17 @@ class GoatModel(BaseTuner):
         ]
         for task, initial in initialise_adapters(tasks):
             self._initial[task.name] = AdapterTensors.of(initial)
+
+    def _check_base(self, peft_config: GoatConfig, targets: dict[str, nn.Module], model: nn.Module) -> None:
+        """Hold a loaded adapter's fingerprint of its base weights against the model's; note that of a new one."""
+        for name in targets:
+            module = model.get_submodule(name)
+            if isinstance(module, GoatLinearLayer):
+                module.unfold()
+        if peft_config.initialised:
+            check_base(peft_config, targets, model)
+        else:
+            peft_config.base_weights = fingerprint(targets)
 
     def _targets(self, peft_config: GoatConfig, model: nn.Module) -> dict[str, nn.Module]:
         """Name -> base layer of every module that PEFT will replace."""
@@ -163,7 +181,7 @@ class GoatModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for layer in self._layers():
-            layer._check_alone(names)
+            layer.check_alone(names)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     @classmethod
@@ -174,8 +192,32 @@ class GoatModel(BaseTuner):
                 module.initialise_pending(adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        # torch copies what fits before it complains about the rest; an adapter is loaded whole or not at all.
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        for name, module in model.named_modules():
+            tensors = module._adapter_tensors(adapter_name) if isinstance(module, GoatLinearLayer) else {}
+            for tensor, old in tensors.items():
+                new = remapped.get(f"{name}.{tensor}.{adapter_name}")
+                if new is not None and old.numel() and new.shape != old.shape:
+                    raise ValueError(
+                        f"{module.name}.{tensor} of adapter {adapter_name!r} has shape {list(old.shape)}, and the "
+                        f"state dict to be loaded has {list(new.shape)}; load an adapter of the same model and "
+                        "settings. Nothing was loaded"
+                    )
+        return remapped
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)
+
+    def add_weighted_adapter(self, adapters: list[str], *args, **kwargs) -> None:
+        raise ValueError(
+            f"adapters {list(adapters)} cannot be blended into one: each has a router of its own, and the average of "
+            "two routers or factors computes neither's output. base_model.set_adapter() with both names adds outputs"
+        )
 
     def unload(self) -> nn.Module:
         """The base model as it was, with its exact weights."""

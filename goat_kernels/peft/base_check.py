@@ -1,0 +1,170 @@
+"""Is this the base model that the adapter was made on? A fingerprint of the adapted weights, saved with the adapter.
+
+Of each adapted weight W0 [M, N] the configuration keeps ``"MxN dtype hex"``: eight entries, evenly spread over the
+flattened weight, as float32. Values rather than a hash, because the same model is loaded in other dtypes: entries of
+two float weights must agree to the rounding of the coarser dtype, every one of them. Where one of the two weights is
+quantised (then it is the dequantised values that count), all entries together must agree to half of their norm: 4-bit
+rounding moves them by about a tenth, an unrelated model by 1.4 times their norm.
+
+Not looked at, because reading them costs a transfer or a collective call: weights on the meta device, offloaded by
+accelerate, sharded by DeepSpeed or FSDP2; nor those whose quantisation cannot be undone. Taking a fingerprint reads
+eight numbers of a float weight, and dequantises a quantised one.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from goat_kernels.peft.base_layer import (
+    _is_remote,
+    features,
+    has_plain_weight,
+    is_meta,
+    pretrained_weight,
+)
+
+if TYPE_CHECKING:
+    from goat_kernels.peft.config import GoatConfig
+
+_SAMPLES = 8
+_QUANTISED = "quantised"
+
+#: Two roundings, in units of the coarser dtype's eps; and float16 rounds small entries to multiples of 6e-8.
+_ROUNDINGS = 2.0
+_SMALLEST = {"float16": 6e-8}
+
+#: Distance of dequantised samples, relative to their norm.
+_QUANTISED_DISTANCE = 0.5
+
+
+def fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Module name -> ``"MxN dtype hex"`` of the base layers ``modules``; those that cannot be read are left out."""
+    found = {}
+    for name, base in modules.items():
+        sampled = _sample(base, name)
+        if sampled is not None:
+            N, M = features(base)
+            dtype, values = sampled
+            found[name] = f"{M}x{N} {dtype} {struct.pack(f'<{_SAMPLES}f', *values).hex()}"
+    return found
+
+
+def _sample(base: nn.Module, name: str) -> tuple[str, list[float]] | None:
+    """(dtype, entries) of W0 at the fixed places; None where it is not at hand."""
+    weight = getattr(base, "weight", None)
+    if weight is None or is_meta(base) or _is_remote(base) or hasattr(weight, "full_tensor"):
+        return None
+    if has_plain_weight(base):
+        W0 = base.weight.detach()
+        W0, dtype = W0.T if isinstance(base, Conv1D) else W0, str(W0.dtype).removeprefix("torch.")
+    else:
+        try:
+            W0, dtype = pretrained_weight(base, name), _QUANTISED
+        except TypeError:
+            return None
+    if W0.ndim != 2 or W0.numel() == 0:
+        return None
+    places = [(2 * k + 1) * W0.numel() // (2 * _SAMPLES) for k in range(_SAMPLES)]
+    rows, columns = (torch.tensor(index, device=W0.device) for index in _unravel(places, W0))
+    return dtype, W0[rows, columns].float().tolist()
+
+
+def _unravel(places: list[int], W0: Tensor) -> tuple[list[int], list[int]]:
+    N = W0.shape[1]
+    return [place // N for place in places], [place % N for place in places]
+
+
+def check_base(config: GoatConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Raise unless ``model`` is the base model of the loaded adapter; warn instead where ``other_base="warn"``.
+
+    Args:
+        config: of the adapter; without a fingerprint only shapes are compared, and those only if its file was seen.
+        modules: name -> base layer of every targeted module.
+        model: the model that is to be adapted, for its name.
+
+    Raises:
+        ValueError: shapes that differ, in any case; another set of modules or other weights, unless the user insists.
+    """
+    saved = {name: text.split(" ") for name, text in (config.base_weights or {}).items()}
+    shapes = {name: tuple(map(int, size.split("x"))) for name, (size, _, _) in saved.items()} | config.shapes_in_file
+    made_on, loaded_onto = _adapters_base(config), name_of(model)
+    _check_shapes(shapes, modules, made_on, loaded_onto)
+    problem = _other_modules(shapes, modules, model) or _other_weights(saved, modules)
+    if problem is None:
+        return
+    message = f"the adapter was made on {made_on}, and this is another base model, {loaded_onto}: {problem}"
+    if config.other_base == "warn":
+        warnings.warn(f"{message}. Loaded all the same, because other_base='warn'", stacklevel=2)
+        return
+    raise ValueError(
+        f"{message}. Load it onto {made_on}; or, if that is what you want, with PeftModel.from_pretrained(model, path, "
+        "other_base='warn')"
+    )
+
+
+def name_of(model: nn.Module) -> str:
+    """How messages call a model: its class, and its name or path where it has one."""
+    name = getattr(model, "name_or_path", None)
+    return type(model).__name__ + (f" {name!r}" if isinstance(name, str) and name else " (which has no name)")
+
+
+def _adapters_base(config: GoatConfig) -> str:
+    kind = (config.auto_mapping or {}).get("base_model_class") or "a model"
+    return (
+        f"{kind} {config.base_model_name_or_path!r}" if config.base_model_name_or_path else f"{kind} (without a name)"
+    )
+
+
+def _check_shapes(shapes: dict, modules: Mapping[str, nn.Module], made_on: str, loaded_onto: str) -> None:
+    for name, (M, N) in shapes.items():
+        if name not in modules:
+            continue
+        n, m = features(modules[name])
+        if (m, n) != (M, N):
+            raise ValueError(
+                f"the adapter does not fit: it was made on {made_on}, whose {name} has a weight of shape [{M}, {N}], "
+                f"and in {loaded_onto} that is [{m}, {n}]; load it onto the model it was made on"
+            )
+
+
+def _other_modules(shapes: dict, modules: Mapping[str, nn.Module], model: nn.Module) -> str | None:
+    missing = [name for name in shapes if name not in modules]
+    if not missing or getattr(model, "_checkpoint_conversion_mapping", None):  # transformers renames, PEFT follows
+        return None
+    return f"it has no {missing[0]} for the adapter, which has {len(shapes)} modules, {len(missing)} of them not there"
+
+
+def _other_weights(saved: dict[str, list[str]], modules: Mapping[str, nn.Module]) -> str | None:
+    squares, distance = 0.0, 0.0
+    for name, (_, dtype, text) in saved.items():
+        sampled = _sample(modules[name], name) if name in modules else None
+        if sampled is None:
+            continue
+        then, now = struct.unpack(f"<{_SAMPLES}f", bytes.fromhex(text)), sampled[1]
+        if _QUANTISED in (dtype, sampled[0]):
+            scale = math.sqrt(sum(value**2 for value in then)) or 1.0
+            distance += sum((a - b) ** 2 for a, b in zip(then, now, strict=True)) / scale**2
+            squares += 1.0
+        elif not _agree(then, now, (dtype, sampled[0], "float32")):
+            return f"the weight of {name} is another; sampled entries were {_short(then)} and are {_short(now)}"
+    if squares and distance / squares > _QUANTISED_DISTANCE**2:
+        return "its dequantised weights are others"
+    return None
+
+
+def _agree(then: tuple[float, ...], now: list[float], dtypes: tuple[str, ...]) -> bool:
+    eps = _ROUNDINGS * max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)
+    smallest = max(_SMALLEST.get(dtype, 0.0) for dtype in dtypes)
+    return all(abs(a - b) <= eps * max(abs(a), abs(b)) + smallest for a, b in zip(then, now, strict=True))
+
+
+def _short(values) -> str:
+    return "[" + ", ".join(f"{value:.3g}" for value in values[:3]) + ", ...]"

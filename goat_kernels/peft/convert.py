@@ -1,0 +1,296 @@
+"""Adapters of others as adapters of this package: the GOAT-PEFT repository's, and PEFT's LoRA and PiSSA as E = 1.
+
+Both publish a low-rank pair beside a base weight that may have been changed when training began (W0 - W_res). What was
+subtracted is in neither file. It becomes the frozen residual pair here, so the converted adapter sits on the
+unchanged W0; where it cannot be known, conversion is refused and the message says what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from goat_kernels.initialisation import initialise_adapter
+from goat_kernels.peft.base_check import fingerprint
+from goat_kernels.peft.base_layer import check_base_layer, pretrained_weight
+from goat_kernels.peft.checkpoint import PREFIX, Checkpoint, ConvertedAdapter, read_checkpoint, wide
+from goat_kernels.peft.config import GoatConfig
+
+#: init_type of GOAT-PEFT -> init here, for those that change the base weight.
+_CHANGING = {name: name for name in ("goat", "goat_mini", "pissa", "milora", "pissa_milora")} | {"pissa_scale": "pissa"}
+
+#: init_lora_weights of PEFT that leave the base weight as it is.
+_HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
+
+_TARGETING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+_COMMON = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "lora_dropout")
+_LORA_FIELDS = {
+    *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "fan_in_fan_out"),
+    *("init_lora_weights", "peft_type", "peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "qalora_group_size", "megatron_core", "ensure_weight_tying", *_TARGETING, *_COMMON),
+}
+
+
+def from_goat_peft(
+    folder: str | Path,
+    *,
+    base_model: nn.Module | None = None,
+    scaling: str | float | None = None,
+    eta: float = 1.0,
+    rho: float = 10.0,
+    allow_pickle: bool = False,
+) -> ConvertedAdapter:
+    """An adapter of the public code (github.com/Facico/GOAT-PEFT), whose folder lacks part of what it computes with.
+
+    Its file has ``lora_A.<i>.weight`` [D, N], ``lora_B.<i>.weight`` [M, D] and ``lora_gating.weight`` [E, N] for each
+    module, and the experts once more below ``moe_layer``. The weights that it ran on, W0 - init_cof s B0 A0 from an SVD
+    of W0, it does not have; the SVD is run again here. Over a half-precision base the public code rounded that
+    difference, and this package does not.
+
+    Args:
+        folder: the adapter.
+        base_model: the pretrained model, unchanged; needed for every init_type with an SVD.
+        scaling: s, if the code's environment or version set it: "lora", "rslora", "goat" or a number. Needed for
+            init_type goat and goat_mini, whose rule was alpha / D at commit ef4d21a and Thm 3.5's at a later one.
+        eta: ETA of the training's environment, in the "goat" scaling.
+        rho: of the training; 10 in the public code.
+        allow_pickle: read an ``adapter_model.bin``.
+
+    Raises:
+        ValueError: something is missing, of another layout, or of a kind that the public code cannot run.
+    """
+    source = read_checkpoint(folder, allow_pickle=allow_pickle)
+    fields = source.fields
+    if fields.get("peft_type") != "GOAT" or "init_type" not in fields:
+        raise ValueError(f"{str(folder)!r} is no adapter of GOAT-PEFT: its configuration has no init_type")
+    E, init_type, r = fields["num_experts"], fields["init_type"], fields["r"]
+    modules, others = _grouped(source, r"((?:moe_layer\.experts\.\d+\.)?lora_[AB](?:\.\d+)?|lora_gating)\.weight")
+    experts = {name: _experts(name, tensors, E) for name, tensors in modules.items()}
+    changing = _CHANGING.get(init_type)
+    if changing is None and any(word in init_type for word in ("pissa", "milora", "goat", "svd", "hydralora")):
+        raise ValueError(
+            f"init_type={init_type!r} is not one that the public code can run, so no file can come from it"
+        )
+    D = r // E
+    if (r % E and changing in ("pissa", "milora", "pissa_milora")) or (changing == "pissa_milora" and r % 2):
+        raise ValueError(f"r={r} with init_type={init_type!r} and num_experts={E} subtracts other ranks than it trains")
+    if changing is not None and base_model is None:
+        raise ValueError(
+            f"base_model is needed: init_type={init_type!r} subtracted singular triples of W0 from the base"
+        )
+    config = GoatConfig(
+        r=E * D,
+        num_experts=E,
+        top_k=fields["top_k"],
+        **_official_scaling(fields, scaling, eta),
+        rho=rho,
+        init=changing or "lora",
+        residual_coefficient=fields["init_cof"] if changing else None,
+        bias=fields.get("bias", "none"),
+        target_modules=sorted(modules),  # it skips modules smaller than r in silence
+        modules_to_save=fields.get("modules_to_save"),
+        **{name: fields[name] for name in _COMMON if name in fields},
+    )
+    tensors = dict(others)
+    for name, (lora_A, lora_B, router) in experts.items():
+        if lora_A.shape[0] != E * D:
+            raise ValueError(f"{name}: lora_A has {lora_A.shape[0]} rows, but r={r} and num_experts={E} give {E * D}")
+        residual = None
+        if changing is not None:
+            weight = _weight(base_model, name, lora_B.shape[0], lora_A.shape[1])
+            residual = initialise_adapter(weight, config.settings(name), name=name).residual
+        _put(tensors, name, lora_A, lora_B, router, residual)
+    return _finished(config, tensors, modules, base_model)
+
+
+def from_lora(
+    folder: str | Path,
+    *,
+    base_model: nn.Module | None = None,
+    initial_adapter: str | Path | None = None,
+    on_residual_base: bool = False,
+    allow_pickle: bool = False,
+) -> ConvertedAdapter:
+    """A LoRA adapter of PEFT as E = 1, K = 1: alpha, rslora, the patterns, targets and modules_to_save are kept.
+
+    An adapter whose initialisation changed the base (PiSSA and its like, saved without PEFT's conversion) needs one of
+    the last three arguments; W_res = s B0 A0 becomes the frozen pair.
+
+    Args:
+        folder: the adapter.
+        base_model: W0. With PiSSA's full SVD the initial pair is computed from it once more.
+        initial_adapter: the adapter as it was saved before training: exact, and the only way for a randomised SVD.
+        on_residual_base: the adapter will be used on the changed base itself, so nothing is subtracted.
+        allow_pickle: read an ``adapter_model.bin``.
+
+    Raises:
+        ValueError: not a LoRA, a variant that computes something else (DoRA, ...), or missing information.
+    """
+    source = read_checkpoint(folder, allow_pickle=allow_pickle)
+    lora = _lora_config(source)
+    modules, others = _grouped(source, r"(lora_[AB])\.weight")
+    initial = lora.init_lora_weights
+    changed = initial not in _HARMLESS and not on_residual_base
+    if changed and initial_adapter is None and (initial != "pissa" or base_model is None):
+        exact = "base_model (W0), " if initial == "pissa" else ""
+        raise ValueError(
+            f"init_lora_weights={initial!r} changed the base weights, and the file does not say by how much. Needed is "
+            f"one of: {exact}initial_adapter (the adapter saved before training), or on_residual_base=True "
+            "(--residual-base) if it is to run on the changed base itself"
+        )
+    before = read_checkpoint(initial_adapter, allow_pickle=allow_pickle).tensors if initial_adapter else None
+    has_residual = changed or before is not None
+    config = GoatConfig(
+        r=lora.r,
+        num_experts=1,
+        top_k=1,
+        scaling="rslora" if lora.use_rslora else "lora",
+        lora_alpha=lora.lora_alpha,
+        init="pissa" if has_residual else "lora",
+        rho=1.0,
+        residual_coefficient=1.0 if has_residual else None,
+        balance_coefficient=0.0,
+        bias=lora.bias,
+        target_modules=lora.target_modules,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        **{name: getattr(lora, name) for name in (*_TARGETING, *_COMMON)},
+    )
+    tensors = dict(others)
+    for name, parts in modules.items():
+        if parts.keys() != {"lora_A", "lora_B"}:
+            raise ValueError(f"{name} has {', '.join(sorted(parts))} alone; lora_A and lora_B are needed")
+        lora_A, lora_B = wide(parts["lora_A"]), wide(parts["lora_B"])
+        settings = config.settings(name)
+        if lora_A.ndim != 2 or lora_A.shape[0] != settings.r or lora_B.shape[1:] != (settings.r,):
+            raise ValueError(
+                f"{name}: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} do not have the rank "
+                f"{settings.r} that r and rank_pattern give; GOAT adapts linear layers alone"
+            )
+        residual = None
+        if before is not None:
+            s = settings.lora_alpha / (math.sqrt(settings.r) if lora.use_rslora else settings.r)
+            residual = tuple(wide(_initial(before, name, part)) for part in ("lora_A", "lora_B"))
+            residual = (residual[0], s * residual[1])
+            if residual[0].shape != lora_A.shape:
+                raise ValueError(f"initial_adapter has another rank on {name}: {list(residual[0].shape)}")
+        elif changed:
+            weight = _weight(base_model, name, lora_B.shape[0], lora_A.shape[1])
+            residual = initialise_adapter(weight, settings, name=name).residual
+        _put(tensors, name, lora_A, lora_B, torch.zeros(1, lora_A.shape[1], dtype=lora_A.dtype), residual)
+    # A fingerprint of W0 would be wrong beside an adapter that wants the changed base.
+    return _finished(config, tensors, modules, None if on_residual_base else base_model)
+
+
+def _lora_config(source: Checkpoint) -> LoraConfig:
+    if source.fields.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{str(source.folder)!r} is a {source.fields.get('peft_type')!r} adapter; a LORA one is needed"
+        )
+    names = {field.name for field in dataclasses.fields(LoraConfig)}
+    default = LoraConfig()
+    for name, value in source.fields.items():
+        changed = bool(value) if name not in names else value != getattr(default, name)
+        if name not in _LORA_FIELDS and changed:
+            raise ValueError(
+                f"{name}={value!r} makes the adapter compute what a plain LoRA does not; it cannot be converted"
+            )
+    lora = LoraConfig(**{name: value for name, value in source.fields.items() if name in names - {"runtime_config"}})
+    for key in source.tensors:
+        if ".lora_A." in key and not check_target_module_exists(lora, key.removeprefix(PREFIX).split(".lora_A.")[0]):
+            raise ValueError(f"{key} is in the file, but target_modules={lora.target_modules!r} do not name its module")
+    return lora
+
+
+def _grouped(source: Checkpoint, pattern: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """(module -> name -> tensor of the low-rank pair, all other tensors: biases and modules_to_save)."""
+    modules, others = {}, {}
+    for key, tensor in source.tensors.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)\.{pattern}", key)
+        if match:
+            modules.setdefault(match[1], {})[match[2]] = tensor
+        elif "lora_" in key:
+            raise ValueError(f"{key} is not part of a plain low-rank pair of a linear layer; it cannot be converted")
+        else:
+            others[key] = tensor
+    if not modules:
+        raise ValueError(f"{str(source.folder)!r} has no low-rank pair whose key begins with {PREFIX!r}")
+    return modules, others
+
+
+def _experts(name: str, parts: dict[str, Tensor], E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(lora_A [R, N], lora_B [M, R], router [E, N]) of one module of GOAT-PEFT, per expert or stacked."""
+    parts = dict(parts)
+    for i in range(E):
+        for letter in "AB":
+            copy = parts.pop(f"moe_layer.experts.{i}.lora_{letter}", None)
+            if copy is not None and not torch.equal(copy, parts.setdefault(f"lora_{letter}.{i}", copy)):
+                raise ValueError(f"{name}: lora_{letter}.{i} and its copy below moe_layer differ; the file was changed")
+    needed = {"lora_gating", *(f"lora_{letter}.{i}" for letter in "AB" for i in range(E))}
+    if parts.keys() == {"lora_gating", "lora_A", "lora_B"}:
+        return wide(parts["lora_A"]), wide(parts["lora_B"]), wide(parts["lora_gating"])
+    if parts.keys() != needed:
+        odd = ", ".join(sorted(parts.keys() ^ needed))
+        raise ValueError(
+            f"{name}: num_experts={E} needs lora_A.<i>, lora_B.<i> and lora_gating; missing or unknown: {odd}"
+        )
+    lora_A = torch.cat([wide(parts[f"lora_A.{i}"]) for i in range(E)])
+    lora_B = torch.cat([wide(parts[f"lora_B.{i}"]) for i in range(E)], dim=1)
+    return lora_A, lora_B, wide(parts["lora_gating"])
+
+
+def _official_scaling(fields: dict, scaling: str | float | None, eta: float) -> dict:
+    init_type = fields["init_type"]
+    if scaling is None:
+        if init_type in ("goat", "goat_mini"):
+            raise ValueError(
+                f"scaling is needed: the file does not say it, and for init_type={init_type!r} it was alpha / D at "
+                "commit ef4d21a of the public code ('lora') and sqrt(3 eta N / D) at a later one ('goat')"
+            )
+        scaling = "goat" if "scale" in init_type else 2.0 if init_type == "pissa" else "lora"
+        scaling = "rslora" if scaling == "lora" and "rs" in init_type else scaling
+    values = {"scaling": scaling}
+    if scaling in ("lora", "rslora"):
+        values["lora_alpha"] = fields["lora_alpha"]
+    return values | ({"eta": eta} if scaling == "goat" else {})
+
+
+def _weight(base_model: nn.Module, name: str, M: int, N: int) -> Tensor:
+    try:
+        base = base_model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"base_model ({type(base_model).__name__}) has no module {name}, which the adapter adapts"
+        ) from None
+    check_base_layer(base, name)
+    weight = pretrained_weight(base, name)
+    if tuple(weight.shape) != (M, N):
+        raise ValueError(f"base_model: the weight of {name} is {list(weight.shape)}, and the adapter needs [{M}, {N}]")
+    return weight
+
+
+def _initial(before: dict[str, Tensor], name: str, part: str) -> Tensor:
+    for prefix in (PREFIX, ""):
+        if f"{prefix}{name}.{part}.weight" in before:
+            return before[f"{prefix}{name}.{part}.weight"]
+    raise ValueError(f"initial_adapter has no {part} for {name}; the adapter saved before this training is needed")
+
+
+def _put(tensors: dict, name: str, lora_A: Tensor, lora_B: Tensor, router: Tensor, residual) -> None:
+    values = {"goat_A": lora_A, "goat_B": lora_B, "goat_router": router}
+    if residual is not None:
+        values |= {"goat_residual_A": residual[0], "goat_residual_B": residual[1]}
+    tensors.update({f"{PREFIX}{name}.{key}": value for key, value in values.items()})
+
+
+def _finished(config: GoatConfig, tensors: dict, modules, base_model: nn.Module | None) -> ConvertedAdapter:
+    if base_model is not None:
+        config.base_weights = fingerprint({name: base_model.get_submodule(name) for name in modules})
+    return ConvertedAdapter(config, tensors)

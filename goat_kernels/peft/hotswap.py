@@ -1,0 +1,80 @@
+"""Another adapter's values in the place of a loaded one, the modules untouched: for serving and compiled models."""
+
+from __future__ import annotations
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+
+from goat_kernels.initialisation import adapter_scaling
+from goat_kernels.peft.config import GoatConfig
+from goat_kernels.peft.layer import GoatLinearLayer
+
+#: Settings that change what a layer computes without showing in the shapes of its tensors.
+_COMPUTING = ("num_experts", "top_k", "dropout", "residual")
+
+
+def hotswap_adapter(
+    model: PeftModel, path: str, adapter_name: str = "default", *, torch_device: str | None = None, **hub_options
+) -> None:
+    """Give the adapter ``adapter_name`` of ``model`` the values of the one saved at ``path``.
+
+    PEFT's function of this name takes plain LoRA alone. As there, the new adapter must adapt the same modules in the
+    same way; its tensors are copied into the old one's, so a compiled model and a captured CUDA graph stay valid. All
+    checks come first: a refused adapter leaves the model as it was. The balance coefficient stays the model's.
+
+    Args:
+        model: with a GOAT adapter of that name.
+        path: a folder or hub id with a saved GOAT adapter.
+        adapter_name: the adapter to replace; the name stays.
+        torch_device: where the file is read to; None for the default device.
+        hub_options: ``revision``, ``token``, ``subfolder``, ``cache_dir`` for a hub id.
+
+    Raises:
+        ValueError: no such adapter in the model, another method at ``path``, or an adapter that computes in another
+            way: other modules, shapes, experts, top_k, dropout, scaling or residual. The message names them.
+    """
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"adapter_name={adapter_name!r} is not in the model, which has {', '.join(model.peft_config)}")
+    if not isinstance(model.peft_config[adapter_name], GoatConfig):
+        kind = type(model.peft_config[adapter_name]).__name__
+        raise ValueError(f"adapter_name={adapter_name!r} is a {kind} adapter; GOAT's hotswap_adapter needs a GOAT one")
+    config = GoatConfig.from_pretrained(path, **hub_options)  # checks the weights beside it
+    if not isinstance(config, GoatConfig):
+        raise ValueError(f"path={path!r} holds a {type(config).__name__} adapter; a GOAT one is needed")
+    config.other_base = model.peft_config[adapter_name].other_base
+    for layer in model.modules():
+        if isinstance(layer, GoatLinearLayer) and adapter_name in layer.settings:
+            _check_computes_alike(layer, adapter_name, config, path)
+    state = load_peft_weights(path, device=torch_device, **hub_options)
+    _check_tensors_alike(get_peft_model_state_dict(model, adapter_name=adapter_name), state, path)
+    set_peft_model_state_dict(model, state, adapter_name=adapter_name)
+
+
+def _check_computes_alike(layer: GoatLinearLayer, adapter_name: str, config: GoatConfig, path: str) -> None:
+    old, new = layer.settings[adapter_name], config.settings(layer.name)
+    differing = {name: (getattr(old, name), getattr(new, name)) for name in _COMPUTING}
+    if not (old.per_expert_scaling and new.per_expert_scaling):
+        differing["scaling"] = tuple(_scaling(settings, layer) for settings in (old, new))
+    for name, (found, needed) in differing.items():
+        if found != needed:
+            raise ValueError(
+                f"path={path!r} cannot replace adapter {adapter_name!r} in place: on {layer.name} it has "
+                f"{name}={needed!r} where the loaded one has {found!r}; load it with load_adapter() instead"
+            )
+
+
+def _scaling(settings, layer: nn.Module) -> float | str:
+    return settings.scaling if settings.per_expert_scaling else adapter_scaling(settings, layer.in_features, None)
+
+
+def _check_tensors_alike(old: dict[str, Tensor], new: dict[str, Tensor], path: str) -> None:
+    instead = "; load it with load_adapter() instead"
+    if missing := sorted(old.keys() - new.keys()):
+        raise ValueError(f"path={path!r} lacks {missing[0]} ({len(missing)} tensors in all){instead}")
+    if unknown := sorted(new.keys() - old.keys()):
+        raise ValueError(f"path={path!r} has {unknown[0]} ({len(unknown)} tensors), which the model lacks{instead}")
+    for name, tensor in old.items():
+        if tensor.shape != new[name].shape:
+            found, needed = list(new[name].shape), list(tensor.shape)
+            raise ValueError(f"path={path!r} has {name} of shape {found}; {needed} is needed{instead}")
