@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from goat_kernels.training.balance import attach_balance_scale, balance_scales, detach_balance_scale
+from goat_kernels.training.report import RouterReport, router_report
 from goat_kernels.training.statistics import RouterStatistics, router_statistics
 
 if TYPE_CHECKING:
@@ -10,10 +11,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GoatCallback",
+    "RouterReport",
     "RouterStatistics",
     "attach_balance_scale",
     "balance_scales",
     "detach_balance_scale",
+    "router_report",
     "router_statistics",
 ]
 

@@ -7,7 +7,8 @@ it: an identity on ``outputs.loss`` whose backward receives exactly that factor,
 
     forward pre-hook    scale <- default (1, or what GoatCallback sets for trainers that compute their own loss)
     forward hook        outputs.loss <- identity(outputs.loss), a copy, since trainers edit the loss in place
-    backward            scale <- the gradient that the identity receives * the batch's share (below)
+    backward            scale <- the gradient that the identity receives * the batch's share (below); a gradient of
+                        zero is that of a loss that the trainer did not use, and leaves the default
     each layer          reads the scale
 
 Share: where a trainer hands ``num_items_in_batch`` to the model, the loss is a sum over tokens divided by the tokens
@@ -163,9 +164,12 @@ def _tap_forward(loss, scales, share):
 
 
 def _publish(gradient, scales, share):
+    # A loss that nobody used has a gradient of zero where something between it and the caller fills in what is
+    # missing: DistributedDataParallel looking for unused parameters, a compiled graph. The default then stands.
+    unused = gradient == 0
     value = gradient if share is None else gradient * share
     for scale in scales:
-        scale.data.copy_(value)
+        scale.data.copy_(torch.where(unused.to(scale.device), scale, value.to(scale)))
 
 
 def _setup(ctx, inputs, output):

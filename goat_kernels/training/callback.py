@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from goat_kernels.training.balance import balance_scales
-from goat_kernels.training.statistics import router_statistics
+from goat_kernels.training.statistics import RouterStatistics, router_statistics
 
 
 class GoatCallback(TrainerCallback):
     """Logs the balance loss and the experts' load, and scales the balance loss where the trainer's loss is not seen.
 
     ``transformers.Trainer`` needs it only for the logs. A trainer that computes its loss outside the model (TRL's
-    ``SFTTrainer``) needs it whenever it accumulates gradients: the balance loss is then scaled by
-    1 / gradient_accumulation_steps. Its last, incomplete accumulation of an epoch is scaled the same.
+    ``SFTTrainer``; label smoothing; ``compute_loss_func``) needs it whenever it accumulates gradients or scales its
+    loss for float16: the balance loss of each batch then counts as 1 / (batches that this step accumulates), times the
+    loss scale.
 
-    Each log entry gains ``goat/balance_loss`` (mean over the layers; K when the load is even), ``goat/load_max`` and
-    ``goat/load_min`` (the most and least used expert of any layer, as a share of an even load: 1 is even).
+    Each log entry of a training step gains, in ``state.log_history`` and wherever ``report_to`` sends the logs:
+
+    - ``goat/balance_loss``: mean over the layers; K when the load is even
+    - ``goat/load_entropy``: mean over the layers, of the load's entropy over ln E: 1 when even
+    - ``goat/load_max``, ``goat/load_min``: the most and least used expert of any layer, over an even load: 1 is even
+    - ``goat/<layer>/balance_loss``, ``goat/<layer>/load_entropy`` and, for each expert, ``goat/<layer>/load_<i>``, the
+      share of tokens that used it. The console does not print these.
+
+    They describe the last batch before the log, on this process. To have its entries in the logs before TensorBoard's,
+    wandb's and the like read them, the callback puts itself in front of the trainer's callbacks, and those that print
+    behind all others.
+
+    Args:
+        per_layer: whether to log the entries of each layer. They are E + 2 numbers per layer and log, which Trainer
+            also writes into ``trainer_state.json`` with every checkpoint.
 
     Attributes:
-        history: one dict per logged training step: ``step``, the three numbers above without the prefix, and
-            ``load_by_layer``, the share of tokens per expert by layer name.
+        history: one dict per logged training step: ``step``, the four numbers without the prefix, and by layer name
+            ``load_by_layer``, the share of tokens per expert, ``balance_loss_by_layer`` and ``load_entropy_by_layer``.
+
+    Raises:
+        TypeError: ``per_layer`` is not a bool.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, per_layer: bool = True) -> None:
+        if not isinstance(per_layer, bool):
+            raise TypeError(f"per_layer must be True or False, got {per_layer!r}")
+        self.per_layer = per_layer
         self.history: list[dict] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        for scale in balance_scales(model):
-            scale.default = 1 / args.gradient_accumulation_steps
+        _log_before_others(self)
+        _set_default(model, 1 / args.gradient_accumulation_steps)
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs) -> None:
+        batches = _accumulated_batches(args.gradient_accumulation_steps, state.global_step, train_dataloader)
+        _set_default(model, _loss_scale(optimizer) / batches)
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        for scale in balance_scales(model):
-            scale.default = 1.0
+        _set_default(model, 1.0)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
         if logs is None or "loss" not in logs:  # evaluation and the closing summary
@@ -40,26 +67,107 @@ class GoatCallback(TrainerCallback):
         statistics = router_statistics(model)
         if not statistics:
             return
-        even = [_relative_to_even(layer.load) for layer in statistics.values()]
-        summary = {
-            "balance_loss": sum(layer.balance_loss for layer in statistics.values()) / len(statistics),
-            "load_max": max(max(layer) for layer in even),
-            "load_min": min(min(layer) for layer in even),
-        }
+        summary = _summary(statistics)
         self.history.append(
             {
                 "step": state.global_step,
                 **summary,
                 "load_by_layer": {name: layer.load for name, layer in statistics.items()},
+                "balance_loss_by_layer": {name: layer.balance_loss for name, layer in statistics.items()},
+                "load_entropy_by_layer": {name: layer.load_entropy for name, layer in statistics.items()},
             }
         )
-        # The trainer has already copied `logs` into its history; callbacks after this one read `logs` itself.
         entries = {f"goat/{name}": value for name, value in summary.items()}
+        if self.per_layer:
+            entries |= _layer_entries(statistics)
+        # The trainer has already copied `logs` into its history; callbacks after this one read `logs` itself.
         logs.update(entries)
         if state.log_history:
             state.log_history[-1].update(entries)
 
 
-def _relative_to_even(load: tuple[float, ...]) -> list[float]:
-    total = sum(load) or 1.0  # a batch without tokens has no load
-    return [share * len(load) / total for share in load]
+class _ShortConsole(TrainerCallback):
+    """Takes the layers' entries out of the logs before they are printed: thousands of numbers for a large model."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        for name in [name for name in logs or () if name.startswith("goat/") and name.count("/") > 1]:
+            del logs[name]
+
+
+def _summary(statistics: dict[str, RouterStatistics]) -> dict[str, float]:
+    layers = statistics.values()
+    return {
+        "balance_loss": sum(layer.balance_loss for layer in layers) / len(layers),
+        "load_entropy": sum(layer.load_entropy for layer in layers) / len(layers),
+        "load_max": max(max(layer.relative_load) for layer in layers),
+        "load_min": min(min(layer.relative_load) for layer in layers),
+    }
+
+
+def _layer_entries(statistics: dict[str, RouterStatistics]) -> dict[str, float]:
+    entries = {}
+    for name, layer in statistics.items():
+        entries[f"goat/{name}/balance_loss"] = layer.balance_loss
+        entries[f"goat/{name}/load_entropy"] = layer.load_entropy
+        entries |= {f"goat/{name}/load_{expert}": share for expert, share in enumerate(layer.load)}
+    return entries
+
+
+# --- the scale of trainers that compute their own loss ------------------------------------------------------------
+
+
+def _set_default(model, value: float) -> None:
+    for scale in balance_scales(model):
+        scale.default = value
+
+
+def _loss_scale(optimizer) -> float:
+    """What accelerate multiplies the loss by for float16; 1 without a gradient scaler."""
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler.get_scale() if scaler is not None else 1.0
+
+
+def _accumulated_batches(steps: int, global_step: int, dataloader) -> int:
+    """How many batches the step about to begin accumulates: fewer than ``steps`` where an epoch ends."""
+    try:
+        batches = len(dataloader)
+    except TypeError:  # an iterable data set has no length
+        return steps
+    updates = max(1, math.ceil(batches / steps))
+    last = global_step % updates == updates - 1
+    return max(1, batches - (updates - 1) * steps) if last else steps
+
+
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+def _log_before_others(callback: GoatCallback) -> None:
+    """Order the trainer's callbacks: ``callback``, the others, and last those that print.
+
+    Trainer's own callbacks, which write the logs to ``report_to``, come before the user's, so they would read the logs
+    before ``callback`` adds to them. A new list, since Trainer is going through the present one.
+    """
+    handler = _handler_that_calls(callback)
+    if handler is None:
+        return
+    others = [c for c in handler.callbacks if c is not callback and not isinstance(c, _ShortConsole)]
+    console = [c for c in others if _prints(c)]
+    others = [c for c in others if not _prints(c)]
+    handler.callbacks = [callback, *others, _ShortConsole(), *console]
+
+
+def _prints(callback: TrainerCallback) -> bool:
+    # The notebook's needs IPython to import, so it is known by where it comes from.
+    in_notebook = type(callback).__module__ == "transformers.utils.notebook"
+    return in_notebook or isinstance(callback, PrinterCallback | ProgressCallback)
+
+
+def _handler_that_calls(callback: GoatCallback) -> CallbackHandler | None:
+    """The trainer's list of callbacks, found among the callers: Trainer hands callbacks no way to it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler) and any(c is callback for c in caller.callbacks):
+            return caller
+        frame = frame.f_back
+    return None

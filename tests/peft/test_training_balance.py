@@ -132,6 +132,22 @@ def test_compiled(parts, monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_that_is_not_used(compiled, monkeypatch):
+    """The model returns a loss, the caller takes its own; a graph then reports a zero gradient for the model's."""
+    model = goat_model("llama")
+    with written_out(monkeypatch) as losses:
+        (model(**batch("llama")).logits.square().mean() + sum(losses)).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    outputs = step(**batch("llama"))
+    assert outputs.loss.requires_grad
+    outputs.logits.square().mean().backward()
+    assert_equal_gradients(gradients(model), expected)
+    torch._dynamo.reset()
+
+
 # --- trainers -----------------------------------------------------------------------------------------------------
 
 
