@@ -516,10 +516,11 @@ def audited(target: Target | None = None, observer: Audit | None = None) -> Iter
 
 @contextlib.contextmanager
 def forced_tiles(tiles: dict[str, Tile]) -> Iterator[None]:
-    """These tiles for these kernels, whatever the table says."""
+    """These tiles for these kernels, aligned or not, whatever the table says."""
     with contextlib.ExitStack() as stack:
         for kernel, tile in tiles.items():
-            stack.enter_context(forced_tile(kernel, tile))
+            for variant in (kernel, f"{kernel}.unaligned"):
+                stack.enter_context(forced_tile(variant, tile))
         yield
 
 

@@ -167,15 +167,22 @@ def _multiplies(launch: Launch) -> bool:
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack, which is where spilled registers go) from a cubin."""
+    """(registers, bytes of the stack that spilled registers go to) from a cubin.
+
+    The assembler often reserves 8 or 16 bytes of stack that no instruction touches; those are not spilled.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [str(cuobjdump), "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return int(found.group(1)), int(found.group(2))
+        found = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("--dump-resource-usage", path))
+        registers, stack = int(found.group(1)), int(found.group(2))
+        is_touched = stack and re.search(r"\b(LDL|STL)\b", _cuobjdump("--dump-sass", path))
+    return registers, stack if is_touched else 0
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    command = [str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"), option, str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:

@@ -49,7 +49,13 @@ INTERPRETER_TARGET = KNOWN_TARGETS["sm_90"]
 
 
 #: Kernels whose programs divide the tokens and nothing else, so that low tiles are what fills the GPU with few tokens.
-_DIVIDE_TOKENS_ALONE = ("fused_forward", "fused_forward.dropout", "fused_hidden_gradient", "dropped_hidden")
+_DIVIDE_TOKENS_ALONE = (
+    "fused_forward",
+    "fused_forward.dropout",
+    "fused_forward.unaligned",
+    "fused_hidden_gradient",
+    "dropped_hidden",
+)
 
 
 #: Kernels whose programs hold a block of the hidden columns, of ``Tile.rank``.

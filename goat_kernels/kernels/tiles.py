@@ -42,8 +42,9 @@ class Entry:
     Of tiles with the same rows, the first that is valid counts: the others are for GPUs with less shared memory.
 
     Attributes:
-        kernel: its function's name, with ".dropout" where dropout makes another kernel of it, and ".alone" where it
-            writes nothing of y.
+        kernel: its function's name, with ".dropout" where dropout makes another kernel of it, ".alone" where it
+            writes nothing of y, and ".unaligned" where rows of half-precision x or y do not begin at multiples
+            of 16 elements, so that their addresses take more registers.
         width: bytes of an element of x: 2 or 4.
         max_columns: the most hidden columns it serves.
         tiles: candidates.
@@ -83,6 +84,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_forward", 2, 128, _tall_to_low(64, 8, 3, (64, 32, 16))),
     Entry("fused_forward", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
     Entry("fused_forward", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
+    Entry("fused_forward.unaligned", 2, 128, _tall_to_low(64, 8, 3, (32, 16))),
     Entry("fused_forward.dropout", 2, 128, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_forward.dropout", 4, 64, _tall_to_low(32, 4, 2, (16,))),
     Entry("fused_forward.dropout", 4, 128, _tall_to_low(32, 8, 2, (16,))),
@@ -92,8 +94,8 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_hidden_gradient", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
     Entry("fused_hidden_gradient", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
     # Products in rank blocks and splits.
-    Entry("project", 2, 96, _tall_to_low(64, 8, 3, (64, 32, 16), rank=64), family="sm100"),
-    Entry("project", 2, 96, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64) + _SMALL_PROJECT),
+    Entry("project", 2, _ANY, _tall_to_low(64, 8, 3, (64, 32, 16), rank=64) + _SMALL_PROJECT, family="sm100"),
+    Entry("project", 2, 96, _tall_to_low(64, 8, 3, (64, 32, 16), rank=64) + _SMALL_PROJECT),
     Entry("project", 2, _ANY, _PROJECT + _SMALL_PROJECT),
     Entry("project", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=32)),
     Entry("dropped_hidden", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32), rank=64)),
@@ -103,6 +105,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("route_and_prefill", 2, 256, _tall_to_low(32, 8, 1, (16,))),
     Entry("route_and_prefill", 4, 128, _tall_to_low(32, 8, 1, (32, 16))),
     Entry("route_and_prefill", 4, 256, _tall_to_low(16, 8, 1, (16,))),
+    Entry("route_and_prefill.alone", 2, 128, _tall_to_low(16, 8, 1, (32, 16)), family="sm80"),
     *(
         entry
         for width in (2, 4)
@@ -119,19 +122,21 @@ TABLE: tuple[Entry, ...] = (
     # Sums over tokens: `rows` tokens a step, `columns` features and `rank` hidden columns a program.
     Entry("weight_gradient", 2, 32, _tall_to_low(128, 8, 3, (64,), rank=32), family="sm100"),
     Entry("weight_gradient", 2, 32, _tall_to_low(128, 4, 3, (64,), rank=32)),
+    Entry("weight_gradient", 2, 64, _tall_to_low(128, 8, 3, (64,), rank=64), family="sm100"),
     Entry("weight_gradient", 2, 64, _tall_to_low(128, 4, 3, (64,), rank=64)),
     Entry("weight_gradient", 2, _ANY, _tall_to_low(128, 8, 3, (64,), rank=128)),
     Entry("weight_gradient", 4, 64, _tall_to_low(64, 8, 3, (16,), rank=32)),
     Entry("weight_gradient", 4, _ANY, _tall_to_low(32, 4, 3, (16,), rank=32)),
     Entry("weight_gradient.dropout", 2, _ANY, _tall_to_low(64, 4, 2, (32,), rank=32)),
     Entry("weight_gradient.dropout", 4, 16, _tall_to_low(32, 8, 2, (16,), rank=32)),
-    Entry("weight_gradient.dropout", 4, _ANY, _tall_to_low(32, 8, 2, (32,), rank=32)),
+    Entry("weight_gradient.dropout", 4, _ANY, _tall_to_low(32, 4, 2, (32,), rank=32)),
     # dX and the staged y: `rows` tokens stay, the walk is over `columns` features a step.
     Entry("expand_columns", 2, 64, _tall_to_low(128, 4, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns", 2, _ANY, _EXPAND + _SMALL_EXPAND),
     Entry("expand_columns", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=16)),
-    Entry("expand_columns.dropout", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
-    Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(64, 8, 2, (16,), rank=16)),
+    Entry("expand_columns.dropout", 2, 96, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns.dropout", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=32)),
+    Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(32, 8, 2, (16,), rank=32)),
 )
 
 

@@ -86,7 +86,7 @@ def run(
     packed = pack(adapter, x_TN)
     matrices = operands(adapter, packed)
     widths = Widths.of(adapter)
-    tile = _fused_tile(T, widths, adapter, x_TN.dtype.itemsize, target)
+    tile = _fused_tile(x_TN, y_TM, widths, adapter, target)
     if tile is not None:
         _fused(tile, x_TN, adapter, widths, matrices, bias_M, base_output_TM, y_TM, kept)
     else:
@@ -95,13 +95,18 @@ def run(
     return y_TM, kept.balance_loss, routing
 
 
-def _fused_tile(T: int, widths: Widths, adapter: Adapter, width: int, target: Target) -> Tile | None:
+def _fused_tile(x_TN: Tensor, y_TM: Tensor, widths: Widths, adapter: Adapter, target: Target) -> Tile | None:
     """The fused kernel's tile, or None where it does not serve or would leave more than half of the GPU idle."""
+    (T, N), M, width = x_TN.shape, y_TM.shape[1], x_TN.dtype.itemsize
     slots = adapter.top_k if adapter.seed is not None else 1
     if widths.E > FUSED_EXPERTS or slots > FUSED_SLOTS or (T <= FEW_TOKENS and adapter.seed is None):
         return None
     columns = widths.columns + (slots - 1) * widths.E_PAD * widths.D_PAD
-    kernel = "fused_forward" if adapter.seed is None else "fused_forward.dropout"
+    kernel = "fused_forward"
+    if adapter.seed is not None:
+        kernel += ".dropout"
+    elif width == 2 and (N % 16 or M % 16 or x_TN.stride(0) % 16):
+        kernel += ".unaligned"
     tile = find_tile(kernel, columns, width, target, T)
     if tile is None or (adapter.seed is None and 2 * blocks(T, tile.rows) < target.multiprocessors):
         return None
