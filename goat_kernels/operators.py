@@ -81,7 +81,7 @@ def run_forward(
         weight, residual_A, residual_B = _fold_if_cheaper(passes, x_TN, weight, residual_A, residual_B)
         adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
         base_output_TM = None if base_output is None else base_output.reshape(-1, base_output.shape[-1])
-        y_TM, balance_loss, routing = passes.prefill(x_TN, adapter, bias, base_output_TM)
+        y_TM, balance_loss, routing = passes.call(_prefill, x_TN, adapter, bias, base_output_TM)
         if weight is not None:
             torch.addmm(y_TM, x_TN, weight.t(), out=y_TM)
         # Not a view for autograd's eyes (as in torch's own linear), so that the caller may modify y in place.
@@ -95,6 +95,12 @@ def run_forward(
             routing.probs_ET,
             routing.packed,
         )
+
+
+def _prefill(
+    passes: Passes, x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
+) -> tuple[Tensor, Tensor, Routing]:
+    return passes.prefill(x_TN, adapter, bias_M, base_output_TM)
 
 
 def run_backward(
@@ -145,30 +151,62 @@ def run_backward(
                     injected = balance_scale.to(gate.dtype) * balance_coefficient
                 grad_balance = injected if grad_balance is None else grad_balance + injected
 
-        # Passes over dY first, then over dX, then over x: each is still in the cache when it is needed again.
-        gradients: dict[str, Tensor] = {}
-        if needs_x or needs_A or needs_router:
-            hidden_gradient = passes.hidden_gradient(
-                grad_y_TM, grad_balance, adapter, routing, with_residual=needs_x, needs_B=needs_B
-            )
-            if hidden_gradient.lora_B is not None:
-                gradients["lora_B"] = hidden_gradient.lora_B
-        if needs_B and "lora_B" not in gradients:
-            gradients["lora_B"] = passes.lora_B_gradient(grad_y_TM, adapter, routing)
+        gradients: dict[str, Tensor | None] = {}
         if needs_bias:
             gradients["bias"] = grad_y_TM.sum(dim=0)
-        if needs_x:
-            grad_x_TN = passes.input_prefill(adapter, routing, hidden_gradient)
+        if needs_weight:
+            gradients["weight"] = grad_y_TM.t() @ x_TN
+        grad_x_TN, gradients["lora_A"], gradients["lora_B"], gradients["router"] = passes.call(
+            _adapter_gradients,
+            x_TN,
+            grad_y_TM,
+            grad_balance,
+            adapter,
+            routing,
+            needs_x=needs_x,
+            needs_A=needs_A,
+            needs_B=needs_B,
+            needs_router=needs_router,
+        )
+        if grad_x_TN is not None:
             if weight is not None and grad_y is not None:
                 torch.addmm(grad_x_TN, grad_y_TM, weight, out=grad_x_TN)
             gradients["x"] = grad_x_TN.view(x.shape)
-        if needs_weight:
-            gradients["weight"] = grad_y_TM.t() @ x_TN
-        if needs_A or needs_router:
-            gradients["lora_A"], gradients["router"] = passes.lora_A_router_gradient(
-                x_TN, adapter, routing, hidden_gradient, needs_A=needs_A, needs_router=needs_router
-            )
         return [gradients[name] for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
+
+
+def _adapter_gradients(
+    passes: Passes,
+    x_TN: Tensor,
+    grad_y_TM: Tensor,
+    grad_balance: Tensor | float | None,
+    adapter: Adapter,
+    routing: Routing,
+    *,
+    needs_x: bool,
+    needs_A: bool,
+    needs_B: bool,
+    needs_router: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dX0 [T, N], onto which dY W accumulates, and the gradients of lora_A, lora_B, router; None where not needed.
+
+    dY is read first, then x; dX0 is written last, so that it is still in the cache for the base product.
+    """
+    grad_x_TN = grad_A = grad_B = grad_router = None
+    if needs_x or needs_A or needs_router:
+        hidden_gradient = passes.hidden_gradient(
+            grad_y_TM, grad_balance, adapter, routing, with_residual=needs_x, needs_B=needs_B
+        )
+        grad_B = hidden_gradient.lora_B
+    if needs_B and grad_B is None:
+        grad_B = passes.lora_B_gradient(grad_y_TM, adapter, routing)
+    if needs_A or needs_router:
+        grad_A, grad_router = passes.lora_A_router_gradient(
+            x_TN, adapter, routing, hidden_gradient, needs_A=needs_A, needs_router=needs_router
+        )
+    if needs_x:
+        grad_x_TN = passes.input_prefill(adapter, routing, hidden_gradient)
+    return grad_x_TN, grad_A, grad_B, grad_router
 
 
 def _forward_fake(

@@ -18,7 +18,8 @@ Symbols: T tokens, N in_features, M out_features, E experts, R total rank, R' (R
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -112,6 +113,13 @@ class Backend(Protocol):
 
 class Passes(Protocol):
     """The passes, in the order in which they run; every method is deterministic and synchronises nothing."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Hashable) -> Any:
+        """``function(self, *arguments, **options)``, which strings passes together and does nothing else to a tensor.
+
+        A backend may remember what that did and repeat it for arguments of the same shapes, strides, dtypes and
+        options. ``arguments``: tensors, numbers, None, and tuples of them; so is the result.
+        """
 
     def packed_numel(self, adapter: Adapter, compute: torch.dtype, T: int) -> int:
         """Elements of ``Routing.packed`` for T tokens of dtype ``compute``; looks at shapes and dtypes alone."""

@@ -12,8 +12,8 @@ precision the router takes a float32 product of its own, because a bfloat16 one 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,9 @@ class TorchHiddenGradient(NamedTuple):
 
 class TorchPasses:
     """Implements :class:`goat_kernels.backends.base.Passes` with torch calls."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Hashable) -> Any:
+        return function(self, *arguments, **options)
 
     def packed_numel(self, adapter: Adapter, compute: torch.dtype, T: int) -> int:
         return 0  # the matrices are cast where they are used

@@ -222,6 +222,11 @@ def recorded_choices() -> Iterator[list[Choice]]:
 _forced_tiles: dict[str, Tile] = {}
 
 
+def is_overridden() -> bool:
+    """Whether somebody chooses the tiles, or looks at what is asked for."""
+    return bool(_forced_tiles) or _choices is not None
+
+
 @contextlib.contextmanager
 def forced_tile(kernel: str, tile: Tile) -> Iterator[None]:
     """Choose ``tile`` for ``kernel`` whatever the problem: for tuning and for tests."""

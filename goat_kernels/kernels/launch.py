@@ -3,15 +3,19 @@
 A launch is described by a :class:`Launch` before it happens, so that others can look at it: the compile gate records
 launches and compiles them for GPUs that are not there, the traffic count runs them one by one in the interpreter, the
 tests poison what they are about to write. ``observed`` puts such an observer in place; without one a launch goes
-straight to Triton.
+straight to Triton. ``watched`` is the same for one thread: ``backends/triton_backend/plans.py`` remembers launches.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import triton
 
 from goat_kernels.kernels.tiles import Tile
 
@@ -38,13 +42,38 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__
 
-    def run(self) -> None:
-        self.kernel[self.grid](
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs it, which wants tensors where a compiled kernel takes addresses."""
+        return not isinstance(self.kernel, triton.JITFunction)
+
+    def run(self) -> Any:
+        """Launch, and return the compiled kernel; None from the interpreter."""
+        return self.kernel[self.grid](
             **self.arguments, **self.constants, num_warps=self.tile.warps, num_stages=self.tile.stages
         )
 
+    def in_order(self) -> list[Any]:
+        """Arguments and constants as the kernel lists them."""
+        given = {**self.arguments, **self.constants}
+        return [given[name] for name in self.kernel.arg_names]
+
+    def runner(self, compiled: Any) -> Callable[..., None]:
+        """``runner(*in_order)`` launches once more, with other addresses: of ``compiled``, which :meth:`run` returned,
+        without looking it up again. An address may be an integer."""
+        if self.interpreted:
+            return functools.partial(self.kernel[self.grid], num_warps=self.tile.warps, num_stages=self.tile.stages)
+        return compiled[(*self.grid, 1, 1)[:3]]
+
 
 _observer: Callable[[Launch], None] | None = None
+
+
+class _OfThread(threading.local):
+    watcher: Callable[[Launch], None] | None = None
+
+
+_of_thread = _OfThread()
 
 
 @contextlib.contextmanager
@@ -58,13 +87,29 @@ def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
         _observer = previous
 
 
+def is_observed() -> bool:
+    """Whether somebody looks at the launches of this process."""
+    return _observer is not None
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[[Launch], None]) -> Iterator[None]:
+    """As :func:`observed`, for the launches of this thread alone."""
+    previous, _of_thread.watcher = _of_thread.watcher, watcher
+    try:
+        yield
+    finally:
+        _of_thread.watcher = previous
+
+
 def launch(kernel, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any], constants: dict[str, Any]) -> None:
     """Launch ``kernel``; see :class:`Launch`. Does nothing for an empty grid."""
     if 0 in grid:
         return
     described = Launch(kernel, grid, arguments, constants, tile)
-    if _observer is not None:
-        _observer(described)
+    observer = _of_thread.watcher or _observer
+    if observer is not None:
+        observer(described)
     else:
         described.run()
 

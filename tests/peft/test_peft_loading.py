@@ -70,7 +70,7 @@ def no_svd(monkeypatch):
         ({"init": "lora"}, TENSORS - {"goat_residual_A", "goat_residual_B"}),
         ({"init_weights": False}, TENSORS),
     ],
-    ids=str,
+    ids=["path", "fold", "goat_s", "no-residual", "zero-init", "init_weights=False"],
 )
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_saved_adapter_is_complete(changes, expected, low_cpu_mem_usage, tmp_path, no_svd):

@@ -142,7 +142,7 @@ MLP = {"gate_proj", "up_proj", "down_proj"}
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, {"q_proj"}, 1),
         ({"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"}, {"q_proj"}, 1),
     ],
-    ids=str,
+    ids=["names", "default", "all-linear", "regex", "excluded", "layers", "one layer"],
 )
 def test_targets(changes, expected, count):
     layers = goat_layers(goat_llama(**changes))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from goat_kernels.backends.base import Adapter, Routing
-from goat_kernels.backends.triton_backend.expansion import NO_DROPOUT
+from goat_kernels.backends.triton_backend.expansion import NO_DROPOUT, expand
 from goat_kernels.backends.triton_backend.forward import FUSED_EXPERTS, project_columns
 from goat_kernels.backends.triton_backend.operands import (
     Widths,
@@ -125,6 +125,52 @@ def hidden_gradient(
     arguments |= {"raw_ptr": raw, "splits": raw.shape[0]}
     launch(finish_hidden_gradient, (blocks(T, tile.rows),), tile, arguments, constants | {"BT": tile.rows})
     return gradient
+
+
+def lora_B_gradient(grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
+    """``lora_B_gradient`` of :class:`goat_kernels.backends.base.Passes`."""
+    grad_MR = _contiguous_like(adapter.lora_B)
+    sum_over_tokens(grad_y_TM, adapter, routing.weighted_TR, None, grad_MR.t(), None)
+    return grad_MR
+
+
+def lora_A_router_gradient(
+    x_TN: Tensor,
+    adapter: Adapter,
+    routing: Routing,
+    gradient: TritonHiddenGradient,
+    *,
+    needs_A: bool,
+    needs_router: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``lora_A_router_gradient`` of :class:`goat_kernels.backends.base.Passes`."""
+    hidden_TR = logits_ET = grad_RN = grad_EN = None
+    if needs_A:
+        hidden_TR, grad_RN = gradient.hidden_TR, _contiguous_like(adapter.lora_A)
+    if needs_router:
+        logits_ET, grad_EN = gradient.logits_ET, _contiguous_like(adapter.router)
+    sum_over_tokens(x_TN, adapter, hidden_TR, logits_ET, grad_RN, grad_EN, gate_ET=routing.gate_ET)
+    return grad_RN, grad_EN
+
+
+def input_prefill(adapter: Adapter, routing: Routing, gradient: TritonHiddenGradient) -> Tensor:
+    """``input_prefill`` of :class:`goat_kernels.backends.base.Passes`."""
+    hidden_TR = gradient.hidden_TR
+    grad_x_TN = hidden_TR.new_empty(hidden_TR.shape[0], adapter.lora_A.shape[1])
+    matrices = operands(adapter, routing.packed)
+    expand(
+        grad_x_TN,
+        hidden_TR,
+        matrices.A,
+        gradient.residual_TR0,
+        matrices.A0,
+        experts=adapter.num_experts,
+        logits_ET=gradient.logits_ET,
+        router=matrices.router,
+        dropped=adapter if adapter.seed is not None else None,
+        gate_ET=routing.gate_ET,
+    )
+    return grad_x_TN
 
 
 def sum_over_tokens(

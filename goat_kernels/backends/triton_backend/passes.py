@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from goat_kernels.backends.base import Adapter, Routing
 from goat_kernels.backends.triton_backend import backward, forward
-from goat_kernels.backends.triton_backend.backward import TritonHiddenGradient, sum_over_tokens
-from goat_kernels.backends.triton_backend.expansion import expand
-from goat_kernels.backends.triton_backend.operands import on_device_of, operands, packed_numel
+from goat_kernels.backends.triton_backend.backward import TritonHiddenGradient
+from goat_kernels.backends.triton_backend.operands import on_device_of, packed_numel
+from goat_kernels.backends.triton_backend.plans import Plans
 
 
 class TritonPasses:
     """Implements :class:`goat_kernels.backends.base.Passes` with the kernels of ``goat_kernels/kernels``."""
+
+    def __init__(self) -> None:
+        self.plans = Plans()
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Hashable) -> Any:
+        return self.plans.run(function, self, arguments, options)
 
     def folded_weight(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> None:
         return None  # the residual's columns ride in reads that happen anyway
@@ -43,10 +52,8 @@ class TritonPasses:
             )
 
     def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
-        grad_MR = torch.empty_like(adapter.lora_B, memory_format=torch.contiguous_format)
         with on_device_of(grad_y_TM):
-            sum_over_tokens(grad_y_TM, adapter, routing.weighted_TR, None, grad_MR.t(), None)
-        return grad_MR
+            return backward.lora_B_gradient(grad_y_TM, adapter, routing)
 
     def lora_A_router_gradient(
         self,
@@ -58,32 +65,11 @@ class TritonPasses:
         needs_A: bool,
         needs_router: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        hidden_TR = logits_ET = grad_RN = grad_EN = None
-        if needs_A:
-            hidden_TR = gradient.hidden_TR
-            grad_RN = torch.empty_like(adapter.lora_A, memory_format=torch.contiguous_format)
-        if needs_router:
-            logits_ET = gradient.logits_ET
-            grad_EN = torch.empty_like(adapter.router, memory_format=torch.contiguous_format)
         with on_device_of(x_TN):
-            sum_over_tokens(x_TN, adapter, hidden_TR, logits_ET, grad_RN, grad_EN, gate_ET=routing.gate_ET)
-        return grad_RN, grad_EN
+            return backward.lora_A_router_gradient(
+                x_TN, adapter, routing, gradient, needs_A=needs_A, needs_router=needs_router
+            )
 
     def input_prefill(self, adapter: Adapter, routing: Routing, gradient: TritonHiddenGradient) -> Tensor:
-        hidden_TR = gradient.hidden_TR
-        grad_x_TN = hidden_TR.new_empty(hidden_TR.shape[0], adapter.lora_A.shape[1])
-        matrices = operands(adapter, routing.packed)
-        with on_device_of(hidden_TR):
-            expand(
-                grad_x_TN,
-                hidden_TR,
-                matrices.A,
-                gradient.residual_TR0,
-                matrices.A0,
-                experts=adapter.num_experts,
-                logits_ET=gradient.logits_ET,
-                router=matrices.router,
-                dropped=adapter if adapter.seed is not None else None,
-                gate_ET=routing.gate_ET,
-            )
-        return grad_x_TN
+        with on_device_of(gradient.hidden_TR):
+            return backward.input_prefill(adapter, routing, gradient)
