@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterable
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -78,7 +80,7 @@ def _dequantised(base: nn.Module) -> Tensor:
 def _fetched(base: nn.Module):
     """The parameters of ``base`` present in full: gathered from DeepSpeed's ranks, or fetched by accelerate's hook."""
     hook = getattr(base, "_hf_hook", None)
-    with gather_params_ctx(list(base.parameters())):
+    with _gathered(base.parameters()):
         if hook is None:
             yield
             return
@@ -89,8 +91,56 @@ def _fetched(base: nn.Module):
             hook.post_forward(base, torch.tensor([]))
 
 
+@contextlib.contextmanager
+def _gathered(parameters: Iterable[nn.Parameter]):
+    """Those of ``parameters`` that DeepSpeed's ZeRO-3 has partitioned, present in full; every rank has to come here.
+
+    PEFT's gather_params_ctx asks whether transformers started DeepSpeed; the parameter itself knows better, and is
+    left alone where the caller gathered it already. They are only read, so nothing is broadcast afterwards.
+    """
+    partitioned = [p for p in parameters if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
+    if not partitioned:
+        yield
+        return
+    import deepspeed  # here, because it is there where such parameters are
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None):
+        yield
+
+
 def _is_remote(base: nn.Module) -> bool:
     return hasattr(base, "_hf_hook") or any(hasattr(parameter, "ds_id") for parameter in base.parameters())
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether each process holds a part of ``weight``: FSDP2's and tensor parallelism's DTensor, DeepSpeed's ZeRO-3."""
+    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+
+
+def check_loading_of_base(model: nn.Module) -> None:
+    """Raise where accelerate will fill FSDP2's shards from the first process: it can send parameters, but no buffers.
+
+    It leaves models with bitsandbytes' 4-bit weights out of that.
+    """
+    asked = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if os.environ.get("FSDP_VERSION") != "2" or any(os.environ.get(name, "").lower() != "true" for name in asked):
+        return
+    if any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters()):
+        return
+    raise ValueError(
+        "fsdp_cpu_ram_efficient_loading=true loads the base weights in the first process alone, and accelerate's FSDP2 "
+        "then sends parameters but no buffers, which the frozen residual pair and the scaling per expert are: set it "
+        "to false, before the base model is loaded"
+    )
+
+
+def check_gradient_of_base(x: Tensor, output: Tensor, name: str) -> None:
+    """Raise where the base layer cuts the gradient to ``x``: adapters before it would train on a wrong gradient."""
+    if torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
+        raise RuntimeError(
+            f"the base layer of {name} gives its input no gradient (some quantised layers are for inference alone), so "
+            "adapters before it would train on a wrong one; quantise the base in a way that can be trained through"
+        )
 
 
 def is_meta(base: nn.Module) -> bool:
@@ -143,8 +193,10 @@ def has_plain_weight(base: nn.Module) -> bool:
 
 def check_foldable(base: nn.Module, name: str) -> None:
     """Raise unless ``residual="fold"`` can write the weight of ``base``."""
-    if type(base) not in (nn.Linear, Conv1D) or not has_plain_weight(base) or hasattr(base, "_hf_hook"):
+    special = type(base) not in (nn.Linear, Conv1D) or not has_plain_weight(base)
+    if special or hasattr(base, "_hf_hook") or is_sharded(base.weight):
         raise ValueError(
             f"residual='fold' writes the base weight, which must be a plain float tensor of an nn.Linear or Conv1D; "
-            f"{name} is a {type(base).__qualname__} that is quantised, offloaded or special: use residual='path'"
+            f"{name} is a {type(base).__qualname__} that is quantised, offloaded, sharded or special: use "
+            "residual='path'"
         )

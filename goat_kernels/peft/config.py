@@ -12,7 +12,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from goat_kernels import __version__
-from goat_kernels.peft.integrity import check_adapter_folder
+from goat_kernels.peft.integrity import check_adapter_folder, has_weights
 from goat_kernels.rules import ZERO_RULES
 from goat_kernels.settings import AdapterSettings, check_dropout, check_name, check_number
 
@@ -151,7 +151,7 @@ class GoatConfig(PeftConfig):
         default=None, metadata={"help": "SHA-256 of the saved weights file. Filled in by itself."}
     )
     goat_kernels_version: str | None = field(
-        default=None, compare=False, metadata={"help": "Version that saved the adapter. Filled in by itself."}
+        default=__version__, compare=False, metadata={"help": "Version that saved the adapter. Filled in by itself."}
     )
     other_base: str = field(
         default="refuse",
@@ -247,9 +247,14 @@ class GoatConfig(PeftConfig):
         return {name: value for name, value in super().to_dict().items() if name not in _NOT_SAVED}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Write ``adapter_config.json``, marked as that of an initialised adapter; the object stays as it is."""
+        """Write ``adapter_config.json``; the object stays as it is.
+
+        Beside weights, or where a model has the adapter (transformers writes the weights later), it is marked as that
+        of an initialised adapter.
+        """
         before = self.initialised, self.goat_kernels_version
-        self.initialised, self.goat_kernels_version = True, __version__
+        self.initialised = self.initialised or self.base_weights is not None or has_weights(Path(save_directory))
+        self.goat_kernels_version = __version__
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:

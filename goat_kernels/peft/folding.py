@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import torch
 from transformers.pytorch_utils import Conv1D
 
 from goat_kernels.residual import FoldedWeight
@@ -40,6 +41,8 @@ class FoldingLayer:
     def is_settled(self) -> bool:
         """Whether every active adapter has its tensors and the weight is in the state that they need."""
         active = self.active_here()
+        if not torch.compiler.is_compiling():
+            self._check_folded_weight()
         return not (self._pending and self._pending.intersection(active)) and (
             self._folding_among(active) == self._folded_adapter
         )
@@ -67,9 +70,19 @@ class FoldingLayer:
 
     def unfold(self) -> None:
         """Write W0 back, bit for bit."""
+        self._check_folded_weight()
         if self._folded is not None:
             self._folded.restore()
             self._folded, self._folded_adapter = None, None
+
+    def _check_folded_weight(self) -> None:
+        """Raise where the base layer has another weight now than the one that was folded: W0 can no longer be put back,
+        and "disabled" would silently mean W0 - W_res."""
+        if self._folded is not None and self._folded.weight is not self.get_base_layer().weight:
+            raise RuntimeError(
+                f"the weight of {self.name} was replaced while an adapter was folded into it (fully_shard does that, "
+                "and accelerate's dispatch_model); use residual='path'"
+            )
 
     def _folding_among(self, names: list[str]) -> str | None:
         return next((n for n in names if self.settings[n].residual == "fold" and n in self.goat_residual_A), None)

@@ -26,6 +26,11 @@ def may_unpickle(allow_pickle: bool) -> bool:
     return allow_pickle or os.environ.get(PICKLE_VARIABLE) == "1"
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether an adapter's weights lie in ``folder``, in either format."""
+    return (folder / WEIGHTS_FILE).is_file() or (folder / PICKLE_FILE).is_file()
+
+
 def module_name(key: str) -> str:
     """The module in the base model that a key of an adapter file belongs to: without prefix and tensor name."""
     return key.removeprefix(_PREFIX).rsplit(".", 1)[0]

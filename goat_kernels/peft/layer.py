@@ -17,6 +17,7 @@ from goat_kernels.initialisation import initialise_adapter
 from goat_kernels.peft.base_layer import (
     adapter_device,
     adapter_dtype,
+    check_gradient_of_base,
     features,
     is_plain,
     pretrained_weight,
@@ -166,6 +167,7 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
             weight, bias = base.weight, base.bias
         else:
             output = base(x, *args, **kwargs)
+            check_gradient_of_base(x, output, self.name)
         balance_loss = None
         for name in active:
             routed = self._routed(name, x, weight, bias, output)

@@ -18,6 +18,7 @@ from goat_kernels.peft.base_layer import (
     adapter_dtype,
     check_base_layer,
     check_foldable,
+    check_loading_of_base,
     features,
     is_meta,
     pretrained_weight,
@@ -82,6 +83,8 @@ class GoatModel(BaseTuner):
     def _prepare_model(self, peft_config: GoatConfig, model: nn.Module) -> None:
         """PEFT calls this when the configuration is complete and before it replaces the first module."""
         _warn_about_top_1(peft_config)
+        if peft_config.has_residual or peft_config.settings().per_expert_scaling:
+            check_loading_of_base(model)
         targets = self._targets(_maybe_include_all_linear_layers(peft_config, model), model)
         for name, base in targets.items():
             _check_target(peft_config, name, base, model)

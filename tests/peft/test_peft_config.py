@@ -88,13 +88,24 @@ def test_survives_a_trip_to_disk(tmp_path):
         seed=5,
     )
     config.save_pretrained(tmp_path)
-    assert not config.initialised
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, GoatConfig)
-    assert loaded.initialised
-    loaded.initialised = False
     assert loaded == config
+    assert loaded.to_dict() == config.to_dict()  # __eq__ leaves the version out
+    assert not loaded.initialised
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "GOAT"
+
+
+def test_a_saved_config_is_initialised_where_there_is_an_adapter(tmp_path):
+    model = peft.get_peft_model(tiny_llama(), GoatConfig(r=8, num_experts=4, target_modules=["q_proj"]))
+    config = model.peft_config["default"]
+    config.save_pretrained(tmp_path / "model")  # transformers' save_pretrained writes the weights after it
+    assert PeftConfig.from_pretrained(tmp_path / "model").initialised
+    assert not config.initialised
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "adapter_model.safetensors").touch()
+    GoatConfig().save_pretrained(tmp_path / "weights")
+    assert json.loads((tmp_path / "weights" / "adapter_config.json").read_text())["initialised"] is True
 
 
 def test_the_method_is_registered():

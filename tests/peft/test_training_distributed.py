@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft_tiny_models import batch, tiny_llama
+from torch.nn.parallel import DistributedDataParallel
+from two_processes import needs_gloo, run_two
 
-import goat_kernels
 from goat_kernels.peft import GoatConfig
 
-# Each process takes its own batches, runs two forwards before the one backward (as contrastive and preference
-# losses do), and saves its gradients.
-WORKER = """
-import sys
-import torch
-torch.set_num_threads(1)
-from test_training_distributed import build, losses, save_gradients
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-model = build()
-parallel = torch.nn.parallel.DistributedDataParallel(model)
-losses(parallel, rank).backward()
-save_gradients(model, f"{folder}/{rank}.pt")
-torch.distributed.destroy_process_group()
-"""
+pytestmark = [pytest.mark.slow, needs_gloo]
 
 
 def build():
@@ -41,32 +22,67 @@ def build():
 
 
 def losses(model, rank: int) -> torch.Tensor:
+    """Two forwards before the one backward, as contrastive and preference losses do."""
     return model(**batch("llama", seed=10 + rank)).loss + model(**batch("llama", seed=20 + rank)).loss
 
 
-def save_gradients(model, file: str) -> None:
-    torch.save({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, file)
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+def save_gradients(rank: int, folder: str) -> None:
+    model = build()
+    parallel = DistributedDataParallel(model)  # by name: its reducer dies with it
+    losses(parallel, rank).backward()
+    torch.save(gradients(model), f"{folder}/{rank}.pt")
+
+
 def test_gradients_are_the_mean_over_the_processes(tmp_path):
-    paths = [str(Path(goat_kernels.__file__).parents[1]), str(Path(__file__).parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors[-3000:]
+    run_two(save_gradients, tmp_path)
     model = build()
     sum(losses(model, rank) / 2 for rank in range(2)).backward()
-    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    expected = gradients(model)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def train(model, rank: int, steps: range, optimizer) -> list[float]:
+    found = []
+    for step in steps:
+        loss = model(**batch("llama", seed=10 * step + rank)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def adam(model) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def interrupt_and_resume(rank: int, folder: str) -> None:
+    model = build()
+    parallel, optimizer = DistributedDataParallel(model, broadcast_buffers=False), adam(model)
+    train(parallel, rank, range(2), optimizer)
+    model.save_pretrained(f"{folder}/adapter", is_main_process=rank == 0)
+    if rank == 0:
+        torch.save(optimizer.state_dict(), f"{folder}/optimizer.pt")
+    torch.distributed.barrier()
+    uninterrupted = train(parallel, rank, range(2, 5), optimizer)
+
+    model = PeftModel.from_pretrained(tiny_llama(), f"{folder}/adapter", is_trainable=True).train()
+    parallel, optimizer = DistributedDataParallel(model, broadcast_buffers=False), adam(model)
+    optimizer.load_state_dict(torch.load(f"{folder}/optimizer.pt"))
+    torch.save((uninterrupted, train(parallel, rank, range(2, 5), optimizer)), f"{folder}/{rank}.pt")
+
+
+def test_a_saved_adapter_resumes_with_the_same_losses(tmp_path):
+    run_two(interrupt_and_resume, tmp_path)
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert of_ranks[0] != of_ranks[1]
+    for uninterrupted, resumed in of_ranks:
+        assert resumed == uninterrupted
