@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterable
 
@@ -68,12 +69,30 @@ def pretrained_weight(base: nn.Module, name: str) -> Tensor:
 
 
 def _dequantised(base: nn.Module) -> Tensor:
+    if _is_packed_for_cpu(base):
+        base = copy.deepcopy(base)
+        unpack(base)
     before = getattr(base, "weight", None)
     weight = dequantize_module_weight(base).detach()
     # On a CPU, PEFT puts a copy in place of an 8-bit weight, without the statistics that the next forward needs.
     if before is not None and base.weight is not before:
         base.weight = before
     return weight
+
+
+def _is_packed_for_cpu(base: nn.Module) -> bool:
+    """Whether bitsandbytes has put a 4-bit weight into the order of its inference kernel for CPUs with AVX512-BF16.
+
+    Its first forward in evaluation does that; its dequantisation takes no notice, and its kernel has no backward.
+    """
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def unpack(base: nn.Module) -> None:
+    """Have bitsandbytes undo that, as far as it does: the scales stay rounded to bfloat16."""
+    if _is_packed_for_cpu(base):
+        base.state_dict()  # saving needs the documented order, so this restores it in place
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from goat_kernels.peft.base_layer import (
     features,
     is_plain,
     pretrained_weight,
+    unpack,
 )
 from goat_kernels.peft.folding import FoldingLayer
 from goat_kernels.peft.tensors import AdapterTensors, Float32BufferDict, pending_tensors
@@ -166,6 +167,8 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
         if not args and not kwargs and is_plain(base) and _takes(base.weight, x):
             weight, bias = base.weight, base.bias
         else:
+            if x.requires_grad and torch.is_grad_enabled():
+                unpack(base)
             output = base(x, *args, **kwargs)
             check_gradient_of_base(x, output, self.name)
         balance_loss = None
