@@ -38,8 +38,9 @@ def joined(rank: int, folder: str):
 
 def environment() -> dict[str, str]:
     """Where this package and the test files can be imported, and neither hub nor GPU is looked for."""
-    paths = [str(Path(goat_kernels.__file__).parents[1]), str(Path(__file__).parent)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(goat_kernels.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    ours = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, **ours}
 
 
 def run_two(function, folder: Path) -> None:
