@@ -61,8 +61,7 @@ def steps(made, rank: int, which: range) -> list[float]:
 
 
 def worker(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
     base, marks = partitioned_base(folder)
     made = engine(build(base))
     found = {"fingerprint": made.module.peft_config["default"].base_weights}

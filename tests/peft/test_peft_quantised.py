@@ -207,7 +207,10 @@ def test_a_weight_that_inference_has_repacked(folders, tmp_path):
             weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
     adapted = PeftModel.from_pretrained(packed, tmp_path, is_trainable=True)  # its fingerprint is looked at
     gradients = []
-    for model in (adapted, PeftModel.from_pretrained(load(folders[0], "bitsandbytes nf4"), tmp_path, is_trainable=True)):
+    for model in (
+        adapted,
+        PeftModel.from_pretrained(load(folders[0], "bitsandbytes nf4"), tmp_path, is_trainable=True),
+    ):
         weights = [layer.pretrained_weight() for layer in layers(model)]
         model.enable_input_require_grads()
         model.train()(TOKENS, labels=TOKENS).loss.backward()

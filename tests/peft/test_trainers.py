@@ -7,10 +7,6 @@ reference never calls the package's balance loss: it is computed here from each 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -19,8 +15,8 @@ import transformers
 import trl
 from peft import get_peft_model
 from peft_tiny_models import MODELS, TARGETS, VOCABULARY, batch, tokens
+from two_processes import needs_gloo, run_two
 
-import goat_kernels
 from goat_kernels.peft import GoatConfig, GoatLinearLayer
 from goat_kernels.training import GoatCallback
 
@@ -290,21 +286,12 @@ def test_a_loss_of_the_users_own_needs_the_callback(tmp_path):
 
 # --- two processes ------------------------------------------------------------------------------------------------
 
-WORKER = """
-import sys
-import torch
-torch.set_num_threads(1)
-from test_trainers import save_gradients_of_one_rank
-save_gradients_of_one_rank(int(sys.argv[1]), sys.argv[2])
-"""
-
 
 def batches_of_rank(rank: int) -> list[dict[str, torch.Tensor]]:
     return uneven_batches(2, seed=100 * rank)
 
 
 def save_gradients_of_one_rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
     for kind, (build, _) in TRAINERS.items():
         # The trainers deal the batches of the data set out in turn: rank 0, rank 1, rank 0, ...
@@ -314,31 +301,12 @@ def save_gradients_of_one_rank(rank: int, folder: str) -> None:
         assert trainer.accelerator.num_processes == 2
         found[kind] = capture.steps[0]
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+@needs_gloo
 def test_two_processes(tmp_path):
-    paths = [str(Path(goat_kernels.__file__).parents[1]), str(Path(__file__).parent)]
-    processes = []
-    for rank in range(2):
-        (tmp_path / f"Trainer{rank}").mkdir()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"},
-        }
-        command = [sys.executable, "-c", WORKER, str(rank), str(tmp_path)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=180)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    run_two(save_gradients_of_one_rank, tmp_path)
     model = goat_model()
     batches = batches_of_rank(0) + batches_of_rank(1)
     for kind, (_, balance_weights) in TRAINERS.items():

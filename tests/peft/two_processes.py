@@ -39,8 +39,19 @@ def joined(rank: int, folder: str):
 def environment() -> dict[str, str]:
     """Where this package and the test files can be imported, and neither hub nor GPU is looked for."""
     paths = [str(Path(goat_kernels.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    ours = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    ours = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     return {**os.environ, **ours}
+
+
+def _launched(rank: int) -> dict[str, str]:
+    """What a launcher tells each process; trainers and DeepSpeed look there. The group is joined through a file."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
 
 
 def run_two(function, folder: Path) -> None:
@@ -49,7 +60,7 @@ def run_two(function, folder: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(folder)],
-            env=environment(),
+            env={**environment(), **_launched(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -38,11 +38,16 @@ FILES = (
 )
 
 
+class NotDownloaded(SystemExit):
+    """pip could not get the source distribution."""
+
+
 def fetch_suite(folder: Path, version: str) -> Path:
     """Download and unpack PEFT's source distribution into ``folder``; the unpacked root. What is there is used again.
 
     Raises:
-        SystemExit: pip could not get it, or it has no tests.
+        NotDownloaded: pip could not get it.
+        SystemExit: it has no tests.
     """
     root = folder / f"peft-{version}"
     archive = folder / f"peft-{version}.tar.gz"
@@ -50,7 +55,7 @@ def fetch_suite(folder: Path, version: str) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "peft"]
         done = subprocess.run([*command, f"peft=={version}", "--dest", str(folder)], capture_output=True, text=True)
         if done.returncode != 0 or not archive.exists():
-            raise SystemExit(f"pip could not download the source distribution of peft {version}:\n{done.stderr}")
+            raise NotDownloaded(f"pip could not download the source distribution of peft {version}:\n{done.stderr}")
     shutil.rmtree(root, ignore_errors=True)
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
