@@ -38,14 +38,11 @@ def joined(rank: int, folder: str):
 
 def environment() -> dict[str, str]:
     """Where this package and the test files can be imported, and neither hub nor GPU is looked for."""
-    paths = [str(Path(goat_kernels.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    ours = {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    return {**os.environ, **ours}
+    paths = [str(Path(goat_kernels.__file__).parents[1]), str(Path(__file__).parent)]
+    if os.environ.get("PYTHONPATH"):
+        paths.append(os.environ["PYTHONPATH"])
+    ours = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **ours, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def _launched(rank: int) -> dict[str, str]:

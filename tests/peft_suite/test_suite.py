@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from judge import read_expectations
-from run import NotDownloaded, fetch_suite
+from peft_source import NotDownloaded, fetch_suite
 
 HERE = Path(__file__).parent
 
