@@ -358,7 +358,7 @@ def test_fold_refuses_tied_and_special_weights():
 
     model = nn.Sequential(Special(16, 16))
     with pytest.raises(
-        ValueError, match=r"0 is a .*Special that is quantised, offloaded or special: use residual='path'"
+        ValueError, match=r"0 is a .*Special that is quantised, offloaded, sharded or special: use residual='path'"
     ):
         get_peft_model(model, config(target_modules=["0"], residual="fold"))
     assert goat_layers(get_peft_model(model, config(target_modules=["0"])))
