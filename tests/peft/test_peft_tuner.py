@@ -333,7 +333,13 @@ def test_a_second_adapter_starts_from_the_pretrained_weight_under_fold():
     assert torch.equal(logits(model), first)
 
 
-def test_fold_refuses_company():
+@pytest.fixture
+def any_peft(monkeypatch):
+    """transformers 5.24 refuses PEFT below 0.22, which is not out yet, in its own add_adapter and set_adapter."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
+
+
+def test_fold_refuses_company(any_peft):
     model = goat_llama(residual="fold")
     model.add_adapter("second", config())
     message = r"adapters \['default', 'second'\] cannot be active together: residual='fold' of \['default'\]"
@@ -439,7 +445,7 @@ def test_every_trainable_tensor_gets_a_gradient_even_for_idle_experts():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_a_model_with_lora_beside_goat_in_transformers():
+def test_a_model_with_lora_beside_goat_in_transformers(any_peft):
     base = tiny_llama()
     base.add_adapter(config(target_modules=["q_proj"]), "goat")
     base.add_adapter(LoraConfig(target_modules=["up_proj"]), "lora")
