@@ -163,7 +163,12 @@ def _prints(callback: TrainerCallback) -> bool:
 
 
 def _handler_that_calls(callback: GoatCallback) -> CallbackHandler | None:
-    """The trainer's list of callbacks, found among the callers: Trainer hands callbacks no way to it."""
+    """The trainer's list of callbacks, found among the callers.
+
+    Trainer hands callbacks no way to it, and a copy of the logs to its history, so nothing that a callback is given
+    comes before what TensorBoard's reads. None (the entries then reach the history and later callbacks alone) where
+    another caller runs the events.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
