@@ -1,8 +1,11 @@
 """The benchmarks behind ``goat-kernels bench``: suites of contenders, timed beside one another in one process.
 
 cases.py        which shapes a suite runs
-machine.py      what a result was measured on: processor, GPU, versions, commit; copy bandwidth and matmul rate
-timing.py       warm-up, interleaved rounds, device events, CUDA graphs, rotation through copies of the inputs
+machine.py      what a result was measured on: processor, GPU, versions, commit; read and copy bandwidth, matmul rate
+timing.py       warm-up, interleaved rounds, device events, rotation through copies of the inputs
+capture.py      CUDA graphs of what is timed, and the check of what the timed step itself gives
+failures.py     what went wrong, in one line
+progress.py     a bar on a terminal, a line now and then elsewhere
 steps.py        one call of a layer as what is timed: its forward, its backward or both
 settings.py     what a run is given
 memory.py       bytes saved for backward, peak of what torch's allocator handed out
@@ -10,6 +13,8 @@ layers.py       the layer's contenders on shared tensors, and the check of each 
 peers.py        other people's layers: PEFT's LoRA, the expert loop, Unsloth's LoRA
 ahead.py        compiling the kernels of a suite on all processors
 passes.py       each pass alone, its floor in bytes and operations
+extra_k.py      the design's rival: one Triton matmul with the rank as more of its K
+tuning.py       neighbours of the table's tiles, checked and timed
 models.py       training steps of whole transformers models
 startup.py      import, first call, initialisation
 layer_suite.py, design_suite.py    rows of layers; of orders of base product and adapter

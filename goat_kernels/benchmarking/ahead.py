@@ -6,6 +6,9 @@ with "path"; here layers have one number in either form, and both kernels are co
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +16,7 @@ import torch
 
 from goat_kernels.backends import why_not_auto
 from goat_kernels.benchmarking.cases import Case
+from goat_kernels.benchmarking.failures import in_words
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.checks.problem import Problem, make_problem, run_passes
 from goat_kernels.kernels.configs import current_target, forced_target
@@ -27,18 +31,40 @@ def compile_ahead(cases: Iterable[Case], settings: BenchSettings) -> None:
     device = settings.device
     if device.type != "cuda" or why_not_auto("triton", device, settings.dtype) is not None:
         return
-    import triton
-
     from goat_kernels.backends.triton_backend.passes import TritonPasses
 
     with (
         forced_target(current_target(device)),
         ThreadPoolExecutor() as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
+        compiled_together(pool),
         observed(_compile),
     ):
         for problem in _problems(cases, settings.dtype):
             run_passes(TritonPasses(), problem)
+
+
+@contextlib.contextmanager
+def compiled_together(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Triton's own way to compile on several processors, whatever its version calls the options.
+
+    Errors are left to the launches; a Triton without this way compiles one kernel after the other.
+    """
+    import triton
+
+    mode = getattr(triton, "AsyncCompileMode", None)
+    if mode is None:
+        yield
+        return
+    ignoring = {"ignore_errors": True} if "ignore_errors" in inspect.signature(mode).parameters else {}
+    block = mode(pool, **ignoring)
+    block.__enter__()
+    try:
+        yield
+    finally:
+        try:
+            block.__exit__(None, None, None)  # waits for what is being compiled
+        except Exception as failure:
+            warnings.warn(f"compiling ahead: {in_words(failure)}", stacklevel=3)
 
 
 def _problems(cases: Iterable[Case], dtype: torch.dtype) -> Iterator[Problem]:

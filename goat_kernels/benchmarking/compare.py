@@ -41,10 +41,44 @@ def compare_rows(old: Iterable[dict], new: Iterable[dict]) -> list[Change]:
     """What both hold, in the order of the new one; of several measurements of one thing the last counts."""
     before = {key_of(row): row for row in timed(old)}
     changes = []
-    for key, row in {key_of(row): row for row in timed(new)}.items():
-        if key in before:
+    for key, row in _last(new).items():
+        if key in before and _was_measured(row):
             changes += _changes(before[key], row)
     return changes
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A measurement of the old run that the new one does not have; ``why`` is "missing", or what failed."""
+
+    suite: str
+    what: str
+    why: str
+
+
+def lost_rows(old: Iterable[dict], new: Iterable[dict]) -> list[Lost]:
+    """What OLD measured and NEW did not, or could not; in the order of the old one."""
+    after = _last(new)
+    skipped = {(row["suite"], row["contender"]): row["skipped"] for row in after.values() if "skipped" in row}
+    lost = []
+    for key, row in _last(old).items():
+        if not _was_measured(row) or (key in after and _was_measured(after[key])):
+            continue
+        why = "missing"
+        if key in after and "failed" in after[key]:
+            why = f"failed: {after[key]['failed']}"
+        elif (row["suite"], row["contender"]) in skipped:
+            why = f"skipped: {skipped[row['suite'], row['contender']]}"
+        lost.append(Lost(row["suite"], ", ".join(_described(row)), why))
+    return lost
+
+
+def _last(rows: Iterable[dict]) -> dict[tuple, dict]:
+    return {key_of(row): row for row in rows}
+
+
+def _was_measured(row: dict) -> bool:
+    return "skipped" not in row and "failed" not in row
 
 
 def _changes(old: dict, new: dict) -> Iterable[Change]:

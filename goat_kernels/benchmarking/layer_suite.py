@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from goat_kernels.benchmarking.capture import Captured, Eager, step_of, worst_error
 from goat_kernels.benchmarking.cases import FORMS, Case
+from goat_kernels.benchmarking.failures import in_words, too_far
 from goat_kernels.benchmarking.layers import (
     CONTENDERS,
     Contender,
@@ -21,7 +24,7 @@ from goat_kernels.benchmarking.machine import cache_bytes
 from goat_kernels.benchmarking.memory import peak_bytes, saved_bytes
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.steps import call_of
-from goat_kernels.benchmarking.timing import Captured, Step, copies_for, step_of, time_interleaved
+from goat_kernels.benchmarking.timing import copies_for, time_interleaved
 
 
 def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
@@ -32,52 +35,70 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     tensors = [first, *(first.copy() for _ in range(copies - 1))]
     common = {**case.row(), **settings.dtypes(), "copies": copies}
     checked = _Checked(case, settings, first)
-    yield from ({**common, **row} for row in checked.rows)
-    modules = {c: [layer, *(c.make(t) for t in tensors[1:])] for c, layer in checked.layers.items()}
+    yield from ({**common, **row} for row in checked.rows(case.modes))
+    modules: dict[Contender, list[nn.Module]] = {}
+    for contender, layer in checked.layers.items():
+        try:
+            modules[contender] = [layer, *(contender.make(t) for t in tensors[1:])]
+        except Exception as failure:
+            yield from ({**common, **row} for row in failed_rows(contender, in_words(failure), case.modes))
     for mode in case.modes:
-        steps: dict[str, Step] = {}
-        for contender, layers in modules.items():
-            if mode not in contender.modes(case.modes):
-                continue
-            row = {**common, "mode": mode, "contender": contender.name}
-            try:
-                step = _step(mode, contender, layers, tensors)
-                error = checked.errors[contender.name]
-                if isinstance(step, Captured):
-                    error = _replay_error(mode, step, first, checked.expected[contender.computes])
-            except Exception as failure:  # a capture that a driver refuses is a result, and others follow
-                yield {**row, "failed": _in_words(failure)}
-                continue
-            if error <= error_bound(dtype):
-                steps[contender.name] = step
-            else:
-                yield {**row, "failed": _too_far(error, dtype)}
-        bases = {c.name: c.base for c in modules if c.name in steps and c.base in steps}
-        timings = time_interleaved(
-            steps, device=device, copies=copies, rounds=settings.rounds, bases=bases, label=f"{case}, {mode}"
-        )
-        for name, timing in timings.items():
-            of_base = {"ratio_to": bases[name]} if name in bases else {}
-            error = {"relative_error": checked.errors[name], "relative_error_bound": error_bound(dtype)}
-            yield {**common, "mode": mode, "contender": name, **timing.row(), **of_base, **error}
-        del steps
+        fitting = {c: layers for c, layers in modules.items() if mode in c.modes(case.modes)}
+        label = f"{case}, {mode}"
+        for row in _mode_rows(mode, fitting, tensors, checked, settings, label):
+            yield {**common, "mode": mode, **row}
+        gc.collect()  # graphs of autograd remember the streams that they ran on
+
+
+def _mode_rows(
+    mode: str,
+    modules: dict[Contender, list[nn.Module]],
+    tensors: list[LayerTensors],
+    checked: _Checked,
+    settings: BenchSettings,
+    label: str,
+) -> Iterator[dict]:
+    steps: dict[str, Captured | Eager] = {}
+    errors: dict[str, float] = {}
+    bases: dict[str, dict[str, str]] = {}
+    bound = error_bound(settings.dtype)
+    for contender, layers in modules.items():
+        try:
+            step = _step(mode, contender, layers, tensors)
+            error = _step_error(mode, step, tensors[0], checked.expected[contender.computes])
+        except Exception as failure:  # a capture that a driver refuses is a result, and others follow
+            yield {"contender": contender.name, "failed": in_words(failure)}
+            continue
+        if not error <= bound:
+            yield {"contender": contender.name, "failed": too_far(error, bound)}
+            continue
+        steps[contender.name], errors[contender.name] = step, error
+        for quantity, base in contender.ratios_to.items():
+            bases.setdefault(quantity, {})[contender.name] = base
+    timings = time_interleaved(
+        steps, device=settings.device, copies=len(tensors), rounds=settings.rounds, ratios=bases, label=label
+    )
+    for name, timing in timings.items():
+        to = {f"{quantity}_to": bases[quantity][name] for quantity in timing.ratios}
+        error = {"relative_error": errors[name], "relative_error_bound": bound}
+        yield {"contender": name, **timing.row(), **to, **error}
 
 
 class _Checked:
-    """The contenders of a case that compute what they should, and rows for those that do not, or cannot run.
+    """The contenders of a case that compute what they should, and why others have no time.
 
     Attributes:
         layers: contender -> its module on the first tensors.
         errors: contender's name -> largest relative error against float64.
         expected: what is computed -> the results in float64.
-        rows: of skipped and failed contenders.
     """
 
     def __init__(self, case: Case, settings: BenchSettings, t: LayerTensors) -> None:
         self.layers: dict[Contender, nn.Module] = {}
         self.errors: dict[str, float] = {}
         self.expected: dict[str, list] = {}
-        self.rows: list[dict] = []
+        self._skipped: list[dict] = []
+        self._failed: dict[Contender, str] = {}
         if "compiled" not in settings.without:
             torch._dynamo.reset()  # a further shape would otherwise have it compile for symbolic sizes
         for contender in CONTENDERS:
@@ -87,46 +108,48 @@ class _Checked:
                 continue
             reason = contender.skipped_reason(settings.device, settings.dtype)
             if reason is not None:
-                self.rows.append({"contender": contender.name, "skipped": reason})
+                self._skipped.append({"contender": contender.name, "skipped": reason})
                 continue
             self._check(contender, settings, t)
 
+    def rows(self, modes: tuple[str, ...]) -> list[dict]:
+        """Skipped contenders once, failed ones once for each mode: such a row stands where its time would."""
+        failed = [row for contender, reason in self._failed.items() for row in failed_rows(contender, reason, modes)]
+        return [*self._skipped, *failed]
+
     def _check(self, contender: Contender, settings: BenchSettings, t: LayerTensors) -> None:
-        if contender.computes not in self.expected:
-            self.expected[contender.computes] = expected_results(contender.computes, t)
+        bound = error_bound(settings.dtype)
         try:
+            if contender.computes not in self.expected:
+                self.expected[contender.computes] = expected_results(contender.computes, t)
             layer = contender.make(t)
             error = layer_error(layer, t, self.expected[contender.computes])
         except Exception as failure:  # whatever a peer, a compiler or a driver raises is a result, and others follow
-            self.rows.append({"contender": contender.name, "failed": _in_words(failure)})
+            self._failed[contender] = in_words(failure)
             return
-        if error <= error_bound(settings.dtype):
+        if error <= bound:
             self.layers[contender], self.errors[contender.name] = layer, error
         else:
-            self.rows.append({"contender": contender.name, "failed": _too_far(error, settings.dtype)})
+            self._failed[contender] = too_far(error, bound)
 
 
-def _step(mode: str, contender: Contender, layers: list[nn.Module], tensors: list[LayerTensors]) -> Step:
+def failed_rows(contender: Contender, reason: str, modes: tuple[str, ...]) -> list[dict]:
+    """One for each mode in which it would have had a time."""
+    return [{"contender": contender.name, "mode": mode, "failed": reason} for mode in contender.modes(modes)]
+
+
+def _step(mode: str, contender: Contender, layers: list[nn.Module], tensors: list[LayerTensors]) -> Captured | Eager:
     def make(copy: int):
         return call_of(mode, layers[copy], tensors[copy].x_TN, tensors[copy].grad_y_TM)
 
     return step_of(make, len(layers), graph=contender.graph)
 
 
-def _replay_error(mode: str, step: Captured, t: LayerTensors, expected: list) -> float:
-    """Of what a replay wrote: the output in a forward, else the gradients."""
-    results = step.results()
+def _step_error(mode: str, step: Captured | Eager, t: LayerTensors, expected: list) -> float:
+    """Of what the very step that is timed gives, on every copy: the output of a forward, else the gradients."""
     if mode in ("forward", "inference"):
-        return results_error([results.detach()], t, expected[:1])
-    return results_error(list(results), t, expected[1:])
-
-
-def _in_words(failure: Exception) -> str:
-    return f"raised {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-
-
-def _too_far(error: float, dtype: torch.dtype) -> str:
-    return f"{error:.1e} away from float64, allowed is {error_bound(dtype):.0e}; not timed"
+        return worst_error(step, lambda _, y: results_error([y], t, expected[:1]))
+    return worst_error(step, lambda _, gradients: results_error(list(gradients), t, expected[1:]))
 
 
 def memory_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
@@ -134,21 +157,26 @@ def memory_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     t = LayerTensors.draw(case, settings.dtype, settings.device)
     common = {**case.row(), **settings.dtypes()}
     checked = _Checked(case, settings, t)
-    yield from ({**common, **row} for row in checked.rows)
+    yield from ({**common, **row} for row in checked.rows(("both",)))
     for contender, layer in checked.layers.items():
         if contender.graph:
             continue  # a graph's memory is reserved as long as it lives
-        step = call_of("both", layer, t.x_TN, t.grad_y_TM)
-        step()  # workspaces and constants that stay
-        of_layer = [*layer.parameters(), *layer.buffers(), t.x_TN]
-        saved = saved_bytes(lambda layer=layer: layer(t.x_TN), of_layer)
-        yield {
-            **common,
-            "mode": "both",
-            "contender": contender.name,
-            "saved_for_backward_bytes": saved,
-            "x_bytes": t.x_TN.numel() * t.x_TN.element_size(),
-            "peak_mib": round(peak_bytes(step, settings.device) / 2**20, 3),
-            "relative_error": checked.errors[contender.name],
-            "relative_error_bound": error_bound(settings.dtype),
-        }
+        row = {**common, "mode": "both", "contender": contender.name}
+        try:
+            row |= _memory(layer, t, settings.device)
+        except Exception as failure:
+            yield {**row, "failed": in_words(failure)}
+            continue
+        row |= {"relative_error": checked.errors[contender.name], "relative_error_bound": error_bound(settings.dtype)}
+        yield row
+
+
+def _memory(layer: nn.Module, t: LayerTensors, device: torch.device) -> dict:
+    step = call_of("both", layer, t.x_TN, t.grad_y_TM)
+    step()  # workspaces and constants that stay
+    of_layer = [*layer.parameters(), *layer.buffers(), t.x_TN]
+    return {
+        "saved_for_backward_bytes": saved_bytes(lambda: layer(t.x_TN), of_layer),
+        "x_bytes": t.x_TN.numel() * t.x_TN.element_size(),
+        "peak_mib": round(peak_bytes(step, device) / 2**20, 3),
+    }

@@ -7,6 +7,7 @@ or GOAT with the residual as "fold" or "path"; that is what the check holds it t
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from goat_kernels.backends import resolve_backend
-from goat_kernels.benchmarking.cases import Case
-from goat_kernels.benchmarking.peers import ExpertLoop, UnslothLora, frozen_linear, peft_lora, why_no_unsloth
+from goat_kernels.benchmarking.cases import FORMS, Case
+from goat_kernels.benchmarking.peers import ExpertLoop, UnslothLora, frozen_linear, peft_lora
 from goat_kernels.benchmarking.steps import BALANCE_COEFFICIENT, differentiated, outputs_of
 from goat_kernels.checks.problem import make_problem
 from goat_kernels.linear import GoatLinear
@@ -27,7 +28,8 @@ from goat_kernels.reference import goat_reference
 #: s, of every contender.
 SCALING = 2.0
 
-FROZEN, FROZEN_GRAPH = "frozen linear", "frozen linear, CUDA graph"
+FROZEN = "frozen linear"
+LORA, HALF_LORA = "PEFT LoRA", "PEFT LoRA, adapter in x's dtype"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Contender:
         backend: "torch" or "triton" of ours.
         graph: whether a CUDA graph of it is replayed.
         half: another contender than the one above it only where x has two bytes.
+        needs: a package without which it is skipped.
     """
 
     name: str
@@ -100,14 +103,19 @@ class Contender:
     backend: str | None = None
     graph: bool = False
     half: bool = False
+    needs: str | None = None
 
     @property
-    def base(self) -> str:
-        """The contender that its ratio refers to: launched in the same way."""
-        return FROZEN_GRAPH if self.graph else FROZEN
+    def ratios_to(self) -> dict[str, str]:
+        """Quantity -> the contender that it refers to, launched in the same way; GOAT's to LoRA too."""
+        graph = ", CUDA graph" if self.graph else ""
+        to_lora = {"lora_ratio": LORA + graph, "half_lora_ratio": HALF_LORA + graph} if self.computes in FORMS else {}
+        return {"ratio": FROZEN + graph, **to_lora}
 
     def skipped_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None, or why it cannot be timed here."""
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            return f"the package {self.needs} is not installed"
         if self.backend == "triton" and device.type != "cuda":
             return "the Triton kernels run on a GPU; in Triton's interpreter there is nothing to time"
         if self.graph and device.type != "cuda":
@@ -119,8 +127,8 @@ class Contender:
                 return str(error)
         if self.kind == "compiled" and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             return "torch.compile needs a C++ compiler on a CPU"
-        if self.kind == "unsloth":
-            return why_no_unsloth() or (None if device.type == "cuda" else "it needs a GPU")
+        if self.kind == "unsloth" and device.type != "cuda":
+            return "it needs a GPU"
         return None
 
     def modes(self, modes: tuple[str, ...]) -> tuple[str, ...]:
@@ -179,7 +187,8 @@ def goat_layer(t: LayerTensors, form: str, backend: str) -> GoatLinear:
 def _goat(form: str, backend: str, kind: str) -> Contender:
     def make(t: LayerTensors) -> nn.Module:
         layer = goat_layer(t, form, backend)
-        return torch.compile(layer) if kind == "compiled" else layer
+        # Whole or not at all: a part that silently runs as it is would be timed as compiled.
+        return torch.compile(layer, fullgraph=True) if kind == "compiled" else layer
 
     suffix = {"compiled": ", compiled", "graph": ", CUDA graph"}.get(kind, "")
     return Contender(f"GOAT {form}, {backend}{suffix}", kind, form, make, backend=backend, graph=kind == "graph")
@@ -187,11 +196,12 @@ def _goat(form: str, backend: str, kind: str) -> Contender:
 
 CONTENDERS: tuple[Contender, ...] = (
     Contender(FROZEN, "frozen", "frozen", _frozen),
-    Contender(FROZEN_GRAPH, "frozen", "frozen", _frozen, graph=True),
-    Contender("PEFT LoRA", "lora", "lora", _lora),
-    Contender("PEFT LoRA, adapter in x's dtype", "lora", "lora", _half_lora, half=True),
-    Contender("PEFT LoRA, CUDA graph", "lora", "lora", _lora, graph=True),
-    Contender("Unsloth LoRA", "unsloth", "lora", _unsloth),
+    Contender(f"{FROZEN}, CUDA graph", "frozen", "frozen", _frozen, graph=True),
+    Contender(LORA, "lora", "lora", _lora, needs="peft"),
+    Contender(HALF_LORA, "lora", "lora", _half_lora, half=True, needs="peft"),
+    Contender(f"{LORA}, CUDA graph", "lora", "lora", _lora, graph=True, needs="peft"),
+    Contender(f"{HALF_LORA}, CUDA graph", "lora", "lora", _half_lora, graph=True, half=True, needs="peft"),
+    Contender("Unsloth LoRA", "unsloth", "lora", _unsloth, needs="unsloth"),
     Contender("expert loop", "loop", "fold", _loop),
     *(
         _goat(form, backend, kind)
@@ -237,8 +247,8 @@ def results_error(results: list[Tensor], t: LayerTensors, expected: list[Tensor]
     E = t.router.shape[0]
     if len(results) > 5:  # an expert's A and B are each a parameter of its own
         *first, router = results
-        of_A, of_B = first[2 : 2 + E], first[2 + E :]
-        results = [*first[:2], torch.cat(of_A), torch.cat(of_B, dim=1), router]
+        of_A, of_B = first[-2 * E : -E], first[-E:]
+        results = [*first[: -2 * E], torch.cat(of_A), torch.cat(of_B, dim=1), router]
     errors = [relative_error(result, oracle) for result, oracle in zip(results, expected, strict=True)]
     return max(errors, key=lambda error: float("inf") if error != error else error)
 

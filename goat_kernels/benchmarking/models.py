@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from goat_kernels.backends import BACKEND_NAMES, ENVIRONMENT_VARIABLE, resolve_backend
 from goat_kernels.benchmarking.cases import NUM_EXPERTS, TOP_K, Case
+from goat_kernels.benchmarking.failures import in_words, too_far
 from goat_kernels.benchmarking.memory import peak_bytes
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.steps import BALANCE_COEFFICIENT
 from goat_kernels.benchmarking.timing import time_interleaved
 from goat_kernels.numerics import TOLERANCES
 
-FROZEN_MODEL = "frozen model"
+FROZEN_MODEL, LORA_MODEL = "frozen model", "PEFT LoRA"
+
+_LIGER = "liger_kernel"
 
 
 @dataclass(frozen=True)
@@ -122,18 +125,26 @@ def _batch(case: ModelCase, settings: BenchSettings) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train a model; ``adapt`` puts adapters into a pretrained one; ``backend`` is ours."""
+    """One way to train a model.
+
+    Attributes:
+        name: in results.
+        adapt: puts adapters into a pretrained one.
+        backend: of ours.
+        needs: packages without which it is skipped.
+    """
 
     name: str
     adapt: Callable[[nn.Module, ModelCase], nn.Module]
     backend: str | None = None
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
 
     def skipped_reason(self, case: ModelCase, settings: BenchSettings) -> str | None:
-        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
-            return f"the package {self.needs} is not installed"
-        if self.needs is not None and (settings.device.type != "cuda" or case.name != "llama"):
-            return f"{self.needs} has kernels for a Llama on a GPU"
+        missing = [package for package in ("transformers", *self.needs) if importlib.util.find_spec(package) is None]
+        if missing:
+            return f"the package {missing[0]} is not installed"
+        if _LIGER in self.needs and (settings.device.type != "cuda" or case.name != "llama"):
+            return f"{_LIGER} has kernels for a Llama on a GPU"
         if self.backend == "triton" and settings.device.type != "cuda":
             return "the Triton kernels run on a GPU; in Triton's interpreter there is nothing to time"
         try:
@@ -153,7 +164,7 @@ def _lora(model: nn.Module, case: ModelCase) -> nn.Module:
 def _lora_with_liger(model: nn.Module, case: ModelCase) -> nn.Module:
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-    apply_liger_kernel_to_llama(model=model)
+    apply_liger_kernel_to_llama(rope=False, model=model)  # its rope is exchanged in models that are built already, too
     return _lora(model, case)
 
 
@@ -180,14 +191,15 @@ def _goat(residual: str) -> Callable[[nn.Module, ModelCase], nn.Module]:
 def methods() -> tuple[Method, ...]:
     return (
         Method(FROZEN_MODEL, lambda model, case: model),
-        Method("PEFT LoRA", _lora),
-        Method("PEFT LoRA with Liger-Kernel", _lora_with_liger, needs="liger_kernel"),
+        Method(LORA_MODEL, _lora, needs=("peft",)),
         *(
-            Method(f"GOAT {form}, {backend}", _goat(form), backend=backend)
+            Method(f"GOAT {form}, {backend}", _goat(form), backend=backend, needs=("peft",))
             for backend in BACKEND_NAMES
             if backend != "auto"
             for form in ("fold", "path")
         ),
+        # Last: it exchanges classes of transformers, for every model that is built after it.
+        Method(f"{LORA_MODEL} with Liger-Kernel", _lora_with_liger, needs=("peft", _LIGER)),
     )
 
 
@@ -248,29 +260,45 @@ def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
         if reason is not None:
             yield {**row, "skipped": reason}
             continue
-        model = method.adapt(_build(case, settings), case).train()
-        if method.name == FROZEN_MODEL:
-            model.enable_input_require_grads()
-        error = _loss_error(model, batch, method.backend)
-        if not error <= bound:
-            yield {**row, "failed": f"the loss is {error:.1e} away from float64, allowed is {bound:.0e}; not timed"}
+        try:
+            step, measured = _checked_step(method, case, batch, settings)
+        except Exception as failure:  # whatever a peer or a driver raises is a result, and others follow
+            yield {**row, "failed": in_words(failure)}
             continue
-        step = _training_step(model, batch, method.backend)
-        step(0)  # the optimiser's state stays
-        peak = peak_bytes(lambda step=step: step(0), settings.device)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        steps[method.name] = step
-        of_method[method.name] = {
-            **row,
-            "trainable_parameters": trainable,
-            "peak_mib": round(peak / 2**20, 3),
-            "relative_error": error,
-            "relative_error_bound": bound,
-        }
-    bases = dict.fromkeys(steps, FROZEN_MODEL) if FROZEN_MODEL in steps else {}
+        if step is None:
+            yield {**row, "failed": too_far(measured["relative_error"], bound)}
+            continue
+        steps[method.name], of_method[method.name] = step, {**row, **measured, "relative_error_bound": bound}
+    ratios = {
+        "ratio": dict.fromkeys(steps, FROZEN_MODEL),
+        "lora_ratio": {name: LORA_MODEL for name in steps if name.startswith("GOAT")},
+    }
     timings = time_interleaved(
-        steps, device=settings.device, copies=1, rounds=settings.rounds, bases=bases, label=case.name
+        steps, device=settings.device, copies=1, rounds=settings.rounds, ratios=ratios, label=case.name
     )
     for name, timing in timings.items():
-        row = {**of_method[name], **timing.row(), "ratio_to": FROZEN_MODEL}
-        yield {**row, case.unit: case.units / row["time_ms_p50"] * 1e3}
+        to = {f"{quantity}_to": ratios[quantity][name] for quantity in timing.ratios}
+        row = {**of_method[name], **timing.row(), **to}
+        if "time_ms_p50" in row:
+            row[case.unit] = case.units / row["time_ms_p50"] * 1e3
+        yield row
+
+
+def _checked_step(
+    method: Method, case: ModelCase, batch: dict[str, Tensor], settings: BenchSettings
+) -> tuple[Callable[[int], None] | None, dict]:
+    """(what is timed, or None where the loss is wrong; fields of its row)."""
+    model = method.adapt(_build(case, settings), case).train()
+    if method.name == FROZEN_MODEL:
+        model.enable_input_require_grads()
+    error = _loss_error(model, batch, method.backend)
+    if not error <= TOLERANCES[settings.dtype].relative:
+        return None, {"relative_error": error}
+    step = _training_step(model, batch, method.backend)
+    step(0)  # the optimiser's state stays
+    peak = peak_bytes(lambda: step(0), settings.device)
+    return step, {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "peak_mib": round(peak / 2**20, 3),
+        "relative_error": error,
+    }

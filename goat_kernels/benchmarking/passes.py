@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from goat_kernels.backends import get_backend, why_not_auto
-from goat_kernels.backends.base import Adapter, Passes
+from goat_kernels.backends.base import Adapter, Passes, Routing
+from goat_kernels.benchmarking.capture import Captured, Eager, step_of, worst_error
 from goat_kernels.benchmarking.cases import Case
+from goat_kernels.benchmarking.failures import in_words, too_far
 from goat_kernels.benchmarking.machine import cache_bytes
 from goat_kernels.benchmarking.settings import BenchSettings
-from goat_kernels.benchmarking.timing import Step, copies_for, step_of, time_interleaved
-from goat_kernels.checks.correctness import Comparison, compare
+from goat_kernels.benchmarking.timing import copies_for, time_interleaved
+from goat_kernels.checks.correctness import compare
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
 from goat_kernels.kernels.configs import Target, current_target, forced_target
 from goat_kernels.numerics import TOLERANCES, relative_error
@@ -171,34 +173,97 @@ def _form_rows(layer: LayerCase, settings: BenchSettings, label: str) -> Iterato
         names.insert(0, "triton")
     else:
         yield {"contender": "triton", "skipped": reason}
-    comparisons = compare(layer, names[0], device)
-    steps: dict[tuple[str, str], Step] = {}
+    steps: dict[tuple[str, str], Captured | Eager] = {}
     rides = dict.fromkeys(names, False)
+    errors, unchecked = _pass_errors(layer, names, device)
     for name in names:
-        calls = [pass_calls(get_backend(name), p) for p in problems]
+        try:
+            if name in unchecked:
+                raise RuntimeError(unchecked[name])
+            calls = [pass_calls(get_backend(name), p) for p in problems]
+        except Exception as failure:
+            yield from ({"contender": name, "pass": one, "failed": in_words(failure)} for one in CHECKED_BY)
+            continue
         rides[name] = "lora_B_gradient" not in calls[0]
         for pass_name in calls[0]:
-            failure = _failure(pass_name, name, names, comparisons)
+            failure = _failure(pass_name, errors[name])
+            if failure is None:
+                step, failure = _pass_step([c[pass_name] for c in calls], graph=cuda)
             if failure is not None:
                 yield {"contender": name, "pass": pass_name, "failed": failure}
                 continue
-            steps[name, pass_name] = step_of(lambda i, c=calls, n=pass_name: c[i][n], copies, graph=cuda)
+            steps[name, pass_name] = step
     base = [base_calls(p) for p in problems]
-    wrong = _wrong_base(base[0], problem)
+    expected = _expected_base(problem)
     for pass_name in base[0]:
-        if pass_name in wrong:
-            yield {"contender": "base", "pass": pass_name, "failed": wrong[pass_name]}
+        step, failure = base_step(pass_name, [of[pass_name] for of in base], expected[pass_name], graph=cuda)
+        if failure is not None:
+            yield {"contender": "base", "pass": pass_name, "failed": failure}
             continue
-        steps["base", pass_name] = step_of(lambda i, n=pass_name: base[i][n], copies, graph=cuda)
+        steps["base", pass_name] = step
+    del expected
     timings = time_interleaved(steps, device=device, copies=copies, rounds=settings.rounds, label=label)
     requested = requested_bytes(layer, current_target(device)) if "triton" in names else {}
     for (name, pass_name), timing in timings.items():
         work = pass_work(layer, lora_B_rides=rides.get(name, False))[pass_name]
         row = {"contender": name, "pass": pass_name, "copies": copies, **timing.row()}
-        row |= _against_floor(work, row["time_ms_p50"], settings)
+        if "time_ms_p50" in row:
+            row |= _against_floor(work, row["time_ms_p50"], settings)
         if name == "triton":
             row["requested_bytes"] = requested[pass_name]
         yield row
+
+
+def _pass_step(calls: list[Callable[[], object]], *, graph: bool) -> tuple[Captured | Eager | None, str | None]:
+    """(what is timed, None), or (None, why not): on every copy it has to give what a call of the pass gives.
+
+    The passes have been compared with float64 on these values, but the graph's results have not.
+    """
+    try:
+        expected = [t.clone() for t in tensors_of(calls[0]())]
+        step = step_of(lambda copy: calls[copy], len(calls), graph=graph)
+        error = worst_error(step, lambda _, results: _difference(tensors_of(results), expected))
+    except Exception as failure:  # what a driver refuses is a result, and others follow
+        return None, in_words(failure)
+    return (step, None) if error <= 1 else (None, f"what it gives differs by {error:.1g} times what is allowed")
+
+
+def tensors_of(results: object) -> list[Tensor]:
+    """The floating tensors that a pass gives, in its own order, but for the packed adapter."""
+    if isinstance(results, Tensor):
+        return [results] if results.is_floating_point() and results.numel() else []
+    if isinstance(results, Routing):
+        results = results._replace(packed=None)
+    parts = results if isinstance(results, tuple | list) else vars(results).values() if results is not None else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def _difference(results: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative difference, in units of what rounding to the tensor's dtype is allowed."""
+    pairs = zip(results, expected, strict=True)
+    errors = [relative_error(result, oracle) / TOLERANCES[oracle.dtype].relative for result, oracle in pairs]
+    return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def base_step(
+    name: str, calls: list[Callable[[], Tensor]], expected: Tensor, *, graph: bool
+) -> tuple[Captured | Eager | None, str | None]:
+    """The same of a base product: ``expected`` in float64 is what it gives, or adds to what is there."""
+    bound = TOLERANCES[calls[0]().dtype].relative
+    try:
+        step = step_of(lambda copy: calls[copy], len(calls), graph=graph)
+        if name.endswith(_ONTO):
+            accumulators = [call() for call in calls]
+            before = [accumulator.double() for accumulator in accumulators]
+            for copy in range(0, len(calls), step.calls_at_once):
+                step(copy)
+            pairs = zip(accumulators, before, strict=True)
+            error = max(relative_error(after, was + expected) for after, was in pairs)
+        else:
+            error = worst_error(step, lambda _, result: relative_error(result, expected))
+    except Exception as failure:
+        return None, in_words(failure)
+    return (step, None) if error <= bound else (None, too_far(error, bound))
 
 
 def _against_floor(work: Work, time_ms: float, settings: BenchSettings) -> dict:
@@ -214,32 +279,40 @@ def _against_floor(work: Work, time_ms: float, settings: BenchSettings) -> dict:
     }
 
 
-def _failure(pass_name: str, backend: str, backends: list[str], comparisons: list[Comparison]) -> str | None:
-    """None, or which line of the check the pass fails; the second backend's errors stand beside the first's."""
-    for row in comparisons:
-        if row.what in CHECKED_BY[pass_name]:
-            error = row.error if backend == backends[0] else row.torch_error
-            if not error <= row.bound:
-                return f"{row.what} is {error:.1e} away from float64, allowed is {row.bound:.0e}; not timed"
+def _pass_errors(
+    layer: LayerCase, backends: list[str], device: torch.device
+) -> tuple[dict[str, list[tuple[str, float, float]]], dict[str, str]]:
+    """(backend -> (line of the check, error, bound) of each, backend -> why the check itself did not run)."""
+    errors, unchecked = {}, {}
+    for backend in backends:
+        if backend in errors:
+            continue  # it stood beside the first one
+        try:
+            rows = compare(layer, backend, device)
+        except Exception as failure:
+            unchecked[backend] = in_words(failure)
+            continue
+        errors[backend] = [(row.what, row.error, row.bound) for row in rows]
+        if backend != "torch":
+            errors["torch"] = [(row.what, row.torch_error, row.bound) for row in rows]
+    return errors, unchecked
+
+
+def _failure(pass_name: str, errors: list[tuple[str, float, float]]) -> str | None:
+    """None, or which line of the check the pass fails."""
+    for what, error, bound in errors:
+        if what in CHECKED_BY[pass_name] and not error <= bound:
+            return f"{what} is {too_far(error, bound)}"
     return None
 
 
-def _wrong_base(calls: dict[str, Callable[[], Tensor]], problem: Problem) -> dict[str, str]:
-    """Base product -> why it is wrong, on the values that its accumulator has at the time."""
+def _expected_base(problem: Problem) -> dict[str, Tensor]:
+    """Base product -> in float64 what it gives, or adds."""
     exact = problem.double()
-    forward = exact.x_TN @ exact.weight_MN.t()
-    backward = exact.grad_y_TM @ exact.weight_MN
-    bound, wrong = TOLERANCES[problem.x_TN.dtype].relative, {}
-    for name, call in calls.items():
-        expected = forward if name.startswith(BASE_FORWARD) and not name.startswith(BASE_BACKWARD) else backward
-        if name == BASE_FORWARD:
-            expected = expected + exact.bias_M
-        if name.endswith(_ONTO):
-            before = call().clone()  # the accumulator after one call, and then after another
-            result, expected = call(), expected + before.double()
-        else:
-            result = call()
-        error = relative_error(result, expected)
-        if not error <= bound:
-            wrong[name] = f"{error:.1e} away from float64, allowed is {bound:.0e}; not timed"
-    return wrong
+    forward, backward = exact.x_TN @ exact.weight_MN.t(), exact.grad_y_TM @ exact.weight_MN
+    return {
+        BASE_FORWARD: forward + exact.bias_M,
+        BASE_FORWARD + _ONTO: forward,
+        BASE_BACKWARD: backward,
+        BASE_BACKWARD + _ONTO: backward,
+    }

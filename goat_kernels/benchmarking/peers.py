@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,11 +73,6 @@ class ExpertLoop(nn.Module):
         E = probs_TE.shape[1]
         share_E = F.one_hot(experts_TK, E).float().mean(dim=0).sum(dim=0)
         return E * (share_E * probs_TE.mean(dim=0)).sum()
-
-
-def why_no_unsloth() -> str | None:
-    """None, or why Unsloth's layer cannot run."""
-    return None if importlib.util.find_spec("unsloth") is not None else "the package unsloth is not installed"
 
 
 class UnslothLora(nn.Module):

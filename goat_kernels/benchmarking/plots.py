@@ -10,13 +10,13 @@ from pathlib import Path
 
 from goat_kernels.benchmarking.layers import FROZEN
 from goat_kernels.benchmarking.results import timed
-from goat_kernels.benchmarking.tables import by_shape, contenders, scaling_groups
+from goat_kernels.benchmarking.tables import by_shape, commit_of, contenders, scaling_groups
 
 #: Colour-blind safe (Okabe and Ito); a contender keeps its colour in every figure.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000", "#F0E442")
 
 #: Raised when a figure is drawn otherwise from the same rows, so that those on disk count as out of date.
-_DRAWING = 1
+_DRAWING = 2
 
 _DIGEST = "goat-kernels-rows"
 
@@ -27,8 +27,8 @@ def figure(suite: str, rows: list[dict]) -> bytes:
 
     drawn = Figure(figsize=(10, 5), layout="constrained")
     FIGURES[suite](drawn, timed(rows))
-    row = rows[0]
-    drawn.suptitle(f"{row['gpu'] or row['cpu']}, {row['date'][:10]}, {row['commit']}", fontsize=9)
+    row = max(rows, key=lambda row: row["date"])
+    drawn.suptitle(f"{row['gpu'] or row['cpu']}, {row['date'][:10]}, {commit_of(row)}", fontsize=9)
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=110, metadata={_DIGEST: digest(rows), "Software": None})
     return buffer.getvalue()
@@ -88,8 +88,9 @@ def _kernels(drawn, rows: list[dict]) -> None:
     names = contenders(rows)
     colours, first = _colours(names), rows[0]
     intensity = [row["flops"] / row["floor_bytes"] for row in rows]
-    line = sorted({0.5 * min(intensity), 1e3 * first["machine_tflops"] / first["machine_gb_per_s"], 2 * max(intensity)})
-    roof = [min(first["machine_tflops"], x * first["machine_gb_per_s"] / 1e3) for x in line]
+    bandwidth = max(first["machine_read_gb_per_s"], first["machine_copy_gb_per_s"])
+    line = sorted({0.5 * min(intensity), 1e3 * first["machine_tflops"] / bandwidth, 2 * max(intensity)})
+    roof = [min(first["machine_tflops"], x * bandwidth / 1e3) for x in line]
     axes.plot(line, roof, color="#000000", linewidth=1.2, label="measured roofline")
     for name in names:
         of_name = [row for row in rows if row["contender"] == name]
@@ -107,7 +108,11 @@ def _scaling(drawn, rows: list[dict]) -> None:
     all_axes = drawn.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (letter, of_letter) in zip(all_axes, groups.items(), strict=True):
         for name in names:
-            points = [(value, of[name]["ratio_p50"]) for value, of in sorted(of_letter.items()) if name in of]
+            points = [
+                (value, of[name]["ratio_p50"])
+                for value, of in sorted(of_letter.items())
+                if "ratio_p50" in of.get(name, {})
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", markersize=4, color=colours[name], label=name)
         axes.set(xscale="log", yscale="log", xlabel=f"{letter} (= M)" if letter == "N" else letter)

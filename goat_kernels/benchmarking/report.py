@@ -6,8 +6,8 @@ A document holds blocks::
     ... generated ...
     <!-- /bench -->
 
-and everything between such a pair of comments is replaced by what the newest standard run of that suite on that type
-of device says. ``summary`` is the README's short table of the layer.
+and everything between such a pair of comments is replaced by what the newest results of that suite on the standard
+shapes and that type of device say. ``summary`` is the README's short table of the layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from goat_kernels.benchmarking.plots import FIGURES, digest, digest_in, figure
 from goat_kernels.benchmarking.results import RESULTS_FOLDER, newest, read_folder, timed
 from goat_kernels.benchmarking.suites import SUITES
-from goat_kernels.benchmarking.tables import TABLES, layer_summary, layer_table, provenance
+from goat_kernels.benchmarking.tables import TABLES, layer_summary, provenance, summary_table
 
 #: Documents with blocks, and the folder of the figures, in a checkout.
 DOCUMENTS = (Path("README.md"), Path("docs/benchmarks.md"))
@@ -29,17 +29,10 @@ DEVICES = ("cpu", "cuda")
 
 _BLOCK = re.compile(r"(<!-- bench:(\w+) (\w+) -->\n).*?(<!-- /bench -->)", re.S)
 
-#: What the README shows beside the frozen layer, by device.
-_IN_SUMMARY = {
-    "cpu": ("PEFT LoRA", "GOAT fold, torch", "GOAT path, torch", "expert loop"),
-    "cuda": ("PEFT LoRA", "GOAT fold, triton", "GOAT path, triton", "expert loop"),
-}
-
 
 def _summary(rows: list[dict], device: str) -> str:
-    table = layer_table(rows, "both", only=_IN_SUMMARY[device])
     backend = "torch" if device == "cpu" else "triton"
-    return f"{table}\n\n{provenance(rows)} {layer_summary(rows, backend)}".rstrip()
+    return f"{summary_table(rows, backend)}\n\n{provenance(rows)} {layer_summary(rows, backend)}".rstrip()
 
 
 def _suite(suite: str) -> Callable[[list[dict], str], str]:

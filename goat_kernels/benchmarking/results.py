@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 #: Where a checkout keeps them.
 RESULTS_FOLDER = Path("bench/results")
 
+#: Fields that say which machine it was: numbers of two of them do not belong in one table.
+MACHINE_FIELDS = ("device", "gpu", "cpu", "threads")
+
 #: Fields that say which measurement a row is; the rest is what was measured, and on what.
 KEY_FIELDS = (
-    *("suite", "device", "gpu", "cpu", "threads", "dtype", "adapter_dtype"),
-    *("model", "batch", "length", "T", "N", "M", "R", "E", "K", "varied", "residual", "backend"),
+    *("suite", *MACHINE_FIELDS, "dtype", "adapter_dtype"),
+    *("model", "batch", "length", "T", "N", "M", "R", "E", "K", "varied", "residual", "backend", "size"),
     *("mode", "pass", "contender"),
 )
 
@@ -26,14 +31,26 @@ class ResultsError(ValueError):
 
 
 def writer(path: Path) -> Callable[[dict], None]:
-    """A function that appends a row to ``path`` at once, so that what was measured survives an interruption."""
+    """A function that appends a row to ``path`` at once, in a single write, so that a crash leaves whole lines.
+
+    What an interrupted run left of a line at the end is cut off.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _cut_torn_line(path)
 
     def write(row: dict) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_rounded(row), allow_nan=False) + "\n")
+        line = json.dumps(_rounded(row), allow_nan=False) + "\n"
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+            os.fsync(file.fileno())
 
     return write
+
+
+def _cut_torn_line(path: Path) -> None:
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n") and content:
+        warnings.warn(f"{path}: the last line is incomplete and is removed", stacklevel=3)
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _rounded(value):
@@ -52,16 +69,20 @@ def file_name(row_fields: dict, suites: Iterable[str]) -> str:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of one file.
+    """The rows of one file; a last line that an interrupted run did not finish is left out, with a warning.
 
     Raises:
         ResultsError: a line that is not a result.
     """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    rows, text = [], path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                warnings.warn(f"{path}, line {number}: incomplete, and left out", stacklevel=2)
+                break
             raise ResultsError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict) or "suite" not in row:
             raise ResultsError(f"{path}, line {number}: not a result of goat-kernels bench")
@@ -75,10 +96,17 @@ def read_folder(folder: Path) -> list[dict]:
 
 
 def newest(rows: Iterable[dict], suite: str, device: str) -> list[dict]:
-    """The rows of the last run of a suite on the standard shapes on that type of device; empty where there is none."""
+    """Of each measurement of a suite on the standard shapes the newest row, on the machine of the newest one of all.
+
+    Row by row, so that a run of a part does not hide what it did not measure. Empty where there is none.
+    """
     fitting = [r for r in rows if (r["suite"], r["device"], r["cases"]) == (suite, device, "standard")]
-    last = max((row["date"] for row in fitting), default=None)
-    return [row for row in fitting if row["date"] == last]
+    last = max(fitting, key=lambda row: row["date"], default=None)
+    found: dict[tuple, dict] = {}
+    for row in sorted(fitting, key=lambda row: row["date"]):
+        if all(row.get(name) == last.get(name) for name in MACHINE_FIELDS):
+            found[key_of(row)] = row
+    return list(found.values())
 
 
 def timed(rows: Iterable[dict]) -> list[dict]:

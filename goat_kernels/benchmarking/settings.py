@@ -29,7 +29,7 @@ class BenchSettings:
     quick: bool = False
     shapes: tuple[Case, ...] = ()
     without: frozenset[str] = frozenset()
-    _roofline: Roofline | None = field(default=None, repr=False)
+    _measured: dict[str, Roofline] = field(default_factory=dict, repr=False)  # shared by copies of these settings
 
     @property
     def cases(self) -> str:
@@ -40,10 +40,10 @@ class BenchSettings:
 
     @property
     def roofline(self) -> Roofline:
-        """The machine's ceilings, measured when first asked for."""
-        if self._roofline is None:
-            self._roofline = measure_roofline(self.device, self.dtype, quick=self.quick)
-        return self._roofline
+        """The machine's ceilings, measured when first asked for: a run asks before it times anything."""
+        if "roofline" not in self._measured:
+            self._measured["roofline"] = measure_roofline(self.device, self.dtype, quick=self.quick)
+        return self._measured["roofline"]
 
     def dtypes(self) -> dict:
         return {"dtype": name_of(self.dtype), "adapter_dtype": "float32"}

@@ -5,6 +5,7 @@ Imports and first calls are measured in processes of their own; a first call wit
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -19,15 +20,16 @@ from torch import nn
 
 from goat_kernels.backends import resolve_backend
 from goat_kernels.benchmarking.cases import NUM_EXPERTS, TOP_K
+from goat_kernels.benchmarking.failures import in_words
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.linear import GoatLinear
 
-#: What is imported -> statements.
+#: What is imported -> (statement, the package without which it is skipped).
 _IMPORTS = {
-    "import torch": "import torch",
-    "import goat_kernels, GoatLinear": "from goat_kernels import GoatLinear",
-    "import peft": "import peft",
-    "import goat_kernels, GoatConfig": "from goat_kernels import GoatConfig",
+    "import torch": ("import torch", "torch"),
+    "import goat_kernels, GoatLinear": ("from goat_kernels import GoatLinear", "torch"),
+    "import peft": ("import peft", "peft"),
+    "import goat_kernels, GoatConfig": ("from goat_kernels import GoatConfig", "peft"),
 }
 
 _TIMED_IMPORT = "import time; t = time.perf_counter(); {}; print((time.perf_counter() - t) * 1e3)"
@@ -51,8 +53,13 @@ for _ in range(3):
 print(json.dumps(times))
 """
 
+_CALL = "call, forward and backward"
+
 #: (in_features, out_features) of the linear layers of a Llama of 7 billion parameters: q, k, v, o; gate, up; down.
 _7B_LAYERS = ((4096, 4096), (4096, 11008), (11008, 4096))
+
+#: Loads the libraries of the decompositions: one of a layer of 7B takes from seconds to minutes.
+_WARMING_LAYER = (64, 64)
 
 #: On a CPU the decomposition of those takes minutes: layers of a quarter of the width.
 _QUARTER_LAYERS = ((1024, 1024), (1024, 2752), (2752, 1024))
@@ -68,14 +75,26 @@ def startup_rows(settings: BenchSettings) -> Iterator[dict]:
 def _run(code: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
     command = [sys.executable, "-c", code, *arguments]
     environment = {**os.environ, **(environment or {})}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise RuntimeError(said[-1] if said else f"the process ended with {done.returncode}")
+    return done.stdout
 
 
 def _import_rows(rounds: int) -> Iterator[dict]:
     """From the start of the import statement, the interpreter's own start left out; files are cached."""
-    for name, statement in _IMPORTS.items():
-        times = [float(_run(_TIMED_IMPORT.format(statement)).split()[-1]) for _ in range(rounds)]
-        yield {"contender": name, "mode": "import", "time_ms_p50": statistics.median(times), "rounds": rounds}
+    for name, (statement, package) in _IMPORTS.items():
+        row = {"contender": name, "mode": "import"}
+        if importlib.util.find_spec(package) is None:
+            yield {**row, "skipped": f"the package {package} is not installed"}
+            continue
+        try:
+            times = [float(_run(_TIMED_IMPORT.format(statement)).split()[-1]) for _ in range(rounds)]
+        except Exception as failure:
+            yield {**row, "failed": in_words(failure)}
+            continue
+        yield {**row, "time_ms_p50": statistics.median(times), "rounds": rounds}
 
 
 def _first_call_rows(settings: BenchSettings) -> Iterator[dict]:
@@ -84,18 +103,24 @@ def _first_call_rows(settings: BenchSettings) -> Iterator[dict]:
     for backend in ("torch", "triton"):
         row = {"contender": f"GoatLinear, {backend}", "T": tokens, "N": size, "M": size, "R": 32, **settings.dtypes()}
         if backend == "triton" and not cuda:
-            yield {**row, "mode": "first call", "skipped": "the Triton kernels are compiled for a GPU"}
+            yield {**row, "mode": f"first {_CALL}", "skipped": "the Triton kernels are compiled for a GPU"}
             continue
         try:
             resolve_backend(backend, settings.device, settings.dtype)
         except RuntimeError as error:
-            yield {**row, "mode": "first call", "skipped": str(error)}
+            yield {**row, "mode": f"first {_CALL}", "skipped": str(error)}
             continue
-        with tempfile.TemporaryDirectory() as empty:
-            arguments = (settings.device.type, settings.dtypes()["dtype"], backend, str(size), str(tokens))
-            first, _, third = json.loads(_run(_FIRST_CALLS, *arguments, environment={"TRITON_CACHE_DIR": empty}))
-        yield {**row, "mode": "first call, forward and backward", "time_ms_p50": first, "rounds": 1}
-        yield {**row, "mode": "third call, forward and backward", "time_ms_p50": third, "rounds": 1}
+        arguments = (settings.device.type, settings.dtypes()["dtype"], backend, str(size), str(tokens))
+        try:
+            with tempfile.TemporaryDirectory() as empty:
+                first, _, third = json.loads(_run(_FIRST_CALLS, *arguments, environment={"TRITON_CACHE_DIR": empty}))
+        except Exception as failure:
+            yield from (
+                {**row, "mode": f"{which} {_CALL}", "failed": in_words(failure)} for which in ("first", "third")
+            )
+            continue
+        yield {**row, "mode": f"first {_CALL}", "time_ms_p50": first, "rounds": 1}
+        yield {**row, "mode": f"third {_CALL}", "time_ms_p50": third, "rounds": 1}
 
 
 def _initialisation_rows(settings: BenchSettings) -> Iterator[dict]:
@@ -105,21 +130,19 @@ def _initialisation_rows(settings: BenchSettings) -> Iterator[dict]:
         "GoatLinear, init='pissa', svd='randomized'": {"init": "pissa", "svd": "randomized"},
         "GoatLinear, init='lora'": {"init": "lora"},
     }
-    for N, M in ((64, 64),) if settings.quick else layers:
+    small = nn.Linear(*_WARMING_LAYER, device=settings.device, dtype=settings.dtype)
+    for N, M in (_WARMING_LAYER,) if settings.quick else layers:
         torch.manual_seed(0)
         linear = nn.Linear(N, M, device=settings.device, dtype=settings.dtype)
         for name, options in ways.items():
-            elapsed = [_elapsed_ms(linear, options, settings.device) for _ in range(2)][1]  # the first warms up
-            yield {
-                "contender": name,
-                "mode": "initialisation of a layer",
-                "N": N,
-                "M": M,
-                "R": 32,
-                **settings.dtypes(),
-                "time_ms_p50": elapsed,
-                "rounds": 1,
-            }
+            row = {"contender": name, "mode": "initialisation of a layer", "N": N, "M": M, "R": 32, **settings.dtypes()}
+            try:
+                _elapsed_ms(small, options, settings.device)
+                elapsed = _elapsed_ms(linear, options, settings.device)
+            except Exception as failure:
+                yield {**row, "failed": in_words(failure)}
+                continue
+            yield {**row, "time_ms_p50": elapsed, "rounds": 1}
 
 
 def _elapsed_ms(linear: nn.Linear, options: dict, device: torch.device) -> float:

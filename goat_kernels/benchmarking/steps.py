@@ -35,9 +35,12 @@ def call_of(mode: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> Callable[
         mode: "forward" keeps what the backward needs; "backward" has run the forward before; "both"; "inference"
             keeps nothing.
         layer: the contender.
-        x: [T, N], requires grad.
+        x: [T, N].
         grad_y: [T, M].
     """
+    # A leaf of its own: autograd keeps, with a leaf, the stream on which it was first used, and a capture on another
+    # stream would have to wait for that one.
+    x = x.detach().requires_grad_()
     if mode == "inference":
 
         def infer() -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from goat_kernels.benchmarking.ahead import compile_ahead
 from goat_kernels.benchmarking.cases import (
@@ -19,10 +19,12 @@ from goat_kernels.benchmarking.cases import (
     scaling_cases,
 )
 from goat_kernels.benchmarking.design_suite import design_rows
+from goat_kernels.benchmarking.failures import in_words
 from goat_kernels.benchmarking.layer_suite import layer_rows, memory_rows
 from goat_kernels.benchmarking.machine import describe
 from goat_kernels.benchmarking.models import model_cases, model_layers, model_rows
 from goat_kernels.benchmarking.passes import kernel_rows
+from goat_kernels.benchmarking.progress import tracked
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.startup import startup_rows
 
@@ -52,9 +54,23 @@ class Suite:
     without: frozenset[str] = frozenset()
 
 
+def _roofline_rows(settings: BenchSettings) -> Iterator[dict]:
+    for ceiling in settings.roofline.measured:
+        unit = "tflops" if ceiling.what == "product" else "gb_per_s"
+        row = {"contender": ceiling.what, "size": ceiling.size, **settings.dtypes(), "time_ms_p50": ceiling.time_ms}
+        yield {**row, unit: ceiling.rate, **settings.roofline.row()}
+
+
 _COMPILED = frozenset({"compiled"})
 
 SUITES: dict[str, Suite] = {
+    "roofline": Suite(
+        "how fast this machine reads, copies and multiplies",
+        lambda device, quick: (None,),
+        lambda case, settings: _roofline_rows(settings),
+        layers=None,
+        shaped=False,
+    ),
     "kernels": Suite("each pass alone, against the machine's roofline", kernel_cases, kernel_rows),
     "layer": Suite("forward, backward, both; ratio to the frozen nn.Linear", layer_cases, layer_rows),
     "memory": Suite("bytes saved for backward, and the peak", memory_cases, memory_rows, without=_COMPILED),
@@ -82,24 +98,38 @@ SUITES: dict[str, Suite] = {
 
 
 def run_suite(name: str, settings: BenchSettings, report: Callable[[dict], None]) -> None:
-    """Run a suite and hand every row to ``report`` as soon as it is there."""
+    """Run a suite and hand every row to ``report`` as soon as it is there.
+
+    A case that raises becomes a row that says so, and the next one runs.
+    """
     suite, common = SUITES[name], describe(settings.device)
     cases = suite.cases(settings.device.type, quick=settings.quick)
     if settings.shapes and suite.shaped:
         cases = settings.shapes
     of_suite = dataclasses.replace(settings, without=settings.without | suite.without)
     if suite.layers is not None:
-        compile_ahead((layer for case in cases for layer in suite.layers(case)), settings)
+        try:
+            compile_ahead((layer for case in cases for layer in suite.layers(case)), settings)
+        except Exception as failure:  # what does not compile is met again when it is launched
+            warnings.warn(f"compiling ahead: {in_words(failure)}", stacklevel=2)
     skipped = set()
-    for case in tqdm(cases, desc=name, unit="case", leave=False, disable=None):
+    for case in tracked(cases, name, "case"):
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
-        for row in suite.rows(case, of_suite):
+        for row in _rows_until_it_raises(suite, case, of_suite):
             if "skipped" in row:
                 if (row["contender"], row["skipped"]) in skipped:
                     continue  # once is enough
                 skipped.add((row["contender"], row["skipped"]))
             report({"suite": name, "cases": settings.cases, **row, **common})
+
+
+def _rows_until_it_raises(suite: Suite, case: object, settings: BenchSettings) -> Iterator[dict]:
+    try:
+        yield from suite.rows(case, settings)
+    except Exception as failure:
+        of_case = case.row() if isinstance(case, Case) else {"model": getattr(case, "name", None)}
+        yield {**of_case, "contender": "the rest of this case", "failed": in_words(failure)}
 
 
 def shapes_of(sizes: Sequence[tuple[int, int, int, int]], forms: tuple[str, ...]) -> tuple[Case, ...]:

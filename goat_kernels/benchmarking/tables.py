@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from goat_kernels.benchmarking.layers import FROZEN
+from goat_kernels.benchmarking.layers import FROZEN, LORA
 from goat_kernels.benchmarking.results import timed
 
 _MIB = 2**20
@@ -44,43 +44,66 @@ def number(value: float) -> str:
 
 def provenance(rows: list[dict]) -> str:
     """One sentence: what the rows were measured on."""
-    row = rows[0]
+    row = max(rows, key=lambda row: row["date"])
     rounds = sorted({r["rounds"] for r in timed(rows) if "rounds" in r})
     where = f"{row['gpu']}, driver {row['driver']}, CUDA {row['cuda']}" if row["gpu"] else row["cpu"]
     threads = "" if row["gpu"] else f", {row['threads']} thread" + ("s" if row["threads"] > 1 else "")
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "python")
     of_rounds = f"Medians of {rounds[-1]} rounds. " if rounds and rounds[-1] > 1 else ""
-    commit = f"commit {row['commit']}" + (" with uncommitted changes" if row["commit_is_dirty"] else "")
-    return f"{of_rounds}{where}{threads}; {versions}; {commit}; {row['date'][:10]}."
+    runs = dict.fromkeys((r["date"][:10], commit_of(r)) for r in sorted(rows, key=lambda row: row["date"]))
+    when = "; and ".join(f"{commit}; {date}" for date, commit in runs)
+    return f"{of_rounds}{where}{threads}; {versions}; {when}."
+
+
+def commit_of(row: dict) -> str:
+    return f"commit {row['commit'] or 'unknown'}" + (" with uncommitted changes" if row["commit_is_dirty"] else "")
 
 
 # --- the layer ----------------------------------------------------------------------------------------------------
 
 
-def layer_table(rows: list[dict], mode: str, only: tuple[str, ...] = ()) -> str:
-    """One row per shape: the frozen layer's time, every contender's median ratio to it, and GOAT's over PEFT LoRA's.
+def layer_table(rows: list[dict], mode: str) -> str:
+    """One row per shape: the frozen layer's time, every contender's median ratio to it, and GOAT's to PEFT LoRA.
 
-    ``only``: the contenders to show beside the frozen layer; all by default. A ratio of a CUDA graph is to the frozen
-    layer's CUDA graph.
+    A ratio of a CUDA graph is to the CUDA graph of the frozen layer, or of LoRA.
     """
     rows = in_mode(rows, mode)
-    grouped = by_shape(rows)
     names = [name for name in contenders(rows) if not name.startswith(FROZEN)]
-    names = [name for name in names if not only or name in only]
-    over_lora = [n for n in names if n.startswith("GOAT") and "compiled" not in n and "graph" not in n]
-    lora = "PEFT LoRA"
-    if lora not in names:
-        over_lora = []
-    head = ["T", "N -> M", "R", "frozen, ms", *names, *(f"{name} / LoRA" for name in over_lora)]
+    over_lora = [
+        (name, quantity, words)
+        for quantity, words in (("lora_ratio", "LoRA"), ("half_lora_ratio", "LoRA in x's dtype"))
+        for name in names
+        if "compiled" not in name and any(row["contender"] == name and f"{quantity}_p50" in row for row in rows)
+    ]
+    head = ["T", "N -> M", "R", "frozen, ms", *names, *(f"{name} / {words}" for name, _, words in over_lora)]
     lines = []
-    for (T, N, M, R, _, _), of_shape in grouped.items():
+    for (T, N, M, R, _, _), of_shape in by_shape(rows).items():
         cells = [str(T), f"{N} -> {M}", str(R), _cell(of_shape, FROZEN, lambda row: number(row["time_ms_p50"]))]
         cells += [_cell(of_shape, name, lambda row: f"{row['ratio_p50']:.2f}") for name in names]
-        for name in over_lora:
-            both = name in of_shape and lora in of_shape
-            cells.append(f"{of_shape[name]['ratio_p50'] / of_shape[lora]['ratio_p50']:.2f}" if both else "-")
+        cells += [_ratio(of_shape, name, quantity) for name, quantity, _ in over_lora]
         lines.append(cells)
     return markdown(head, lines)
+
+
+def summary_table(rows: list[dict], backend: str) -> str:
+    """One row per shape and residual: the medians of a forward and backward, with the eager layers of ``backend``."""
+    head = ["T", "N -> M", "R", "residual", "frozen, ms"]
+    head += ["PEFT LoRA / frozen", "GOAT / frozen", "GOAT / PEFT LoRA", "expert loop / frozen"]
+    lines = []
+    for (T, N, M, R, _, _), of_shape in by_shape(in_mode(rows, "both")).items():
+        frozen = _cell(of_shape, FROZEN, lambda row: number(row["time_ms_p50"]))
+        for form in ("fold", "path"):
+            goat = f"GOAT {form}, {backend}"
+            if goat in of_shape:
+                pairs = ((LORA, "ratio"), (goat, "ratio"), (goat, "lora_ratio"), ("expert loop", "ratio"))
+                ratios = [_ratio(of_shape, name, quantity) for name, quantity in pairs]
+                lines.append([str(T), f"{N} -> {M}", str(R), f"`{form}`", frozen, *ratios])
+    return markdown(head, lines)
+
+
+def _ratio(of_shape: dict[str, dict], name: str, quantity: str) -> str:
+    value = of_shape.get(name, {}).get(f"{quantity}_p50")
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _cell(of_shape: dict[str, dict], name: str, text: Callable[[dict], str]) -> str:
@@ -94,12 +117,8 @@ def layer_summary(rows: list[dict], backend: str) -> str:
     sentences = []
     for form in ("fold", "path"):
         name = f"GOAT {form}, {backend}"
-        of_frozen = [of[name]["ratio_p50"] for of in grouped.values() if name in of]
-        of_lora = [
-            of[name]["ratio_p50"] / of["PEFT LoRA"]["ratio_p50"]
-            for of in grouped.values()
-            if name in of and "PEFT LoRA" in of
-        ]
+        of_frozen = [of[name]["ratio_p50"] for of in grouped.values() if "ratio_p50" in of.get(name, {})]
+        of_lora = [of[name]["lora_ratio_p50"] for of in grouped.values() if "lora_ratio_p50" in of.get(name, {})]
         if of_frozen and of_lora:
             sentences.append(
                 f"`{form}` takes {min(of_frozen):.2f} to {max(of_frozen):.2f} of the frozen layer's time and "
@@ -125,9 +144,21 @@ def kernels_table(rows: list[dict]) -> str:
 def ceilings(rows: list[dict]) -> str:
     row = timed(rows)[0]
     return (
-        f"This machine's ceilings, measured in the same run: {row['machine_gb_per_s']:.0f} GB/s in a large copy, "
-        f"{number(row['machine_tflops'])} TFLOP/s in a large {row['dtype']} product."
+        f"This machine's ceilings, measured in the same run: {row['machine_read_gb_per_s']:.0f} GB/s in a large sum, "
+        f"{row['machine_copy_gb_per_s']:.0f} GB/s in a large copy, {number(row['machine_tflops'])} TFLOP/s in the best "
+        f"of several large {row['dtype']} products."
     )
+
+
+def roofline_table(rows: list[dict]) -> str:
+    """One row per ceiling and size."""
+    lines = []
+    for row in timed(rows):
+        is_product = row["contender"] == "product"
+        size = f"{row['size']} x {row['size']}" if is_product else f"{row['size'] / _MIB:.0f} MiB"
+        rate = f"{number(row['tflops'])} TFLOP/s" if is_product else f"{number(row['gb_per_s'])} GB/s"
+        lines.append([row["contender"], row["dtype"] if is_product else "float32", size, rate])
+    return markdown(["what", "dtype", "size", "median rate"], lines)
 
 
 def memory_table(rows: list[dict]) -> str:
@@ -171,10 +202,11 @@ def model_table(rows: list[dict]) -> str:
     for row in timed(rows):
         unit = "tokens_per_s" if "tokens_per_s" in row else "images_per_s"
         name = f"{row['model']}, {row['num_hidden_layers']} x {row['hidden_size']}, R = {row['R']}"
-        ratio = f"{row['ratio_p50']:.2f}" if "ratio_p50" in row else "-"
+        ratios = [f"{row[q]:.2f}" if q in row else "-" for q in ("ratio_p50", "lora_ratio_p50")]
         rate = f"{number(row[unit])} {unit.split('_')[0]}"
-        lines.append([name, row["contender"], number(row["time_ms_p50"]), rate, ratio, number(row["peak_mib"])])
-    return markdown(["model", "method", "ms a step", "a second", "ratio to frozen", "peak, MiB"], lines)
+        lines.append([name, row["contender"], number(row["time_ms_p50"]), rate, *ratios, number(row["peak_mib"])])
+    head = ["model", "method", "ms a step", "a second", "/ frozen", "/ PEFT LoRA", "peak, MiB"]
+    return markdown(head, lines)
 
 
 def startup_table(rows: list[dict]) -> str:
@@ -192,7 +224,7 @@ def design_table(rows: list[dict]) -> str:
     for row in timed(rows):
         key = (row["T"], f"{row['N']} -> {row['M']}", row["R"], row["residual"], row["mode"])
         groups.setdefault(key, {})[row["contender"]] = row
-    base = timed(rows)[0]["ratio_to"]
+    base = next(row["ratio_to"] for row in timed(rows) if "ratio_to" in row)
     names = [name for name in contenders(rows) if name != base]
     lines = []
     for key, of_key in groups.items():
@@ -214,6 +246,7 @@ def not_timed(rows: list[dict]) -> list[str]:
 
 #: Suite -> its tables, one below the other.
 TABLES: dict[str, Callable[[list[dict]], str]] = {
+    "roofline": roofline_table,
     "kernels": lambda rows: f"{ceilings(rows)}\n\n{kernels_table(rows)}",
     "layer": lambda rows: "\n\n".join(
         f"{title}\n\n{layer_table(rows, mode)}"

@@ -14,10 +14,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from tqdm.auto import tqdm
+
+from goat_kernels.benchmarking.failures import in_words
+from goat_kernels.benchmarking.progress import tracked
 
 Step = Callable[[int], object]
 
@@ -37,20 +39,23 @@ class Timing:
 
     Attributes:
         time_ms: per call, one for each round.
-        ratio: time / time of the base in the same round, one for each round; empty where there is no base.
+        ratios: quantity, as "ratio" -> time / time of what it refers to in the same round, one for each round.
         calls: in a sample.
+        failed: None, or what it raised while it was timed; nothing else is there then.
     """
 
-    time_ms: tuple[float, ...]
-    ratio: tuple[float, ...]
-    calls: int
+    time_ms: tuple[float, ...] = ()
+    ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    calls: int = 0
+    failed: str | None = None
 
     def row(self) -> dict:
         """The fields of a result."""
+        if self.failed is not None:
+            return {"failed": self.failed}
         row = {"rounds": len(self.time_ms), "calls_per_sample": self.calls}
-        for name, values in (("time_ms", self.time_ms), ("ratio", self.ratio)):
-            if values:
-                row |= {f"{name}_p{p}": quantile(values, p / 100) for p in (20, 50, 80)}
+        for name, values in (("time_ms", self.time_ms), *self.ratios.items()):
+            row |= {f"{name}_p{p}": quantile(values, p / 100) for p in (20, 50, 80)}
         return row
 
 
@@ -74,114 +79,102 @@ def time_interleaved(
     device: torch.device,
     copies: int,
     rounds: int,
-    bases: Mapping[str, str] | None = None,
+    ratios: Mapping[str, Mapping[str, str]] | None = None,
     warmup: int = 3,
     label: str = "",
 ) -> dict[str, Timing]:
     """Time every contender once per round, in an order that rotates from round to round.
+
+    A contender that raises is out, and the others go on.
 
     Args:
         steps: name -> what is timed.
         device: where it runs.
         copies: numbers that a step may be called with: 0..copies-1.
         rounds: how many rounds are timed.
-        bases: name -> the contender that its ratio refers to; none by default.
+        ratios: quantity -> name -> the contender that its time is divided by; none by default.
         warmup: rounds before that, the first through all copies; the number of calls is found in them too.
-        label: of the progress bar.
+        label: of the progress.
     """
-    if not steps:
-        return {}
-    names, bases = list(steps), bases or {}
+    names = list(steps)
     calls = dict.fromkeys(names, copies)
     times: dict[str, list[float]] = {name: [] for name in names}
+    failed: dict[str, str] = {}
     with _no_collection():
-        for round_ in tqdm(range(-warmup, rounds), desc=label, unit="round", leave=False, disable=None):
+        for round_ in tracked(range(-warmup, rounds), label, "round") if names else ():
             start = round_ % len(names)
             for name in names[start:] + names[:start]:
+                if name in failed:
+                    continue
                 first = (round_ + warmup) * calls[name]
-                elapsed_ms = sample_ms(steps[name], device, copies, calls[name], first)
+                try:
+                    elapsed_ms = sample_ms(steps[name], device, copies, calls[name], first)
+                except Exception as failure:
+                    failed[name] = in_words(failure)
+                    continue
                 if round_ >= 0:
                     times[name].append(elapsed_ms)
                 else:
-                    calls[name] = min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_MS[device.type] / max(elapsed_ms, 1e-6))))
-    return {
-        name: Timing(
-            tuple(times[name]),
-            tuple(t / b for t, b in zip(times[name], times[bases[name]], strict=True)) if name in bases else (),
-            calls[name],
-        )
-        for name in names
-    }
+                    calls[name] = _calls_to_fill(steps[name], elapsed_ms, device)
+
+    def timing(name: str) -> Timing:
+        if name in failed:
+            return Timing(failed=failed[name])
+        bases = {quantity: of[name] for quantity, of in (ratios or {}).items() if name in of}
+        of_round = {
+            quantity: tuple(t / b for t, b in zip(times[name], times[base], strict=True))
+            for quantity, base in bases.items()
+            if base in times and base not in failed
+        }
+        return Timing(tuple(times[name]), of_round, calls[name])
+
+    return {name: timing(name) for name in names}
+
+
+def _calls_to_fill(step: Step, elapsed_ms: float, device: torch.device) -> int:
+    at_once = _calls_at_once(step)
+    wanted = min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_MS[device.type] / max(elapsed_ms, 1e-6))))
+    return at_once * math.ceil(wanted / at_once)
+
+
+def _calls_at_once(step: Step) -> int:
+    """A captured step makes one call on every copy at once."""
+    return getattr(step, "calls_at_once", 1)
 
 
 def sample_ms(step: Step, device: torch.device, copies: int, calls: int, first: int = 0) -> float:
-    """Time per call of ``calls`` consecutive calls, each on the next copy, from call number ``first`` on."""
+    """Time per call of ``calls`` consecutive calls, each on the next copy, from call number ``first`` on.
+
+    ``calls`` is a multiple of what the step does at once.
+    """
+    numbers = range(first, first + calls, _calls_at_once(step))
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
+        # Keeps the GPU busy while the host gets to the first timed call: else the sample begins with an idle GPU.
+        step((first - 1) % copies)
         start.record()
-        for call in range(first, first + calls):
+        for call in numbers:
             step(call % copies)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / calls
     before = time.perf_counter()
-    for call in range(first, first + calls):
+    for call in numbers:
         step(call % copies)
     return (time.perf_counter() - before) * 1e3 / calls
 
 
 def median_ms(step: Step, device: torch.device, copies: int = 1, rounds: int = 11) -> float:
-    """Median time of one step on its own: for the machine's ceilings, which have nobody beside them."""
-    timing = time_interleaved({"": step}, device=device, copies=copies, rounds=rounds)[""]
-    return statistics.median(timing.time_ms)
+    """Median time of one step on its own: for the machine's ceilings, which have nobody beside them.
 
-
-@dataclass(frozen=True)
-class Captured:
-    """A step that replays CUDA graphs, one for each copy; ``results`` are what the graph of copy 0 writes."""
-
-    graphs: tuple[torch.cuda.CUDAGraph, ...]
-    kept: tuple[object, ...]
-
-    def __call__(self, copy: int) -> None:
-        self.graphs[copy].replay()
-
-    def results(self) -> object:
-        """Replay copy 0 and return what it wrote."""
-        self(0)
-        torch.cuda.synchronize()
-        return self.kept[0][1]
-
-
-def captured(make: Callable[[int], Callable[[], object]], copies: int) -> Captured:
-    """CUDA graphs of what ``make(copy)`` returns.
-
-    ``make`` runs on the stream of the capture, so that a backward is captured on the stream of its forward.
+    Raises:
+        RuntimeError: the step raised.
     """
-    stream, graphs, kept = torch.cuda.Stream(), [], []
-    stream.wait_stream(torch.cuda.current_stream())
-    for copy in range(copies):
-        with torch.cuda.stream(stream):
-            call = make(copy)
-            for _ in range(3):  # compiles, fills caches and workspaces: nothing of that may happen in a capture
-                call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            results = call()
-        graphs.append(graph)
-        kept.append((call, results))  # the graph reads and writes memory that these own
-    torch.cuda.current_stream().wait_stream(stream)
-    return Captured(tuple(graphs), tuple(kept))
-
-
-def step_of(make: Callable[[int], Callable[[], object]], copies: int, *, graph: bool) -> Step:
-    """``make(copy)`` returns what is timed on that copy; ``graph``: replayed, so that the host's time drops out."""
-    if graph:
-        return captured(make, copies)
-    calls = [make(copy) for copy in range(copies)]
-    return lambda copy: calls[copy]()
+    timing = time_interleaved({"": step}, device=device, copies=copies, rounds=rounds)[""]
+    if timing.failed is not None:
+        raise RuntimeError(timing.failed)
+    return statistics.median(timing.time_ms)
 
 
 @contextmanager

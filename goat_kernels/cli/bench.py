@@ -4,13 +4,13 @@ Contenders run in one process on the same inputs, interleaved round by round; ea
 inputs first, and a wrong one gets no time. What cannot run here is skipped, with a line that says why.
 
     goat-kernels bench                             the layer suite, on the GPU if there is one
-    goat-kernels bench --suite kernels memory      or: scaling, model, startup, design, all
+    goat-kernels bench --suite kernels memory      or: roofline, scaling, model, startup, design, all
     goat-kernels bench --shape 8192,4096,4096,32   a layer of your own: T,N,M,R
     goat-kernels bench --compare OLD NEW           two files of results: what became slower?
     goat-kernels bench --report                    in a checkout: README's and docs' tables and figures anew
 
 Results are JSON lines, in a new file in bench/results unless --output names one. Exit code: 0; 1 if a contender was
-wrong or raised, or if --compare finds something slower or larger.
+wrong or raised, or if --compare finds something slower, larger or missing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from goat_kernels.cli.arguments import integer
 from goat_kernels.cli.errors import CommandError
 
 if TYPE_CHECKING:
+    from goat_kernels.benchmarking.compare import Lost
     from goat_kernels.benchmarking.settings import BenchSettings
 
 #: As in ``goat_kernels.benchmarking.suites`` and ``layers``, which import torch (a test holds them together).
-SUITE_NAMES = ("kernels", "layer", "memory", "scaling", "model", "startup", "design")
+SUITE_NAMES = ("roofline", "kernels", "layer", "memory", "scaling", "model", "startup", "design")
 KINDS = ("frozen", "lora", "unsloth", "loop", "torch", "compiled", "triton", "graph")
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -100,6 +101,8 @@ def _measure(arguments: argparse.Namespace) -> int:
     from goat_kernels.benchmarking.tables import TABLES, not_timed
 
     suites = SUITE_NAMES if "all" in arguments.suite else tuple(dict.fromkeys(arguments.suite))
+    if {"roofline", "kernels"} & set(suites):  # the ceilings first: before anything has warmed the machine
+        suites = tuple(dict.fromkeys(("roofline", *suites)))
     machine = describe(settings.device)
     output = Path(arguments.output) if arguments.output else RESULTS_FOLDER / file_name(machine, suites)
     if output.is_dir():
@@ -191,9 +194,10 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _compare(old: Path, new: Path) -> int:
-    from goat_kernels.benchmarking.compare import compare_rows
+    from goat_kernels.benchmarking.compare import compare_rows, lost_rows
 
-    changes = compare_rows(_rows(old), _rows(new))
+    before, after = _rows(old), _rows(new)
+    changes, lost = compare_rows(before, after), lost_rows(before, after)
     if not changes:
         raise CommandError(
             f"--compare {str(old)!r} {str(new)!r} need a measurement in common: same machine, threads, dtype and shape"
@@ -206,7 +210,20 @@ def _compare(old: Path, new: Path) -> int:
         print(f"... and {len(notable) - _PRINTED_CHANGES} smaller changes")
     regressed = sum(change.regressed for change in changes)
     print(f"{len(changes)} compared: {regressed} slower or larger, {len(notable) - regressed} faster or smaller")
-    return 1 if regressed else 0
+    missed = _print_lost(lost, {row["suite"] for row in after})
+    return 1 if regressed or missed else 0
+
+
+def _print_lost(lost: list[Lost], suites: set[str]) -> int:
+    """Print what only the old file has; returns how many of its rows are of suites that the new run ran too."""
+    missed = [one for one in lost if one.suite in suites]
+    for one in missed[:_PRINTED_CHANGES]:
+        print(f"not in the new run: {one.what}: {one.why}")
+    if len(missed) > _PRINTED_CHANGES:
+        print(f"... and {len(missed) - _PRINTED_CHANGES} more")
+    for suite in dict.fromkeys(one.suite for one in lost if one.suite not in suites):
+        print(f"not in the new run: the suite {suite}")
+    return len(missed)
 
 
 def _report(root: Path) -> int:
