@@ -33,14 +33,21 @@ def compile_ahead(cases: Iterable[Case], settings: BenchSettings) -> None:
         return
     from goat_kernels.backends.triton_backend.passes import TritonPasses
 
+    with compiling(device):
+        for problem in _problems(cases, settings.dtype):
+            run_passes(TritonPasses(), problem)
+
+
+@contextlib.contextmanager
+def compiling(device: torch.device) -> Iterator[None]:
+    """Launches inside the block are compiled for ``device`` and not made; their tensors may be without values."""
     with (
         forced_target(current_target(device)),
         ThreadPoolExecutor() as pool,
         compiled_together(pool),
         observed(_compile),
     ):
-        for problem in _problems(cases, settings.dtype):
-            run_passes(TritonPasses(), problem)
+        yield
 
 
 @contextlib.contextmanager

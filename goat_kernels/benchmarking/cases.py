@@ -113,6 +113,18 @@ def design_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
     return _GPU_DESIGN if device == "cuda" else _CPU_LAYERS[:3]
 
 
+def tuning_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
+    """Of the search around the table's tiles: the ranks that the targets name."""
+    if quick or device != "cuda":
+        return _QUICK
+    return (
+        Case(8192, 4096, 4096, 32),
+        Case(8192, 4096, 4096, 8),
+        Case(8192, 5120, 13824, 128, forms=("fold",)),
+        Case(16384, 8192, 8192, 64, forms=("path",)),
+    )
+
+
 def scaling_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
     """T, N (= M), R, E and K one at a time from a middle; the middle is in each of the five."""
     middle = Case(8192, 4096, 4096, 32) if device == "cuda" else Case(512, 768, 768, 32)

@@ -16,7 +16,7 @@ import torch
 
 import goat_kernels
 from goat_kernels.benchmarking.results import RESULTS_FOLDER
-from goat_kernels.benchmarking.timing import median_ms
+from goat_kernels.benchmarking.timing import fastest_ms
 
 #: Packages whose version a result names, where they are installed.
 _PACKAGES = ("triton", "transformers", "peft", "liger-kernel", "unsloth")
@@ -124,11 +124,11 @@ def _driver() -> str | None:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """One rate that the machine reaches, in the median of its rounds.
+    """One rate that the machine reaches, in the fastest of its rounds: a ceiling is what nothing is above.
 
     Attributes:
         what: "read", "copy" or "product".
-        time_ms: the median of one call.
+        time_ms: of one call.
         rate: 10^9 bytes per second, read and written ones together, or 10^12 operations per second.
         size: bytes of a buffer, or the side of the matrices.
     """
@@ -199,14 +199,14 @@ def measure_roofline(device: torch.device, dtype: torch.dtype, *, quick: bool = 
 def _bandwidths(device: torch.device, size_bytes: int, rounds: int) -> Iterator[Ceiling]:
     source = torch.randn(size_bytes // 4, device=device)
     target = torch.randn_like(source)
-    read_ms = median_ms(lambda _: source.sum(), device, rounds=rounds)
+    read_ms = fastest_ms(lambda _: source.sum(), device, rounds=rounds)
     yield Ceiling("read", read_ms, size_bytes / read_ms / 1e6, size_bytes)
-    copy_ms = median_ms(lambda _: target.copy_(source), device, rounds=rounds)
+    copy_ms = fastest_ms(lambda _: target.copy_(source), device, rounds=rounds)
     yield Ceiling("copy", copy_ms, 2 * size_bytes / copy_ms / 1e6, size_bytes)
 
 
 def _product(device: torch.device, dtype: torch.dtype, size: int, rounds: int) -> Ceiling:
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    time_ms = median_ms(lambda _: torch.mm(left, right, out=out), device, rounds=rounds)
+    time_ms = fastest_ms(lambda _: torch.mm(left, right, out=out), device, rounds=rounds)
     return Ceiling("product", time_ms, 2 * size**3 / time_ms / 1e9, size)

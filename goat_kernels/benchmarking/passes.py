@@ -19,7 +19,7 @@ from goat_kernels.backends import get_backend, why_not_auto
 from goat_kernels.backends.base import Adapter, Passes, Routing
 from goat_kernels.benchmarking.capture import Captured, Eager, step_of, worst_error
 from goat_kernels.benchmarking.cases import Case
-from goat_kernels.benchmarking.failures import in_words, too_far
+from goat_kernels.benchmarking.failures import differs, in_words, too_far
 from goat_kernels.benchmarking.machine import cache_bytes
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.timing import copies_for, time_interleaved
@@ -222,10 +222,10 @@ def _pass_step(calls: list[Callable[[], object]], *, graph: bool) -> tuple[Captu
     try:
         expected = [t.clone() for t in tensors_of(calls[0]())]
         step = step_of(lambda copy: calls[copy], len(calls), graph=graph)
-        error = worst_error(step, lambda _, results: _difference(tensors_of(results), expected))
+        error = worst_error(step, lambda _, results: difference(tensors_of(results), expected))
     except Exception as failure:  # what a driver refuses is a result, and others follow
         return None, in_words(failure)
-    return (step, None) if error <= 1 else (None, f"what it gives differs by {error:.1g} times what is allowed")
+    return (step, None) if error <= 1 else (None, differs(error))
 
 
 def tensors_of(results: object) -> list[Tensor]:
@@ -238,7 +238,7 @@ def tensors_of(results: object) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors_of(part)]
 
 
-def _difference(results: list[Tensor], expected: list[Tensor]) -> float:
+def difference(results: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative difference, in units of what rounding to the tensor's dtype is allowed."""
     pairs = zip(results, expected, strict=True)
     errors = [relative_error(result, oracle) / TOLERANCES[oracle.dtype].relative for result, oracle in pairs]

@@ -17,6 +17,7 @@ from goat_kernels.benchmarking.cases import (
     layer_cases,
     memory_cases,
     scaling_cases,
+    tuning_cases,
 )
 from goat_kernels.benchmarking.design_suite import design_rows
 from goat_kernels.benchmarking.failures import in_words
@@ -27,6 +28,7 @@ from goat_kernels.benchmarking.passes import kernel_rows
 from goat_kernels.benchmarking.progress import tracked
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.startup import startup_rows
+from goat_kernels.benchmarking.tuning import tuning_rows
 
 
 def _itself(case: Case) -> tuple[Case, ...]:
@@ -57,7 +59,7 @@ class Suite:
 def _roofline_rows(settings: BenchSettings) -> Iterator[dict]:
     for ceiling in settings.roofline.measured:
         unit = "tflops" if ceiling.what == "product" else "gb_per_s"
-        row = {"contender": ceiling.what, "size": ceiling.size, **settings.dtypes(), "time_ms_p50": ceiling.time_ms}
+        row = {"contender": ceiling.what, "size": ceiling.size, **settings.dtypes(), "time_ms_fastest": ceiling.time_ms}
         yield {**row, unit: ceiling.rate, **settings.roofline.row()}
 
 
@@ -94,6 +96,7 @@ SUITES: dict[str, Suite] = {
     "design": Suite(
         "the base product accumulating onto the adapter's share, against other orders", design_cases, design_rows
     ),
+    "tuning": Suite("each step away from the table's tiles", tuning_cases, tuning_rows),
 }
 
 

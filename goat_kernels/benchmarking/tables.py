@@ -158,7 +158,7 @@ def roofline_table(rows: list[dict]) -> str:
         size = f"{row['size']} x {row['size']}" if is_product else f"{row['size'] / _MIB:.0f} MiB"
         rate = f"{number(row['tflops'])} TFLOP/s" if is_product else f"{number(row['gb_per_s'])} GB/s"
         lines.append([row["contender"], row["dtype"] if is_product else "float32", size, rate])
-    return markdown(["what", "dtype", "size", "median rate"], lines)
+    return markdown(["what", "dtype", "size", "fastest rate"], lines)
 
 
 def memory_table(rows: list[dict]) -> str:
@@ -233,6 +233,23 @@ def design_table(rows: list[dict]) -> str:
     return markdown(["T", "N -> M", "R", "form", "direction", "base alone, ms", *names], lines)
 
 
+def tuning_table(rows: list[dict]) -> str:
+    """One row per kernel: the table's tile, and the fastest of it and its neighbours."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in timed(rows):
+        key = (row["T"], f"{row['N']} -> {row['M']}", row["R"], row["residual"], row["pass"])
+        groups.setdefault(key, []).append(row)
+    lines = []
+    for key, of_kernel in groups.items():
+        table = [row for row in of_kernel if row["is_in_table"]]
+        best = min(of_kernel, key=lambda row: row["time_ms_p50"])
+        of_table = [table[0]["contender"], number(table[0]["time_ms_p50"])] if table else ["-", "-"]
+        gained = f"{best['ratio_p50']:.3f}" if "ratio_p50" in best else "-"
+        lines.append([*map(str, key), *of_table, str(len(of_kernel)), best["contender"], gained])
+    head = ["T", "N -> M", "R", "form", "kernel", "table's tile", "ms", "tried", "fastest", "/ table's"]
+    return markdown(head, lines)
+
+
 def not_timed(rows: list[dict]) -> list[str]:
     """One line for each reason why a contender has no time, in the order of the rows."""
     lines = []
@@ -263,4 +280,5 @@ TABLES: dict[str, Callable[[list[dict]], str]] = {
     "model": model_table,
     "startup": startup_table,
     "design": design_table,
+    "tuning": tuning_table,
 }

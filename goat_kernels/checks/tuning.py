@@ -6,6 +6,7 @@ through is timed on real tensors, one launch at a time; the fastest becomes an :
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -49,6 +50,25 @@ def candidates(choice: Choice, limit: int | None = None) -> list[Tile]:
     about = (choice.columns, choice.width, choice.target, choice.read_width)
     valid = [tile for tile in tiles if invalid_reason(choice.kernel, tile, *about) is None]
     return valid if limit is None else valid[:: -(-len(valid) // limit)]
+
+
+def neighbours(choices: Iterable[Choice], tile: Tile) -> list[Tile]:
+    """Tiles one step away from ``tile`` that the predicate lets through for every one of ``choices``.
+
+    A step doubles or halves one size, or the warps with a size, or moves the stages by one.
+    """
+    steps = [{name: factor} for name in ("rows", "columns", "rank", "warps") for factor in (2.0, 0.5)]
+    steps += [{name: factor, "warps": factor} for name in ("rows", "columns") for factor in (2.0, 0.5)]
+    sizes = [{name: int(getattr(tile, name) * factor) for name, factor in step.items()} for step in steps]
+    sizes += [{"stages": tile.stages + 1}, {"stages": tile.stages - 1}]
+    around = dict.fromkeys(dataclasses.replace(tile, **one) for one in sizes)
+    around.pop(tile, None)  # twice no rank is none
+
+    def is_valid(candidate: Tile, choice: Choice) -> bool:
+        about = (choice.columns, choice.width, choice.target, choice.read_width)
+        return invalid_reason(choice.kernel, candidate, *about) is None
+
+    return [candidate for candidate in around if all(is_valid(candidate, choice) for choice in choices)]
 
 
 def choices_of(layer: LayerCase, device: torch.device) -> list[Choice]:

@@ -4,7 +4,8 @@ Contenders run in one process on the same inputs, interleaved round by round; ea
 inputs first, and a wrong one gets no time. What cannot run here is skipped, with a line that says why.
 
     goat-kernels bench                             the layer suite, on the GPU if there is one
-    goat-kernels bench --suite kernels memory      or: roofline, scaling, model, startup, design, all
+    goat-kernels bench --suite kernels memory      or: roofline, scaling, model, startup, design, tuning,
+                                                   all
     goat-kernels bench --shape 8192,4096,4096,32   a layer of your own: T,N,M,R
     goat-kernels bench --compare OLD NEW           two files of results: what became slower?
     goat-kernels bench --report                    in a checkout: README's and docs' tables and figures anew
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from goat_kernels.benchmarking.settings import BenchSettings
 
 #: As in ``goat_kernels.benchmarking.suites`` and ``layers``, which import torch (a test holds them together).
-SUITE_NAMES = ("roofline", "kernels", "layer", "memory", "scaling", "model", "startup", "design")
+SUITE_NAMES = ("roofline", "kernels", "layer", "memory", "scaling", "model", "startup", "design", "tuning")
 KINDS = ("frozen", "lora", "unsloth", "loop", "torch", "compiled", "triton", "graph")
 
 _DTYPES = ("bfloat16", "float16", "float32")
