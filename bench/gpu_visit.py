@@ -1,37 +1,39 @@
-"""Everything that needs a GPU, in one call of under ten minutes, from a checkout without an installation.
+"""Everything that a GPU has to answer, in one call that ends in time, from a checkout without an installation.
 
-    python3 bench/gpu_visit.py --output visit          (or with the folder in $OUT)
+    python -m bench.gpu_visit --minutes 9 --out visit
 
-Each step is a process of its own with a time limit of its own, so that one that fails or hangs does not take the
-others' results along; benchmarks write every row as soon as it is measured. In the folder:
+The steps run in the order of what their results are worth, each as a process of its own with a share of the time that
+is left; what one does not use goes to those after it. Benchmarks write every row as soon as it is measured. Run again
+with the same folder, the visit goes on where it stopped: finished steps are not repeated, and a suite that was cut off
+leaves out the shapes that it has. A folder belongs to one state of the code: take another one for other code.
+
+In the folder:
 
     log.txt           what every step printed
-    summary.json      each step: command, seconds, exit code (null: out of time); written after every step
+    state.json        each step by GPU: command, seconds, exit code (null: it was cut off); written after every step
     check.jsonl       goat-kernels check, row by row
     results.jsonl     the benchmarks' rows, as for bench/results
+    summary.txt       the table that the visit ends with
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench.visit import ROOT, Outcome, Step, Visit, run_process
 
-#: Of the whole visit, in seconds; what a step leaves of its limit goes to those after it.
-TOTAL_S = 570
-
-#: A step with less time left than this is not started.
-_LEAST_S = 5
+#: Kept back for the table at the end, and for a step that does not stop at once, in seconds.
+RESERVE_S = 15
 
 #: Run under compute-sanitizer: every pass of small layers in both forms: fused, in stages with dropout, decoding.
 _SMALL_CASE = """
@@ -46,88 +48,45 @@ torch.cuda.synchronize()
 print("every pass ran")
 """
 
-_MACHINE = """
-import torch
-from goat_kernels import available_backends
-from goat_kernels.benchmarking.machine import describe, measure_roofline
-device = torch.device("cuda", torch.cuda.current_device())
-print(describe(device))
-print(available_backends())
-for dtype in (torch.bfloat16, torch.float32):
-    print(measure_roofline(device, dtype))
-"""
 
+def plan(folder: Path, *, quick: bool) -> list[Step]:
+    """The steps of a visit, what is worth most first; ``quick``: at tiny sizes, on any machine, as a trial."""
+    python = sys.executable
+    bench = (python, "-m", "goat_kernels", "bench", "--resume", "--output", str(folder / "results.jsonl"))
 
-@dataclass(frozen=True)
-class Step:
-    """One process.
+    def suite(name: str, weight: int) -> Step:
+        # Compiled layers, which take seconds each to compile, have a step of their own.
+        tiny = ("--quick",) if quick else ()
+        return Step(name, (*bench, "--suite", name, "--without", "compiled", *tiny), weight, resumes=True)
 
-    Attributes:
-        name: in the log and the summary.
-        command: its arguments.
-        limit_s: it is ended after so many seconds.
-        needs: a program that has to be on the PATH, or None.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    limit_s: int
-    needs: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a step; ``exit_code`` is None where it ran out of time, ``skipped`` why it did not run."""
-
-    name: str
-    command: str
-    seconds: float = 0.0
-    exit_code: int | None = None
-    skipped: str | None = None
-
-    @property
-    def verdict(self) -> str:
-        if self.skipped is not None:
-            return f"skipped: {self.skipped}"
-        if self.exit_code is None:
-            return "OUT OF TIME"
-        return "ok" if self.exit_code == 0 else f"FAILED with exit code {self.exit_code}"
-
-
-def steps(folder: Path, *, quick: bool) -> list[Step]:
-    """What a visit does, what matters most first; ``quick``: some of it at tiny sizes, on any machine, as a trial."""
-    python, tiny = sys.executable, (("--quick",) if quick else ())
-    kernels = (python, "-m", "goat_kernels")
-    results = ("--output", str(folder / "results.jsonl"))
-    # Standard shapes; compiled layers, which take seconds each to compile, are left to a step of their own.
-    layers = (*kernels, "bench", *results, *tiny, "--without", "compiled")
-    plan = [
-        Step("machine", (python, "-c", _MACHINE), 40),
-        Step("tests on the GPU", _pytest("-m", "gpu", "tests"), 110),
-        Step("check", (*kernels, "check", "--json", str(folder / "check.jsonl")), 90),
-        Step("design", (*layers, "--suite", "design"), 45),
-        Step("layer", (*layers, "--suite", "layer"), 110),
-        Step("kernels", (*layers, "--suite", "kernels"), 90),
-        Step(
-            "compute-sanitizer",
-            # Without torch's caching every tensor has bounds that the tool knows.
-            ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *_SANITIZER, python, "-c", _SMALL_CASE),
-            60,
-            needs="compute-sanitizer",
-        ),
-        Step("triton tests", _pytest("-x", "-m", "not gpu", *_triton_tests()), 120),
-        Step("memory", (*layers, "--suite", "memory"), 40),
-        Step("model", (*layers, "--suite", "model"), 60),
-        Step("scaling", (*layers, "--suite", "scaling"), 80),
-        Step("startup", (*layers, "--suite", "startup"), 40),
-        Step("compiled", (*kernels, "bench", *results, *tiny, *_COMPILED, *(() if quick else _ONE_SHAPE)), 60),
+    check = (python, "-m", "goat_kernels", "check", "--json", str(folder / "check.jsonl"))
+    steps = [
+        Step("check", (*check, "--dtype", "float32") if quick else check, 90),
+        Step("tests on the GPU", _pytest("-m", "gpu", *_tests_with("mark.gpu")), 100),
+        suite("design", 60),
+        suite("layer", 140),
+        suite("kernels", 110),  # which measures the roofline first
+        Step("compute-sanitizer", _sanitizer(python), 60, needs="compute-sanitizer"),
+        suite("model", 70),
+        suite("tuning", 70),
+        suite("memory", 25),
+        suite("scaling", 50),
+        suite("startup", 30),
     ]
-    return [step for step in plan if not quick or step.name in ("design", "layer", "compute-sanitizer")]
+    if quick:
+        return [step for step in steps if step.name not in ("tests on the GPU", "startup")]
+    compiled = ("--suite", "layer", "--shape", "8192,4096,4096,32", "--without", "loop", "lora", "graph", "unsloth")
+    return [
+        *steps,
+        Step("compiled layers", (*bench, *compiled), 40),
+        Step("other Triton tests", _pytest("-x", "-m", "not gpu", *_tests_with("test_triton_", in_name=True)), 60),
+    ]
 
 
-_SANITIZER = ("compute-sanitizer", "--error-exitcode", "1")
-_COMPILED = ("--suite", "layer", "--without", "loop", "lora", "graph", "unsloth")
-_ONE_SHAPE = ("--shape", "8192,4096,4096,32")
+def _sanitizer(python: str) -> tuple[str, ...]:
+    # Without torch's caching every tensor has bounds that the tool knows.
+    environment = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
+    return (*environment, "compute-sanitizer", "--error-exitcode", "1", python, "-c", _SMALL_CASE)
 
 
 def _pytest(*arguments: str) -> tuple[str, ...]:
@@ -140,52 +99,109 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
     return (*command, *arguments)
 
 
-def _triton_tests() -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_triton_*.py"))
+def _tests_with(text: str, *, in_name: bool = False) -> list[str]:
+    """Files of tests that hold ``text``, or have it in their name: to collect all of them takes longer."""
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(p.relative_to(ROOT)) for p in paths if text in (p.name if in_name else p.read_text(encoding="utf-8"))]
 
 
-def run_step(step: Step, limit_s: float, log) -> Outcome:
-    """Run one step, its output into ``log``; end it, and everything that it started, at its limit."""
-    shown = " ".join(part if len(part) < 80 else "..." for part in step.command)
-    if step.needs is not None and shutil.which(step.needs) is None:
-        return Outcome(step.name, shown, skipped=f"{step.needs} is not here")
-    if limit_s < _LEAST_S:
-        return Outcome(step.name, shown, skipped="no time was left")
-    log.write(f"\n===== {step.name}: {shown} (at most {limit_s:.0f} s)\n")
-    log.flush()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        step.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def device_name() -> str:
+    """The first GPU, without importing torch; "no GPU" where there is none."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.splitlines()[0].strip()
+    return "no GPU"
+
+
+def read_state(folder: Path) -> dict[str, dict[str, Outcome]]:
+    """GPU -> step -> what became of it in earlier calls."""
+    path = folder / "state.json"
+    if not path.exists():
+        return {}
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return {device: {name: Outcome(**one) for name, one in steps.items()} for device, steps in kept.items()}
+
+
+def write_state(folder: Path, state: dict[str, dict[str, Outcome]]) -> None:
+    """As :func:`read_state` reads it, whole or not at all."""
+    rows = {device: {name: asdict(one) for name, one in steps.items()} for device, steps in state.items()}
+    partial = folder / "state.json.partial"
+    partial.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "state.json")
+
+
+def summary(steps: Sequence[Step], outcomes: dict[str, Outcome], results: Path) -> str:
+    """The table at the end: what became of each step, and what the benchmarks say in a few lines."""
+    lines = [
+        f"{step.name:20} {outcomes[step.name].seconds:6.1f} s  {outcomes[step.name].verdict}"
+        for step in steps
+        if step.name in outcomes
+    ]
     try:
-        exit_code = process.wait(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the session that was started for it
-        process.wait()
-        exit_code = None
-    return Outcome(step.name, shown, round(time.perf_counter() - start, 1), exit_code)
+        lines += ["", *_headlines(results)]
+    except Exception as failure:  # the rows are in the file, whatever is wrong with reading them here
+        lines += ["", f"no table: {type(failure).__name__}: {failure}"]
+    return "\n".join(lines)
+
+
+def _headlines(results: Path) -> list[str]:
+    """The layer beside the frozen one and LoRA; the design's orders; the passes furthest from the roofline."""
+    if not results.exists():
+        return ["no results"]
+    from goat_kernels.benchmarking.results import key_of, read_rows, timed
+    from goat_kernels.benchmarking.tables import design_table, summary_table, tuning_table
+
+    of_suite: dict[str, list[dict]] = {}
+    for row in {key_of(row): row for row in read_rows(results)}.values():
+        of_suite.setdefault(row["suite"], []).append(row)
+    layer, lines = timed(of_suite.get("layer", [])), []
+    if layer:
+        has_triton = any(row["contender"].endswith("triton") for row in layer)
+        lines += [summary_table(layer, "triton" if has_triton else "torch"), ""]
+    lines += [table(of_suite[name]) + "\n" for name, table in
+              (("design", design_table), ("tuning", tuning_table)) if timed(of_suite.get(name, []))]  # fmt: skip
+    passes = [row for row in timed(of_suite.get("kernels", [])) if row["contender"] != "base"]
+    for row in sorted(passes, key=lambda row: row["roofline_percent"])[:5]:
+        at = f"{row['residual']} T={row['T']} {row['N']}->{row['M']} R={row['R']}"
+        lines.append(f"{row['roofline_percent']:4.0f} % of the roofline: {row['pass']}, {row['contender']}, {at}")
+    failed = sum("failed" in row for rows in of_suite.values() for row in rows)
+    return [*lines, f"{failed} rows say that something failed"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all steps; 0 if every one that ran ended well."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default=os.environ.get("OUT"), metavar="FOLDER", help="default: $OUT")
-    parser.add_argument("--total", type=int, default=TOTAL_S, metavar="SECONDS", help="for all steps (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a few steps at tiny sizes, to see that the script works")
+    """Make a visit; 0 if every step that ran ended well."""
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_visit", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (%(default)s)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where everything goes; the same one goes on")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes on any machine, to see that the visit works")
     options = parser.parse_args(arguments)
-    if not options.output:
-        parser.error("--output needs a folder, or OUT in the environment")
-    folder = Path(options.output).resolve()
+    folder = Path(options.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    start, outcomes = time.perf_counter(), []
+    device, state = device_name(), read_state(folder)
+    outcomes = state.setdefault(device, {})
+    steps = plan(folder, quick=options.quick)
+
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        for step in steps(folder, quick=options.quick):
-            left_s = options.total - (time.perf_counter() - start)
-            outcomes.append(run_step(step, min(step.limit_s, left_s), log))
-            print(f"{outcomes[-1].name:20} {outcomes[-1].seconds:6.1f} s  {outcomes[-1].verdict}", flush=True)
-            (folder / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
-    return 0 if all(o.exit_code == 0 or o.skipped for o in outcomes) else 1
+
+        def run(command: Sequence[str], limit_s: float) -> int | None:
+            log.write(f"\n===== at most {limit_s:.0f} s: {' '.join(command)}\n")
+            log.flush()
+            return run_process(command, limit_s, log)
+
+        def report(step: Step, outcome: Outcome) -> None:
+            print(f"{step.name:20} {outcome.seconds:6.1f} s  {outcome.verdict}", flush=True)
+            write_state(folder, state)
+
+        Visit(steps, outcomes, start + 60 * options.minutes - RESERVE_S, report, run).make()
+    text = f"{device}\n\n{summary(steps, outcomes, folder / 'results.jsonl')}"
+    (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}")
+    return 0 if all(one.exit_code == 0 for one in outcomes.values() if one.skipped is None) else 1
 
 
 if __name__ == "__main__":

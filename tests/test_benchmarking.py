@@ -10,8 +10,9 @@ import json
 import math
 import shutil
 import socket
-import sys
+import subprocess
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gpu_visit
 from goat_kernels.benchmarking import (
     ahead,
+    capture,
+    design_suite,
     layer_suite,
+    machine,
     models,
     plots,
     report,
@@ -31,6 +34,7 @@ from goat_kernels.benchmarking import (
     suites,
     tables,
     timing,
+    tuning,
 )
 from goat_kernels.benchmarking.cases import Case, kernel_cases, layer_cases, scaling_cases
 from goat_kernels.benchmarking.compare import compare_rows
@@ -50,10 +54,11 @@ from goat_kernels.benchmarking.memory import peak_bytes, saved_bytes
 from goat_kernels.benchmarking.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.steps import call_of
-from goat_kernels.checks.problem import LayerCase
+from goat_kernels.checks.problem import LayerCase, make_problem
 from goat_kernels.cli import bench, main
 from goat_kernels.kernels.configs import KNOWN_TARGETS
 from goat_kernels.linear import GoatLinear
+from goat_kernels.numerics import relative_error
 from goat_kernels.operators import backward_operator, forward_operator
 
 ROOT = Path(__file__).parents[1]
@@ -80,10 +85,15 @@ def test_a_ratio_is_taken_round_by_round(monkeypatch):
     times = iter([1.0, 2.0, 30.0, 10.0])
     monkeypatch.setattr(timing, "sample_ms", lambda *_: next(times))
     timed = timing.time_interleaved(
-        {"base": None, "other": None}, device=CPU, copies=1, rounds=2, warmup=0, bases={"other": "base"}
+        {"base": None, "other": None},
+        device=CPU,
+        copies=1,
+        rounds=2,
+        warmup=0,
+        ratios={"ratio": {"other": "base"}, "lora_ratio": {"other": "absent"}},
     )
-    assert timed["other"].ratio == (2.0, 3.0)
-    assert timed["base"].ratio == ()
+    assert timed["other"].ratios == {"ratio": (2.0, 3.0)}
+    assert timed["base"].ratios == {}
     row = timed["other"].row()
     assert (row["ratio_p50"], row["time_ms_p50"], row["rounds"]) == (2.5, 16.0, 2)
     assert row["ratio_p20"] < row["ratio_p50"] < row["ratio_p80"]
@@ -107,6 +117,29 @@ def test_short_steps_are_called_often_enough_to_fill_a_sample(monkeypatch):
     monkeypatch.setattr(timing, "sample_ms", lambda step, device, copies, count, first: calls.append(count) or 0.01)
     timed = timing.time_interleaved({"a": None}, device=CPU, copies=2, rounds=1, warmup=1)
     assert calls == [2, 100] and timed["a"].calls == 100
+
+
+def test_a_contender_that_raises_is_out_and_the_others_go_on():
+    calls = []
+
+    def raising(copy: int) -> None:
+        calls.append(copy)
+        if len(calls) > 3:
+            raise RuntimeError("out\nof luck")
+
+    ratios = {"ratio": {"base": "raising", "fine": "fine"}}
+    timed = timing.time_interleaved(
+        {"raising": raising, "base": int, "fine": int}, device=CPU, copies=1, rounds=9, ratios=ratios
+    )
+    assert timed["raising"].row() == {"failed": "raised RuntimeError: out of luck"}
+    assert len(timed["fine"].time_ms) == 9 and timed["fine"].ratios["ratio"] == (1.0,) * 9
+    assert timed["base"].ratios == {}  # what it refers to has no times
+
+
+def test_ceilings_are_the_fastest_round_and_passes_the_median(monkeypatch):
+    times = iter([9.0, 9.0, 9.0, 3.0, 1.0, 2.0])
+    monkeypatch.setattr(timing, "sample_ms", lambda *_: next(times))
+    assert timing.fastest_ms(int, CPU, rounds=3) == 1.0
 
 
 @pytest.mark.parametrize(("input_bytes", "copies"), [(100, 1), (50, 2), (33, 4), (0, timing.MAX_COPIES)])
@@ -199,6 +232,22 @@ def test_modes_do_what_they_say(tensors):
     assert [tuple(g.shape) for g in both] == [(48, 32), (16, 32), (40, 16), (8, 32)]
 
 
+def test_what_is_checked_is_the_step_that_is_timed_on_every_copy():
+    eager = capture.step_of(lambda copy: lambda: torch.full((2,), float(copy)), 3, graph=False)
+    assert capture.worst_error(eager, lambda copy, result: float(result[0])) == 2.0
+    assert math.isnan(capture.worst_error(eager, lambda copy, result: math.nan if copy == 1 else 0.0))
+
+
+def test_a_step_of_a_layer_has_a_leaf_of_its_own(tensors):
+    (grad_x, *_) = call_of("both", goat_layer(tensors, "fold", "torch"), tensors.x_TN, tensors.grad_y_TM)()
+    assert grad_x.shape == tensors.x_TN.shape and tensors.x_TN.grad_fn is None and tensors.x_TN.grad is None
+    seen = []
+    layer = nn.Linear(32, 40)
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    call_of("both", layer, tensors.x_TN.float(), tensors.grad_y_TM.float())()
+    assert seen[0] is not tensors.x_TN and seen[0].is_leaf and seen[0].requires_grad
+
+
 # --- work and memory ------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +288,7 @@ def test_a_riding_gradient_is_counted_with_the_pass_that_it_rides_in():
 
 
 def test_the_floor_is_the_larger_of_the_two():
-    roofline = Roofline(torch.float32, gb_per_s=1.0, tflops=1.0)
+    roofline = Roofline(torch.float32, read_gb_per_s=0.5, copy_gb_per_s=1.0, tflops=1.0)
     assert roofline.floor_ms(10**9, 10**9) == pytest.approx(1000)
     assert roofline.floor_ms(10**6, 10**12) == pytest.approx(1000)
 
@@ -293,6 +342,75 @@ def test_kernels_are_compiled_ahead_for_either_kind_of_scaling():
     assert all(p.x_TN.is_meta and p.adapter.lora_A.is_meta for p in problems)
 
 
+@pytest.mark.parametrize("version", ["with ignore_errors", "without", "none"])
+def test_compiling_ahead_takes_whatever_this_triton_has(version, monkeypatch):
+    import triton
+
+    opened = []
+
+    class Mode:
+        def __init__(self, pool, **options):
+            opened.append(options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *raised):
+            if version == "without":
+                raise RuntimeError("one of the kernels")
+
+    class ModeWithOption(Mode):
+        def __init__(self, pool, ignore_errors=False):
+            super().__init__(pool, ignore_errors=ignore_errors)
+
+    modes = {"with ignore_errors": ModeWithOption, "without": Mode}
+    monkeypatch.setattr(triton, "AsyncCompileMode", modes.get(version), raising=False)
+    warns = pytest.warns(UserWarning, match="one of the kernels") if version == "without" else nullcontext()
+    with warns, ahead.compiled_together(None):
+        pass
+    assert opened == {"with ignore_errors": [{"ignore_errors": True}], "without": [{}], "none": []}[version]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter has no pools of compilers")
+def test_the_matmul_with_the_rank_as_extra_k_computes_the_layer():
+    problem = make_problem(LayerCase(70, 72, 136, R=16, path=False, dtype=torch.float32), CPU)
+    exact = problem.double()
+    for orders in (design_suite.forward_orders, design_suite.backward_orders):
+        result = orders("triton", problem)[design_suite.EXTRA_K]()
+        expected = orders("torch", exact)[design_suite.OURS]()
+        assert relative_error(result, expected) <= error_bound(torch.float32)
+
+
+def test_the_orders_of_the_design_agree():
+    problem = make_problem(LayerCase(70, 72, 136, R=16, dtype=torch.float64, adapter_dtype=torch.float64), CPU)
+    for orders in (design_suite.forward_orders, design_suite.backward_orders):
+        (_, ours, *others) = (call() for call in orders("torch", problem).values())
+        assert all(relative_error(other, ours) <= error_bound(torch.float64) for other in others)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a test of its own runs the suite on a GPU")
+def test_neighbours_of_a_tile_are_checked_and_timed_beside_it(monkeypatch):
+    layer = LayerCase(40, 32, 24, R=16, path=False, dtype=torch.float32)
+    every = tuning._tiles_of(layer, CPU)
+    assert {"weight_gradient", "expand_columns"} <= set(every)
+    table, *around = every["expand_columns"]
+    assert table not in around and len(around) > 4
+    monkeypatch.setattr(tuning, "_tiles_of", lambda *_: {"expand_columns": [table, around[0]]})
+    rows = list(tuning.tile_rows(layer, quick(), "test"))
+    assert [(row["pass"], row["is_in_table"]) for row in rows] == [("expand_columns", True), ("expand_columns", False)]
+    assert rows[1]["contender"] == tuning.in_words_of(around[0]) and rows[1]["ratio_to"] == rows[0]["contender"]
+    assert all(row["time_ms_p50"] > 0 for row in rows)
+    monkeypatch.setattr(tuning, "difference", lambda results, expected: math.nan)
+    assert all("not timed" in row["failed"] for row in tuning.tile_rows(layer, quick(), "test"))
+
+
+def test_each_decomposition_runs_once(monkeypatch):
+    sizes = Counter()
+    monkeypatch.setattr(startup, "_elapsed_ms", lambda linear, *_: sizes.update([(linear.in_features,)]) or 1.0)
+    rows = list(startup._initialisation_rows(BenchSettings(CPU, torch.float32, rounds=2)))
+    assert len(rows) == 9 and sizes[1024,] == 6 and sizes[2752,] == 3  # two layers of 1024 inputs, in three ways
+
+
 def test_the_layers_of_a_model_are_those_that_are_compiled_ahead():
     (llama, vit) = models.model_cases("cuda", quick=False)
     assert {(c.T, c.R) for c in models.model_layers(llama)} == {(8192, 32)}
@@ -306,7 +424,7 @@ def quick_run(tmp_path_factory) -> Path:
     """Every suite at tiny sizes, by the command."""
     path = tmp_path_factory.mktemp("results") / "run.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(startup, "_IMPORTS", {"import json": "import json"})
+        patch.setattr(startup, "_IMPORTS", {"import json": ("import json", "json")})
         code = main(["bench", "--suite", "all", "--quick", "--without", "compiled", "--output", str(path)])
     assert code == 0
     return path
@@ -318,7 +436,7 @@ def test_rows_say_what_was_measured_on_what(quick_run):
     needed = {"date", "commit", "device", "gpu", "cpu", "driver", "threads", "versions", "cases", "contender"}
     for row in rows:
         assert needed <= set(row)
-        assert ("time_ms_p50" in row or "peak_mib" in row) != ("skipped" in row)
+        assert bool({"time_ms_p50", "time_ms_fastest", "peak_mib"} & set(row)) != ("skipped" in row)
         assert row["cases"] == "quick"
     text = quick_run.read_text()
     assert str(ROOT) not in text and str(Path.home()) not in text
@@ -348,6 +466,73 @@ def test_a_compiled_layer_is_timed_like_the_others():
     settings = quick(without=frozenset({"lora", "loop", "triton", "graph", "unsloth"}))
     rows = [row for row in layer_suite.layer_rows(case, settings) if "compiled" in row["contender"]]
     assert [row["mode"] for row in rows if "time_ms_p50" in row] == ["both"]
+
+
+def test_a_run_that_stopped_goes_on_with_the_case_that_it_was_in(monkeypatch):
+    cases = [dataclasses.replace(SMALL, R=R) for R in (8, 16, 24)]
+    ran = []
+
+    def rows(case, settings):
+        ran.append(case.R)
+        yield {**case.row(), **settings.dtypes(), "contender": "x", "time_ms_p50": 1.0}
+
+    suite = suites.Suite("", lambda device, quick: cases, rows, layers=None)
+    monkeypatch.setitem(suites.SUITES, "layer", suite)
+    before = []
+    suites.run_suite("layer", quick(), before.append)
+    suites.run_suite("layer", quick(), lambda row: None, before[:2])
+    assert ran == [8, 16, 24, 16, 24]  # the last case of a run that stopped may be a part
+    ran.clear()
+    suites.run_suite("layer", quick(dtype=torch.bfloat16), lambda row: None, before)
+    other_code = [{**row, "commit": "another"} for row in before]
+    suites.run_suite("layer", quick(), lambda row: None, other_code)
+    assert ran == 2 * [8, 16, 24]
+
+
+def test_a_case_that_raises_is_a_row_and_the_next_one_runs(monkeypatch):
+    def rows(case, settings):
+        if case.R == 8:
+            raise RuntimeError("out of memory")
+        yield {**case.row(), "contender": "x", "time_ms_p50": 1.0}
+
+    cases = [dataclasses.replace(SMALL, R=R) for R in (8, 16)]
+    monkeypatch.setitem(suites.SUITES, "layer", suites.Suite("", lambda device, quick: cases, rows, layers=None))
+    reported = []
+    suites.run_suite("layer", quick(), reported.append)
+    assert [(row["R"], "failed" in row) for row in reported] == [(8, True), (16, False)]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_results_of_a_run_do_not_make_its_checkout_dirty(tmp_path, monkeypatch):
+    def git(*command: str) -> None:
+        identity = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.com")
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    module = tmp_path / "package" / "machine.py"
+    module.parent.mkdir()
+    module.write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(machine, "__file__", str(module))
+    results.writer(tmp_path / results.RESULTS_FOLDER / "run.jsonl")({"suite": "layer"})
+    assert machine.commit()["commit_is_dirty"] is False and len(machine.commit()["commit"]) == 12
+    module.write_text("2\n")
+    assert machine.commit()["commit_is_dirty"] is True
+    monkeypatch.setattr(machine, "__file__", str(tmp_path.parent / "elsewhere.py"))
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "abc")
+    assert machine.commit() == {"commit": "abc", "commit_is_dirty": None}
+
+
+def test_a_line_that_an_interrupted_run_left_is_cut_off(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"suite": "layer", "R": 1}\n{"suite": "la')
+    with pytest.warns(UserWarning, match="line 2"):
+        assert [row["R"] for row in results.read_rows(path)] == [1]
+    with pytest.warns(UserWarning, match="removed"):
+        write = results.writer(path)
+    write({"suite": "layer", "R": 2})
+    assert [row["R"] for row in results.read_rows(path)] == [1, 2]
 
 
 def test_numbers_are_rounded_and_not_a_number_is_refused(tmp_path):
@@ -399,6 +584,19 @@ def test_memory_is_compared_exactly():
     old, new = ({"suite": "memory", "contender": "a", "peak_mib": mib} for mib in (10.0, 11.0))
     assert [change.verdict for change in compare_rows([old], [new])] == ["more"]
     assert [change.verdict for change in compare_rows([new], [old])] == ["less"]
+
+
+def test_what_the_new_run_lost_is_named(tmp_path, capsys):
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    write = results.writer(old)
+    for name in ("a", "b", "c"):
+        write(_row(name, 1.0))
+    write(_row("a", 1.0, suite="memory"))
+    results.writer(new)(_row("a", 1.0))
+    results.writer(new)({"suite": "layer", "device": "cpu", "T": 8, "mode": "both", "contender": "b", "failed": "hm"})
+    assert main(["bench", "--compare", str(old), str(new)]) == 1
+    said = capsys.readouterr().out
+    assert "failed: hm" in said and "c: missing" in said and "the suite memory" in said
 
 
 def test_the_command_compares_files(tmp_path, capsys):
@@ -458,6 +656,7 @@ def test_new_results_make_documents_and_figures_out_of_date(checkout):
         (["--shape", "8,8,8,8", "--suite", "model"], ["--shape", "model"]),
         (["--shape", "8,8,8,8", "--quick"], ["--shape", "--quick"]),
         (["--residual", "fold"], ["--residual", "--shape"]),
+        (["--resume"], ["--resume", "--output"]),
         (["--suite", "speed"], ["--suite", "'speed'", "kernels"]),
         (["--without", "everything"], ["--without", "'everything'"]),
         (["--rounds", "0"], ["--rounds", "0"]),
@@ -489,42 +688,7 @@ def test_a_file_that_holds_no_results_is_named(tmp_path, capsys, monkeypatch):
     assert "README.md" in capsys.readouterr().err
 
 
-# --- a visit to a GPU machine ---------------------------------------------------------------------------------------
-
-
-def test_a_step_that_hangs_is_ended_and_the_others_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_visit, "_LEAST_S", 1)
-    hanging = gpu_visit.Step("hangs", (sys.executable, "-c", "import time; print('began'); time.sleep(600)"), 3)
-    failing = gpu_visit.Step("fails", (sys.executable, "-c", "raise SystemExit(3)"), 60)
-    absent = gpu_visit.Step("absent", ("true",), 60, needs="no-such-program")
-    with (tmp_path / "log").open("w") as log:
-        outcomes = [gpu_visit.run_step(step, step.limit_s, log) for step in (hanging, failing, absent)]
-        outcomes.append(gpu_visit.run_step(failing, 0.5, log))
-    assert [outcome.exit_code for outcome in outcomes] == [None, 3, None, None]
-    assert [outcome.verdict.split(":")[0] for outcome in outcomes] == [
-        "OUT OF TIME", "FAILED with exit code 3", "skipped", "skipped",
-    ]  # fmt: skip
-    assert "began" in (tmp_path / "log").read_text()
-
-
-def test_a_visit_covers_every_suite_and_writes_few_files(tmp_path):
-    steps = gpu_visit.steps(tmp_path, quick=False)
-    commands = [" ".join(step.command) for step in steps]
-    assert all(any(f"--suite {name}" in command for command in commands) for name in suites.SUITES)
-    assert any("pytest" in command and "-m gpu" in command for command in commands)
-    assert gpu_visit.TOTAL_S < 600 and len({step.name for step in steps}) == len(steps)
-    files = {part for step in steps for part in step.command if part.startswith(str(tmp_path))}
-    assert len(files) + 2 <= 8  # and the log and the summary
-
-
-def test_a_visit_does_without_plugins_of_pytest(monkeypatch):
-    monkeypatch.setattr(gpu_visit.importlib.util, "find_spec", lambda name: None)
-    command = gpu_visit._pytest("tests")
-    assert "-n" not in command and "addopts=-ra --strict-markers --strict-config" in command
-
-
-def test_the_options_of_pytest_that_a_visit_repeats_are_the_projects():
-    assert "-ra --strict-markers --strict-config --benchmark-disable" in (ROOT / "pyproject.toml").read_text()
+# --- on a GPU ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from goat_kernels.checks.problem import Problem, make_problem
 from goat_kernels.numerics import TOLERANCES, relative_error
 
 _ALONE = "base product alone"
-_OURS = "adapter, then base product in place (ours)"
+OURS = "adapter, then base product in place (ours)"
 _READ_WRITE = "base product, then adapter reads and writes"
 _ADD = "base product, adapter apart, then add"
 EXTRA_K = "one Triton matmul, the rank as extra K"
@@ -51,7 +51,7 @@ def design_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
             try:
                 calls = [orders(backend, p) for p in problems]
                 exact = orders("torch", problem.double())
-                expected = {name: exact[name]() for name in (_ALONE, _OURS)}
+                expected = {name: exact[name]() for name in (_ALONE, OURS)}
                 for of_order in _direction_rows(calls, expected, settings, label):
                     yield {**row, **of_order}
             except Exception as failure:
@@ -63,7 +63,7 @@ def _direction_rows(
 ) -> Iterator[dict]:
     bound, steps, errors = TOLERANCES[settings.dtype].relative, {}, {}
     for name in calls[0]:
-        exact = expected[_ALONE if name == _ALONE else _OURS]
+        exact = expected[_ALONE if name == _ALONE else OURS]
         step, error, failure = _checked([of[name] for of in calls], exact, settings, bound)
         if failure is not None:
             yield {"contender": name, "failed": failure}
@@ -112,7 +112,7 @@ def forward_orders(backend: str, p: Problem) -> Orders:
 
     orders = {
         _ALONE: lambda: linear(p.x_TN, p.weight_MN, p.bias_M),
-        _OURS: in_place,
+        OURS: in_place,
         _READ_WRITE: read_modify_write,
         _ADD: add,
     }
@@ -135,7 +135,7 @@ def backward_orders(backend: str, p: Problem) -> Orders:
 
     orders = {
         _ALONE: lambda: p.grad_y_TM @ p.weight_MN,
-        _OURS: in_place,
+        OURS: in_place,
         _ADD: lambda: (p.grad_y_TM @ p.weight_MN).add_(passes.input_prefill(p.adapter, routing, gradient)),
     }
     if backend == "triton" and p.adapter.residual_A is None:

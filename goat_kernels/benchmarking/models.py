@@ -48,6 +48,11 @@ class ModelCase:
     length: int
     rank: int
 
+    def row(self) -> dict:
+        """The fields of a result that say which model it was."""
+        of_model = {"model": self.name, **self.sizes, "batch": self.batch, "length": self.length}
+        return {**of_model, "R": self.rank, "E": NUM_EXPERTS, "K": TOP_K}
+
     @property
     def unit(self) -> str:
         return "tokens_per_s" if self.length else "images_per_s"
@@ -250,8 +255,7 @@ def _loss_error(model: nn.Module, batch: dict[str, Tensor], backend: str | None)
 
 def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
     """One row for each method: time of a step, tokens or images per second, peak memory of a step."""
-    common = {"model": case.name, **case.sizes, "batch": case.batch, "length": case.length, "R": case.rank}
-    common |= {"E": NUM_EXPERTS, "K": TOP_K, "mode": "training step", **settings.dtypes()}
+    common = {**case.row(), "mode": "training step", **settings.dtypes()}
     batch, bound = _batch(case, settings), TOLERANCES[settings.dtype].relative
     steps, of_method = {}, {}
     for method in methods():

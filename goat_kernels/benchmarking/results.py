@@ -22,6 +22,12 @@ KEY_FIELDS = (
     *("mode", "pass", "contender"),
 )
 
+#: Those of them that say which case of its suite a row belongs to.
+CASE_FIELDS = ("model", "batch", "length", "T", "N", "M", "R", "E", "K", "varied")
+
+#: Fields that have to agree for a run to go on where another one stopped.
+_SAME_RUN = (*MACHINE_FIELDS, "commit", "versions", "cases")
+
 #: Significant digits of a number.
 _DIGITS = 6
 
@@ -112,6 +118,25 @@ def newest(rows: Iterable[dict], suite: str, device: str) -> list[dict]:
 def timed(rows: Iterable[dict]) -> list[dict]:
     """Without those that were skipped or failed."""
     return [row for row in rows if "skipped" not in row and "failed" not in row]
+
+
+def finished_cases(rows: Iterable[dict], suite: str, run: dict) -> set[tuple]:
+    """The cases of a suite that ``rows`` have whole: all but the last one, in which the run may have stopped.
+
+    Args:
+        rows: in the order in which they were written.
+        suite: its name.
+        run: the fields of the run that goes on; rows of another machine, commit or dtype do not count.
+    """
+    same = (*_SAME_RUN, "dtype")
+    of_suite = [row for row in rows if row["suite"] == suite and "skipped" not in row]
+    cases = [case_of(row) for row in of_suite if all(row.get(name) == run.get(name) for name in same)]
+    return set(cases) - set(cases[-1:])
+
+
+def case_of(row: dict) -> tuple:
+    """Which case of its suite a row, or what ``Case.row`` gives, belongs to."""
+    return tuple(row.get(name) for name in CASE_FIELDS)
 
 
 def key_of(row: dict) -> tuple:

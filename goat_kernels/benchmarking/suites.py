@@ -26,6 +26,7 @@ from goat_kernels.benchmarking.machine import describe
 from goat_kernels.benchmarking.models import model_cases, model_layers, model_rows
 from goat_kernels.benchmarking.passes import kernel_rows
 from goat_kernels.benchmarking.progress import tracked
+from goat_kernels.benchmarking.results import case_of, finished_cases
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.startup import startup_rows
 from goat_kernels.benchmarking.tuning import tuning_rows
@@ -100,15 +101,18 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def run_suite(name: str, settings: BenchSettings, report: Callable[[dict], None]) -> None:
+def run_suite(name: str, settings: BenchSettings, report: Callable[[dict], None], before: Sequence[dict] = ()) -> None:
     """Run a suite and hand every row to ``report`` as soon as it is there.
 
-    A case that raises becomes a row that says so, and the next one runs.
+    A case that raises becomes a row that says so, and the next one runs. Cases that ``before``, the rows of a run that
+    stopped, has whole are left out.
     """
-    suite, common = SUITES[name], describe(settings.device)
+    suite, common = SUITES[name], {"cases": settings.cases, **describe(settings.device)}
     cases = suite.cases(settings.device.type, quick=settings.quick)
     if settings.shapes and suite.shaped:
         cases = settings.shapes
+    finished = finished_cases(before, name, {**common, **settings.dtypes()})
+    cases = [case for case in cases if case is None or case_of(case.row()) not in finished]
     of_suite = dataclasses.replace(settings, without=settings.without | suite.without)
     if suite.layers is not None:
         try:
@@ -124,14 +128,14 @@ def run_suite(name: str, settings: BenchSettings, report: Callable[[dict], None]
                 if (row["contender"], row["skipped"]) in skipped:
                     continue  # once is enough
                 skipped.add((row["contender"], row["skipped"]))
-            report({"suite": name, "cases": settings.cases, **row, **common})
+            report({"suite": name, **row, **common})
 
 
 def _rows_until_it_raises(suite: Suite, case: object, settings: BenchSettings) -> Iterator[dict]:
     try:
         yield from suite.rows(case, settings)
     except Exception as failure:
-        of_case = case.row() if isinstance(case, Case) else {"model": getattr(case, "name", None)}
+        of_case = {} if case is None else {**case.row(), **settings.dtypes()}
         yield {**of_case, "contender": "the rest of this case", "failed": in_words(failure)}
 
 

@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="append the rows to FILE (default: a new one in bench/results)"
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --output: a run that stopped goes on; shapes that FILE has whole, of this commit and machine, are "
+        "left out",
+    )
     parser.add_argument("--rounds", type=whole, help="timed rounds of each comparison (default: 15 on a CPU, else 31)")
     parser.add_argument(
         "--shape",
@@ -108,6 +114,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output) if arguments.output else RESULTS_FOLDER / file_name(machine, suites)
     if output.is_dir():
         raise CommandError(f"--output {str(output)!r} is a folder; it needs the name of a file")
+    before = _rows("--output", output) if arguments.resume and output.exists() else []
     kept = arguments.output is not None or not settings.quick
     write, failed, said = writer(output) if kept else None, False, set()
     where = f"results go to {output}" if kept else "--quick keeps no results without --output"
@@ -120,15 +127,15 @@ def _measure(arguments: argparse.Namespace) -> int:
             if write is not None:
                 write(row)
 
-        run_suite(suite, settings, report)
+        run_suite(suite, settings, report, before)
         failed |= any("failed" in row for row in rows)
         print(f"\n{suite}\n")
         for line in not_timed(rows):
             if line not in said:
                 print(line)
                 said.add(line)
-        if timed(rows):
-            print(f"\n{TABLES[suite](rows)}", flush=True)
+        if timed(rows):  # of a run that goes on: what it measured before too
+            print(f"\n{TABLES[suite]([*(row for row in before if row['suite'] == suite), *rows])}", flush=True)
     return 1 if failed else 0
 
 
@@ -147,6 +154,8 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
     unshaped = [name for name in arguments.suite if name == "all" or not SUITES[name].shaped]
     if arguments.shape and unshaped:
         raise CommandError(f"--shape does not go with --suite {unshaped[0]}, which has sizes of its own")
+    if arguments.resume and not arguments.output:
+        raise CommandError("--resume needs --output, the file of the run that goes on")
     if arguments.shape and arguments.quick:
         raise CommandError("--shape does not go with --quick, which has sizes of its own")
     forms = FORMS if arguments.residual is None else (arguments.residual,)
@@ -183,21 +192,21 @@ def _shape(text: str) -> tuple[int, int, int, int]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> list[dict]:
+def _rows(option: str, path: Path) -> list[dict]:
     from goat_kernels.benchmarking.results import ResultsError, read_rows
 
     if not path.is_file():
-        raise CommandError(f"--compare {str(path)!r} needs a file of results that exists")
+        raise CommandError(f"{option} {str(path)!r} needs a file of results that exists")
     try:
         return read_rows(path)
     except ResultsError as error:
-        raise CommandError(f"--compare: {error}") from None
+        raise CommandError(f"{option}: {error}") from None
 
 
 def _compare(old: Path, new: Path) -> int:
     from goat_kernels.benchmarking.compare import compare_rows, lost_rows
 
-    before, after = _rows(old), _rows(new)
+    before, after = _rows("--compare", old), _rows("--compare", new)
     changes, lost = compare_rows(before, after), lost_rows(before, after)
     if not changes:
         raise CommandError(
