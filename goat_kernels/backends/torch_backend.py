@@ -22,7 +22,7 @@ from goat_kernels.backends.base import Adapter, Routing, stats_dtype
 from goat_kernels.backends.dropout import expert_slots, keep_masks, keep_scale
 
 #: Two measured costs that decide between two exact ways of the residual, in arithmetic operations of a large product:
-#: copying one element of the weight, and a skinny product's operation (at the sizes of ``python -m bench.layer``).
+#: copying one element of the weight, and a skinny product's operation (at the CPU sizes of ``goat-kernels bench``).
 _OPERATIONS_PER_COPIED_ELEMENT = 64
 _COLUMN_PENALTY = 1.3
 
