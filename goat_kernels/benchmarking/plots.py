@@ -12,11 +12,59 @@ from goat_kernels.benchmarking.layers import FROZEN
 from goat_kernels.benchmarking.results import timed
 from goat_kernels.benchmarking.tables import by_shape, commit_of, contenders, scaling_groups
 
-#: Colour-blind safe (Okabe and Ito); a contender keeps its colour in every figure.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000", "#F0E442")
+#: Colour-blind safe (Okabe and Ito). A contender has its colour in every figure, however it is launched.
+_COLOURS = {
+    "frozen linear": "#999999",
+    "base": "#999999",
+    "PEFT LoRA": "#0072B2",
+    "PEFT LoRA, adapter in x's dtype": "#56B4E9",
+    "Unsloth LoRA": "#F0E442",
+    "expert loop": "#E69F00",
+    "GOAT fold, torch": "#009E73",
+    "GOAT path, torch": "#CC79A7",
+    "GOAT fold, triton": "#D55E00",
+    "GOAT path, triton": "#000000",
+    "torch": "#009E73",
+    "triton": "#D55E00",
+}
+
+#: How it is launched -> marker.
+_MARKERS = {", compiled": "s", ", CUDA graph": "^", "": "o"}
+
+_PASS_MARKERS = "osD^vP*Xp"
+
+#: Of axes of ratios, which are logarithmic.
+_RATIO_TICKS = (
+    0.5,
+    0.7,
+    0.8,
+    0.9,
+    1,
+    1.1,
+    1.2,
+    1.3,
+    1.4,
+    1.6,
+    1.8,
+    2,
+    2.5,
+    3,
+    4,
+    5,
+    6,
+    8,
+    10,
+    12,
+    16,
+    20,
+    24,
+    32,
+    48,
+    64,
+)
 
 #: Raised when a figure is drawn otherwise from the same rows, so that those on disk count as out of date.
-_DRAWING = 2
+_DRAWING = 3
 
 _DIGEST = "goat-kernels-rows"
 
@@ -25,7 +73,7 @@ def figure(suite: str, rows: list[dict]) -> bytes:
     """The PNG of a suite; it carries a digest of the rows that it was drawn from."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(10, 5), layout="constrained")
+    drawn = Figure(figsize=(10, 7 if suite == "memory" else 5.5), layout="constrained")
     FIGURES[suite](drawn, timed(rows))
     row = max(rows, key=lambda row: row["date"])
     drawn.suptitle(f"{row['gpu'] or row['cpu']}, {row['date'][:10]}, {commit_of(row)}", fontsize=9)
@@ -49,98 +97,128 @@ def digest_in(path: Path) -> str | None:
         return image.info.get(_DIGEST)
 
 
-def _colours(names: list[str]) -> dict[str, str]:
-    return {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+def _style(name: str) -> dict:
+    """Colour and marker of a contender; a CUDA graph or compiled layer has the colour of the eager one."""
+    ending = next(ending for ending in _MARKERS if name.endswith(ending))
+    return {"color": _COLOURS.get(name.removesuffix(ending), "#777777"), "marker": _MARKERS[ending]}
+
+
+def _legend(drawn, handles: list) -> None:
+    """Below everything, where it hides nothing."""
+    columns = len(handles) if len(handles) < 6 else 4
+    drawn.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def _shape_labels(axes, grouped: dict[tuple, dict]) -> None:
+    labels = [f"T={T}\n{N}->{M}\nR={R}" for T, N, M, R, _, _ in grouped]
+    axes.set_xticks(range(len(labels)), labels, fontsize=8 if len(labels) < 10 else 7)
+
+
+def _ratio_axis(axes, lowest: float, highest: float) -> None:
+    """Logarithmic, with the ticks that fit, from below 1 to above the highest."""
+    lowest, highest = min(lowest, 1.0) * 0.96, max(highest, 1.2) * 1.05
+    axes.set_yscale("log")
+    axes.set_ylim(lowest, highest)
+    ticks = [tick for tick in _RATIO_TICKS if lowest <= tick <= highest]
+    while len(ticks) > 14:
+        ticks = [tick for index, tick in enumerate(ticks) if tick == 1 or index % 2 == ticks.index(1) % 2]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.axhline(1, color="#999999", linewidth=1)
+    axes.grid(True, axis="y", alpha=0.3)
 
 
 def _layer(drawn, rows: list[dict]) -> None:
     rows = [row for row in rows if row["mode"] == "both" and "ratio_p50" in row]
-    grouped = by_shape(rows)
+    grouped, axes, handles = by_shape(rows), drawn.subplots(), []
     names = [name for name in contenders(rows) if not name.startswith(FROZEN)]
-    colours, axes = _colours(names), drawn.subplots()
     for place, name in enumerate(names):
-        at = [
-            index + 0.8 * ((place + 0.5) / len(names) - 0.5) for index, of in enumerate(grouped.values()) if name in of
-        ]
-        of_name = [of[name] for of in grouped.values() if name in of]
-        middle = [row["ratio_p50"] for row in of_name]
-        spread = [
-            [row["ratio_p50"] - row["ratio_p20"] for row in of_name],
-            [row["ratio_p80"] - row["ratio_p50"] for row in of_name],
-        ]
-        axes.errorbar(at, middle, yerr=spread, fmt="o", markersize=5, color=colours[name], label=name, capsize=2)
-    axes.axhline(1, color="#999999", linewidth=1)
-    labels = [f"{T}\n{N}->{M}\nR={R}" for T, N, M, R, _, _ in grouped]
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
+        offset = 0.8 * ((place + 0.5) / len(names) - 0.5)
+        found = [(index + offset, of[name]) for index, of in enumerate(grouped.values()) if name in of]
+        middle = [row["ratio_p50"] for _, row in found]
+        below = [row["ratio_p50"] - row["ratio_p20"] for _, row in found]
+        above = [row["ratio_p80"] - row["ratio_p50"] for _, row in found]
+        style = {"linestyle": "none", "markersize": 5, "capsize": 2, **_style(name)}
+        handles.append(axes.errorbar([at for at, _ in found], middle, yerr=[below, above], label=name, **style))
+    for index in range(1, len(grouped)):
+        axes.axvline(index - 0.5, color="#dddddd", linewidth=0.8)
+    _shape_labels(axes, grouped)
     axes.set(ylabel="time / frozen nn.Linear, p50 with p20-p80", title="Forward and backward of one layer")
-    axes.set_yscale("log")
-    ticks = [1, 1.1, 1.2, 1.4, 1.7, 2, 3, 4, 6, 8, 12, 16, 24, 32]
-    highest = max((row["ratio_p80"] for row in rows), default=2)
-    kept = [tick for tick in ticks if tick <= highest * 1.1]
-    axes.set_yticks(kept, [f"{tick:g}" for tick in kept])
-    axes.minorticks_off()
-    axes.grid(True, axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    ratios = [row[f"ratio_p{p}"] for row in rows if not row["contender"].startswith(FROZEN) for p in (20, 80)]
+    _ratio_axis(axes, min(ratios, default=1), max(ratios, default=1))
+    _legend(drawn, handles)
 
 
 def _kernels(drawn, rows: list[dict]) -> None:
-    axes = drawn.subplots()
-    names = contenders(rows)
-    colours, first = _colours(names), rows[0]
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator
+
+    axes, first = drawn.subplots(), rows[0]
     intensity = [row["flops"] / row["floor_bytes"] for row in rows]
-    bandwidth = max(first["machine_read_gb_per_s"], first["machine_copy_gb_per_s"])
-    line = sorted({0.5 * min(intensity), 1e3 * first["machine_tflops"] / bandwidth, 2 * max(intensity)})
-    roof = [min(first["machine_tflops"], x * bandwidth / 1e3) for x in line]
-    axes.plot(line, roof, color="#000000", linewidth=1.2, label="measured roofline")
-    for name in names:
-        of_name = [row for row in rows if row["contender"] == name]
-        x = [row["flops"] / row["floor_bytes"] for row in of_name]
-        axes.plot(x, [row["tflops"] for row in of_name], "o", markersize=5, color=colours[name], label=name, alpha=0.8)
-    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", title="Each pass alone")
+    bandwidth, peak = max(first["machine_read_gb_per_s"], first["machine_copy_gb_per_s"]), first["machine_tflops"]
+    ridge = 1e3 * peak / bandwidth
+    line = sorted({0.5 * min(*intensity, ridge), ridge, 1.5 * max(*intensity, ridge)})
+    axes.plot(line, [min(peak, x * bandwidth / 1e3) for x in line], color="#000000", linewidth=1.2)
+    passes = dict(zip(dict.fromkeys(row["pass"] for row in rows), _PASS_MARKERS, strict=False))
+    for row, x in zip(rows, intensity, strict=True):
+        style = {"color": _style(row["contender"])["color"], "marker": passes.get(row["pass"], "o")}
+        axes.plot([x], [row["tflops"]], linestyle="none", markersize=6, alpha=0.75, markeredgewidth=0, **style)
+    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", title="Each pass alone, under the measured roofline")
     axes.set_xlabel("operations per byte that the pass must move, each tensor once")
-    axes.grid(True, alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    axes.grid(True, which="both", alpha=0.2)
+    plain = {"linestyle": "none", "markersize": 6, "markeredgewidth": 0}
+    handles = [Line2D([], [], color="#000000", linewidth=1.2, label="roofline")]
+    for name in contenders(rows):
+        handles.append(Line2D([], [], marker="o", color=_style(name)["color"], label=name, **plain))
+    for name, marker in passes.items():
+        handles.append(Line2D([], [], marker=marker, color="#777777", label=name.replace("_", " "), **plain))
+    _legend(drawn, handles)
 
 
 def _scaling(drawn, rows: list[dict]) -> None:
     names = [name for name in contenders(rows) if not name.startswith(FROZEN)]
-    colours, groups = _colours(names), scaling_groups(rows)
+    groups, handles = scaling_groups(rows), {}
     all_axes = drawn.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (letter, of_letter) in zip(all_axes, groups.items(), strict=True):
         for name in names:
-            points = [
-                (value, of[name]["ratio_p50"])
-                for value, of in sorted(of_letter.items())
-                if "ratio_p50" in of.get(name, {})
+            found = [
+                (value, of[name]["ratio_p50"]) for value, of in of_letter.items() if "ratio_p50" in of.get(name, {})
             ]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", markersize=4, color=colours[name], label=name)
-        axes.set(xscale="log", yscale="log", xlabel=f"{letter} (= M)" if letter == "N" else letter)
+            if found:
+                (handles[name],) = axes.plot(
+                    *zip(*sorted(found), strict=True), markersize=4, label=name, **_style(name)
+                )
+        axes.set(xscale="log", xlabel=f"{letter} (= M)" if letter == "N" else letter)
         axes.set_xticks(sorted(of_letter), [str(value) for value in sorted(of_letter)], fontsize=7)
-        axes.minorticks_off()
-        axes.axhline(1, color="#999999", linewidth=1)
-        axes.grid(True, alpha=0.3)
+    ratios = [row["ratio_p50"] for row in rows if "ratio_p50" in row and row["contender"] in names]
+    for axes in all_axes:
+        _ratio_axis(axes, min(ratios, default=1), max(ratios, default=1))
     all_axes[0].set_ylabel("time / frozen nn.Linear, forward and backward")
-    all_axes[0].yaxis.set_major_formatter("{x:g}")
-    all_axes[0].legend(frameon=False, fontsize=7)
+    _legend(drawn, list(handles.values()))
 
 
 def _memory(drawn, rows: list[dict]) -> None:
-    grouped, names = by_shape(rows), contenders(rows)
-    colours, both = _colours(names), drawn.subplots(1, 2)
-    labels = [f"{T}\n{N}->{M}\nR={R}" for T, N, M, R, _, _ in grouped]
+    grouped, names, handles = by_shape(rows), contenders(rows), []
+    both = drawn.subplots(2, 1, sharex=True)
     for axes, field, scale, title in (
         (both[0], "saved_for_backward_bytes", 2**20, "saved for backward beside x and the parameters"),
         (both[1], "peak_mib", 1, "peak of a forward and backward, results included"),
     ):
+        handles.clear()
         for place, name in enumerate(names):
             at = [index + 0.8 * ((place + 0.5) / len(names) - 0.5) for index in range(len(grouped))]
             values = [of[name][field] / scale if name in of else 0 for of in grouped.values()]
-            axes.bar(at, values, width=0.8 / len(names), color=colours[name], label=name)
-        axes.set_xticks(range(len(labels)), labels, fontsize=6)
-        axes.set(ylabel="MiB", title=title)
-        axes.title.set_fontsize(9)
-    both[0].legend(frameon=False, fontsize=7)
+            handles.append(axes.bar(at, values, width=0.8 / len(names), color=_style(name)["color"], label=name))
+        axes.set_ylabel("MiB")
+        axes.set_title(title, fontsize=10)
+        axes.grid(True, axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    _shape_labels(both[1], grouped)
+    _legend(drawn, handles)
 
 
 #: Suite -> what draws its figure.
