@@ -301,6 +301,16 @@ def test_the_load_counts_tokens_and_sums_to_k():
     assert not routed.load.requires_grad
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_expert_without_tokens_has_a_load_of_exactly_zero(backend, device):
+    for T in (1, 41, 47, 55):  # T * (1 / T) is not 1 in float32 for the last three
+        problem = replace(make_problem(T, K=1, dtype=torch.float32), router=torch.zeros(4, 13))
+        problem = problem.map(lambda t: t.to(device))
+        tensors = (problem.x, problem.lora_A, problem.lora_B, problem.router)
+        routed = routed_linear(*tensors, weight=problem.weight, scaling=1.0, top_k=1, backend=backend)
+        assert routed.load.tolist() == [1, 0, 0, 0]
+
+
 # --- only the gradients asked for ---------------------------------------------------------------------------------
 
 SUBSETS = [s for size in range(len(TRAINABLE) + 1) for s in itertools.combinations(TRAINABLE, size)]

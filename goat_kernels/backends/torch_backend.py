@@ -210,7 +210,8 @@ def _route(logits_ET: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tenso
             left_ET.scatter_(0, left_ET.max(dim=0, keepdim=True).indices, float("-inf"))
         unselected = left_ET != float("-inf")
         gate_ET = torch.softmax(logits_ET.masked_fill(unselected, float("-inf")), dim=0)
-        load_E = unselected.sum(dim=1, dtype=logits_ET.dtype).mul_(-1 / max(T, 1)).add_(float(T > 0))
+        # Subtracted before it is divided: an expert without tokens has a share of exactly 0.
+        load_E = unselected.sum(dim=1, dtype=logits_ET.dtype).neg_().add_(T).div_(max(T, 1))
     balance_loss = torch.dot(load_E, probs_ET.sum(dim=1)) * (E / max(T, 1))
     return gate_ET, probs_ET, load_E, balance_loss
 
