@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from goat_problems import TRAINABLE, Outcome, Problem, evaluate, evaluate_oracle, make_problem, output_weights
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from triton_cases import MANY_PROCESSORS, ONE_PROCESSOR, Recorder, audited, expert_masks, goat_on, onto_base_output
@@ -26,6 +27,10 @@ from goat_kernels.numerics import SELECTION_GAP, TOLERANCES, selection_mismatch
 from goat_kernels.reference import select_top_k
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+#: For tests that run several layers an example, and for those that run on a backend that costs next to nothing.
+few = settings(max_examples=settings().max_examples // 4)
+many = settings(max_examples=settings().max_examples * 4)
 
 #: How a tensor lies in memory: functions that autograd sees through and that change no value.
 LAYOUTS = {

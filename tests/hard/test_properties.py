@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drawn_layers import assert_within_the_table, layers, oracle_of, run, scales_of
+from drawn_layers import assert_within_the_table, layers, many, oracle_of, run, scales_of
 from hypothesis import given
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
@@ -19,6 +19,7 @@ def check(layer, device) -> None:
     assert_within_the_table(layer, outcome, oracle_of(layer, selection), scales_of(layer, selection))
 
 
+@many
 @given(layer=layers("torch"))
 def test_any_layer_on_the_torch_backend_equals_the_oracle(layer):
     check(layer, torch.device("cpu"))
