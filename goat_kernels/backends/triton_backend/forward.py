@@ -16,6 +16,7 @@ from goat_kernels.backends.triton_backend.operands import (
     FEW_TOKENS,
     Operands,
     Widths,
+    check_addresses,
     dropout_arguments,
     onto,
     operands,
@@ -38,6 +39,9 @@ FUSED_EXPERTS = 16
 
 #: More hidden columns than this leave no registers for a block of y beside them.
 PREFILLED_COLUMNS = 256
+
+#: A grid has at most 65535 programs along its second axis, and the lowest tile is 16 features wide.
+PREFILLED_FEATURES = 65535 * 16
 
 #: Slots that the fused kernel keeps accumulators for.
 FUSED_SLOTS = 2
@@ -79,14 +83,18 @@ def run(
     x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
 ) -> tuple[Tensor, Tensor, Routing]:
     """``prefill`` of :class:`goat_kernels.backends.base.Passes`."""
-    T, target = x_TN.shape[0], current_target(x_TN.device)
+    T, M, target = x_TN.shape[0], adapter.lora_B.shape[0], current_target(x_TN.device)
+    widths = Widths.of(adapter)
+    tile = _fused_tile(x_TN, M, widths, adapter, target)
+    # What no kernel holds is refused before anything is allocated.
+    check_addresses(adapter)
+    if tile is None:
+        choose_tile("route_and_prefill.alone", widths.columns, x_TN.dtype.itemsize, target, T)
     adapter = with_contiguous_vectors(adapter)
-    y_TM = x_TN.new_empty(T, adapter.lora_B.shape[0])
+    y_TM = x_TN.new_empty(T, M)
     kept = Kept(x_TN, adapter)
     packed = pack(adapter, x_TN)
     matrices = operands(adapter, packed)
-    widths = Widths.of(adapter)
-    tile = _fused_tile(x_TN, y_TM, widths, adapter, target)
     if tile is not None:
         _fused(tile, x_TN, adapter, widths, matrices, bias_M, base_output_TM, y_TM, kept)
     else:
@@ -95,9 +103,9 @@ def run(
     return y_TM, kept.balance_loss, routing
 
 
-def _fused_tile(x_TN: Tensor, y_TM: Tensor, widths: Widths, adapter: Adapter, target: Target) -> Tile | None:
+def _fused_tile(x_TN: Tensor, M: int, widths: Widths, adapter: Adapter, target: Target) -> Tile | None:
     """The fused kernel's tile, or None where it does not serve or would leave more than half of the GPU idle."""
-    (T, N), M, width = x_TN.shape, y_TM.shape[1], x_TN.dtype.itemsize
+    (T, N), width = x_TN.shape, x_TN.dtype.itemsize
     slots = adapter.top_k if adapter.seed is not None else 1
     if widths.E > FUSED_EXPERTS or slots > FUSED_SLOTS or (T <= FEW_TOKENS and adapter.seed is None):
         return None
@@ -182,7 +190,7 @@ def _staged(
 ) -> None:
     T, M = y_TM.shape
     width, dropout = x_TN.dtype.itemsize, adapter.seed is not None
-    prefills = T <= FEW_TOKENS and not dropout and widths.columns <= PREFILLED_COLUMNS
+    prefills = T <= FEW_TOKENS and not dropout and widths.columns <= PREFILLED_COLUMNS and M <= PREFILLED_FEATURES
     kernel = "route_and_prefill" if prefills else "route_and_prefill.alone"
     tile = choose_tile(kernel, widths.columns, width, target, T, matrices.read_width(with_router=False))
     raw = project_columns(

@@ -91,6 +91,25 @@ def _packed_sizes(adapter: Adapter, compute: torch.dtype) -> list[int]:
     return sizes
 
 
+def check_addresses(adapter: Adapter) -> None:
+    """Kernels address the adapter's matrices, and sums of their gradients, in 32 bits; x, dY, y and dX in 64.
+
+    Raises:
+        ValueError: a matrix has 2^31 elements or more (lora_A together with both parts of the router).
+    """
+    sizes = {
+        "lora_A and router": adapter.lora_A.numel() + 2 * adapter.router.numel(),
+        "lora_B": adapter.lora_B.numel(),
+        "residual[0]": 0 if adapter.residual_A is None else adapter.residual_A.numel(),
+        "residual[1]": 0 if adapter.residual_B is None else adapter.residual_B.numel(),
+    }
+    for name, size in sizes.items():
+        if size >= 2**31:
+            raise ValueError(
+                f"{name}: {size} elements, and the Triton kernels address fewer than 2^31; use backend='torch'"
+            )
+
+
 def packed_numel(adapter: Adapter, compute: torch.dtype, T: int) -> int:
     """Elements of the packed adapter for T tokens of dtype ``compute``; 0 where the matrices are read as they are.
 
