@@ -128,3 +128,15 @@ def test_links_between_documents_exist():
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}, which does not exist"
+
+
+def test_the_tests_that_documents_name_exist():
+    named = {
+        (path, name)
+        for document in DOCUMENTS
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", document.read_text())
+    }
+    assert len(named) >= 30
+    for path, name in sorted(named):
+        defined = {node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)}
+        assert name in defined, f"{path} has no {name}"

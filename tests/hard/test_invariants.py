@@ -116,13 +116,13 @@ def test_buckets_of_tokens_end_where_the_document_says(arguments, ends):
             run_passes(TritonPasses(), make_layer(LayerCase(T=T, **options), "meta"))
         return order_of_sums(launches)
 
-    first = 1
+    first, before = 1, None
     for end in [*ends, 4 * ends[-1]]:
-        inside = [first, *sorted({first + (end - first) * i // 8 for i in range(1, 8)}), end]
-        assert all(order(T) == order(first) for T in inside), f"a bucket ends between {first} and {end}"
-        first = end + 1
-        if end in ends:
-            assert order(first) != order(end), f"no bucket ends at {end}"
+        of_bucket = order(first)
+        assert of_bucket != before, f"no bucket ends at {first - 1}"
+        inside = (first + (end - first) // 2, end)
+        assert all(order(T) == of_bucket for T in inside), f"a bucket ends between {first} and {end}"
+        first, before = end + 1, of_bucket
 
 
 def test_the_document_has_buckets():
