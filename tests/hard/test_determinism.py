@@ -21,7 +21,8 @@ import torch
 torch.set_num_threads(int(sys.argv[1]))
 sys.path.insert(0, sys.argv[2])
 from goat_problems import evaluate, make_problem
-from goat_kernels import GoatLinear, goat_linear
+from triton_cases import goat_on
+from goat_kernels import GoatLinear
 from goat_kernels.backends.dropout import keep_mask
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,9 +50,8 @@ for backend in ("torch", "triton"):
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         T = 300 if backend == "torch" or device == "cuda" else 33
         problem = make_problem(T, 64, 48, R0=3, dtype=dtype, adapter_dtype=torch.float32)
-        problem = problem.map(lambda tensor: tensor.to(device))
         torch.manual_seed(1)
-        outcome = evaluate(lambda *a, **k: goat_linear(*a, backend=backend, dropout_p=0.1, training=True, **k), problem)
+        outcome = evaluate(goat_on(torch.device(device), backend), problem, dropout_p=0.1, training=True)
         results = {"output": outcome.output, "balance_loss": outcome.balance_loss, **outcome.gradients}
         bits |= {f"{backend} {name} {result}": digest(tensor) for result, tensor in results.items()}
     loss, digests = training(backend)
@@ -76,6 +76,7 @@ def with_one_thread() -> tuple[dict, dict]:
     return run(1)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_same_bits(with_one_thread):
     """Forward, backward, and the parameters after steps of AdamW with dropout and the balance loss, 50 of them where
     the kernels are not interpreted."""
@@ -84,6 +85,7 @@ def test_two_processes_compute_the_same_bits(with_one_thread):
     assert run(1) == [bits, values]
 
 
+@pytest.mark.slow
 def test_thread_counts_change_no_more_than_the_order_of_the_vendors_sums(with_one_thread):
     """PyTorch promises no bits of its products across thread counts; the masks, which are integers, have them."""
     bits, values = run(2)

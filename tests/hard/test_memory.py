@@ -50,18 +50,19 @@ def packed_elements(T: int, N: int, M: int, R: int, E: int, R0: int, dropout_p: 
     return sum(-(-size // 1024) * 1024 for size in (R * N, 2 * E * N, M * R, R0 * N, M * R0))
 
 
-@pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", F64), *((backend, dtype) for backend in ("torch", "triton") for dtype in (F32, F16, BF16))],
+    ids=str,
+)
 @pytest.mark.usefixtures("_nothing_runs")
-def test_saved_for_backward_to_the_byte(backend, dtype):
+def test_saved_for_backward_to_the_byte(backend, dtype, device):
     """Beside x and the layer's own tensors: h~, gate, probs, f, the seed and, on Triton, the packed adapter."""
-    if backend == "triton" and dtype == F64:
-        pytest.skip("the Triton backend does not compute float64")
     adapter_dtype = torch.promote_types(dtype, F32)
     for T, R0, dropout_p in ((5, 0, 0.0), (64, 8, 0.0), (65, 0, 0.0), (300, 8, 0.3), (17, 3, 0.3)):
         N, M, R, E = 40, 24, 8, 4
         problem = make_problem(T, N, M, R, E, R0=R0 or None, dtype=dtype, adapter_dtype=adapter_dtype)
-        leaves = problem.leaves(TRAINABLE)
+        leaves = problem.map(lambda t: t.to(device)).leaves(TRAINABLE)
         own = [getattr(leaves, name) for name in TRAINABLE] + list(leaves.residual or ())
         saved = saved_bytes(lambda leaves=leaves, p=dropout_p: forward(leaves, backend, dropout_p=p), own)
         is_packed = backend == "triton" and dtype != adapter_dtype
@@ -129,7 +130,9 @@ def test_the_peak_of_the_torch_backend_to_the_byte(change):
 
 @pytest.mark.parametrize("change", PEAK_SIZES.values(), ids=PEAK_SIZES.keys())
 @pytest.mark.usefixtures("_nothing_runs")
-def test_the_peak_of_the_triton_backend_to_the_byte(change):
+def test_the_peak_of_the_triton_backend_to_the_byte(change, device):
+    if device.type == "cuda":
+        pytest.skip("a GPU's allocator rounds each tensor up; the shapes are the same")
     size = {"T": T, "N": N, "M": M, "R": R, "E": E} | change
     t, n, m, r, e = size.values()
     of_forward, of_backward, partial = measured_peaks("triton", F32, **size)
@@ -143,9 +146,10 @@ def test_the_peak_of_the_triton_backend_to_the_byte(change):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_thousand_steps_leave_nothing_behind(backend):
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own objects, looked at from outside
+def test_a_thousand_steps_leave_nothing_behind(backend, device):
     """No tensor and no memory of Python: under Triton on the host side of every launch, without the kernels."""
-    leaves = make_problem(6, R0=3, dtype=BF16, adapter_dtype=F32).leaves(ADAPTER)
+    leaves = make_problem(6, R0=3, dtype=BF16, adapter_dtype=F32).map(lambda t: t.to(device)).leaves(ADAPTER)
 
     def step(i: int) -> None:
         backward(forward(leaves, backend, dropout_p=0.1 * (i % 2)))
@@ -167,6 +171,7 @@ def test_a_thousand_steps_leave_nothing_behind(backend):
     assert grown < 900, f"{grown} more blocks of Python's memory after 1000 steps"  # lists of free objects still fill
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_leak_of_one_small_tensor_a_step_would_be_seen(monkeypatch):
     """The test above can fail: a pass that keeps one small tensor a step is noticed."""
     passes, kept = get_backend("torch"), []
@@ -178,7 +183,7 @@ def test_a_leak_of_one_small_tensor_a_step_would_be_seen(monkeypatch):
 
     monkeypatch.setattr(passes, "lora_B_gradient", leaking)
     with pytest.raises(AssertionError):
-        test_a_thousand_steps_leave_nothing_behind("torch")
+        test_a_thousand_steps_leave_nothing_behind("torch", CPU)
     assert kept
 
 
