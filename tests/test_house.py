@@ -115,7 +115,7 @@ def test_ci_runs_the_test_command_of_the_readme():
     commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.M)
     assert len(commands) == 2, "the README has two commands: the main job and the tests"
     assert "goat-kernels finetune" in commands[0]
-    assert commands[1].endswith("pytest")
+    assert commands[1].endswith("pytest -n 2 --dist loadfile")
     assert f"bash -c '{commands[1]}'" in (ROOT / ".ci" / "run").read_text()
 
 
