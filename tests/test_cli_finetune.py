@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from goat_kernels.cli import demo, main
-from goat_kernels.cli.options import METHODS
+from goat_kernels.cli import main
+from goat_kernels.finetuning import demo, pretraining
+from goat_kernels.finetuning.methods import DEFAULT_METHODS, METHODS
+from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
 
 #: Small enough for a test, large enough for every part to have something to do.
 TINY = demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
@@ -25,7 +27,7 @@ QUICK = ["--max-steps", "4", "--batch-size", "8", "--rank", "8", "--experts", "4
 def tiny_demo(monkeypatch, tmp_path):
     """A tiny model and a cache of its own; the test runs in an empty folder."""
     monkeypatch.setattr(demo, "PRETRAINING", TINY)
-    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -74,15 +76,15 @@ def test_demo_leaves_table_figure_numbers_and_models(tiny_demo, capsys):
 
     output = tiny_demo / "goat-output"
     printed = capsys.readouterr().out
-    for method, meaning in METHODS.items():
-        assert meaning in printed
+    for method in DEFAULT_METHODS:
+        assert METHODS[method].meaning in printed
         assert "loads back with bit-equal outputs: True\n" in printed.split(f"\n{method}: ", 1)[1]
     assert "±" in printed and "one standard error over the 898 held-out examples" in printed
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     rows = {row["method"]: row for row in results["methods"]}
-    assert list(rows) == list(METHODS)
+    assert list(rows) == list(DEFAULT_METHODS)
     for row in rows.values():
         p = row["held_out"]
         assert row["held_out_standard_error"] == pytest.approx((p * (1 - p) / 898) ** 0.5)
@@ -113,7 +115,7 @@ def test_second_run_takes_the_pretrained_model_from_the_cache(tiny_demo, capsys,
     assert finetune("--methods", "lora", "--output", "first") == 0
     assert "(new)" in capsys.readouterr().out
 
-    monkeypatch.setattr(demo, "train", lambda *args, **kwargs: pytest.fail("pretrained again"))
+    monkeypatch.setattr(pretraining, "train", lambda *args, **kwargs: pytest.fail("pretrained again"))
     assert finetune("--methods", "lora", "--output", "second") == 0
     assert "(cached)" in capsys.readouterr().out
     # The same seed, and so the same adapter: the run is deterministic from the cached model on.
@@ -131,7 +133,7 @@ def test_interrupted_pretraining_leaves_no_cache_entry(tiny_demo, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "train", interrupted)
+    monkeypatch.setattr(pretraining, "train", interrupted)
     assert finetune() == 130
     assert not list((tiny_demo / "cache").iterdir())
     assert not (tiny_demo / "goat-output").exists()
@@ -180,7 +182,7 @@ def test_interrupt_while_evaluating_keeps_the_training(tiny_demo, monkeypatch):
 
 
 def test_half_written_checkpoint_is_not_resumed_from(tmp_path):
-    from goat_kernels.cli.train import last_checkpoint
+    from goat_kernels.finetuning.train import last_checkpoint
 
     for step in (9, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -253,7 +255,8 @@ SIGINT_SCRIPT = textwrap.dedent(
 
     socket.getaddrinfo = socket.socket.connect = refuse
 
-    from goat_kernels.cli import demo, main
+    from goat_kernels.cli import main
+    from goat_kernels.finetuning import demo
 
     demo.PRETRAINING = demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
     sys.exit(main(sys.argv[1:]))
@@ -263,7 +266,7 @@ SIGINT_SCRIPT = textwrap.dedent(
 
 def test_sigint_to_the_process_leaves_a_checkpoint(tmp_path):
     """What a terminal does on Ctrl-C, from outside, at a moment nobody chose; the network is asked nothing."""
-    environment = {**os.environ, demo.CACHE_VARIABLE: str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, CACHE_VARIABLE: str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SIGINT_SCRIPT, "finetune", "--methods", "goat", "--output", str(tmp_path / "out")]
     command += ["--rank", "8", "--experts", "4", "--batch-size", "4", "--max-steps", "100000"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, GPT2Config, ViTConfig
 
-from goat_kernels.cli import demo, main
+from goat_kernels.cli import main
+from goat_kernels.finetuning import demo
+from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
 from goat_kernels.rules import INIT_RULES, SCALING_RULES
 
 
@@ -17,7 +19,7 @@ from goat_kernels.rules import INIT_RULES, SCALING_RULES
 def _inputs(monkeypatch, tmp_path):
     """Models without weights (no case may get as far as reading them) and data with one fault each."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     # Read at import from HF_HUB_OFFLINE; without it the libraries spend half a minute on retries.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -52,7 +54,7 @@ CASES = {
     "task without data": (TEXT, ["--task text-classification needs --data"]),
     "model without task": (["--model", "vit"], ["--model 'vit' needs a --task"]),
     "eval data without task": (["--eval-data", "data.csv"], ["--eval-data 'data.csv' needs --task"]),
-    "unknown method": (["--methods", "goat,sheep"], ["--methods 'goat,sheep'", "'sheep'", "head, full, lora, goat"]),
+    "unknown method": (["--methods", "goat,sheep"], ["--methods 'goat,sheep'", "'sheep'", "head, full, lora, rslora"]),
     "no method": (["--methods", ","], ["--methods ','", "nothing"]),
     "head of a language model": ([*LM, "--data", "words.txt", "--methods", "head"], ["--methods 'head'", "classifier"]),
     "rank and experts": (["--rank", "36"], ["--rank=36", "divisible by --experts=8"]),
@@ -121,8 +123,8 @@ def test_bad_input(arguments, parts, capsys, tiny_pretraining):
 
 @pytest.mark.parametrize(("arguments", "parts"), READING.values(), ids=READING.keys())
 def test_bad_text_data(arguments, parts):
-    from goat_kernels.cli.data import read_texts
-    from goat_kernels.cli.errors import CommandError
+    from goat_kernels.command_errors import CommandError
+    from goat_kernels.finetuning.data import read_texts
 
     with pytest.raises(CommandError) as caught:
         read_texts("--data", *arguments)
@@ -136,8 +138,8 @@ def test_unknown_command(capsys):
 
 
 def test_data_from_the_hub_needs_the_extra(monkeypatch):
-    from goat_kernels.cli.data import read_texts
-    from goat_kernels.cli.errors import CommandError
+    from goat_kernels.command_errors import CommandError
+    from goat_kernels.finetuning.data import read_texts
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CommandError, match=r"pip install 'goat-kernels\[data\]'"):

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from goat_kernels.cli.errors import CommandError
+from goat_kernels.command_errors import CommandError
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The arguments of ``goat-kernels finetune``, with their help texts; ``options.py`` says what becomes of them."""
+"""The arguments of ``goat-kernels finetune``, with their help texts; ``options.py`` says what becomes of them.
+
+What a recipe can settle has no default here: None means that the recipe, and after it the dataclass, has its say.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,15 @@ import math
 import re
 from collections.abc import Callable
 
-from goat_kernels.cli.options import LEARNING_RATES, METHODS, TASKS, AdapterOptions
+from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.options import (
+    LEARNING_RATES,
+    TASKS,
+    AdapterOptions,
+    DataOptions,
+    TrainingOptions,
+)
+from goat_kernels.finetuning.recipes import RECIPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,16 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_arguments(group) -> None:
     group.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="the paper's settings for one of its domains, where no option says otherwise: "
+        + "; ".join(f"{name} ({recipe.summary})" for name, recipe in RECIPES.items())
+        + ". Needs --data, and a network unless --model names a folder",
+    )
+    group.add_argument(
         "--task",
-        default="digits",
         help=f"one of {', '.join(TASKS)}. The default, digits, is the built-in demonstration above.",
     )
     group.add_argument(
         "--methods",
         metavar="LIST",
         help="comma-separated, of: "
-        + "; ".join(f"{name} ({meaning})" for name, meaning in METHODS.items())
-        + ". Default: all of them for the digits, lora,goat with your own model",
+        + "; ".join(f"{name} ({method.meaning})" for name, method in METHODS.items())
+        + ". Default: head,full,lora,goat for the digits, lora,goat with your own model",
     )
     group.add_argument(
         "--output", default="goat-output", metavar="FOLDER", help="where results go (default: %(default)s)"
@@ -57,28 +74,36 @@ def _add_data_arguments(group) -> None:
         "JSONL; causal-lm: a text file, a folder of .txt files, CSV or JSONL; or a data set's id on the hub, "
         "ID[:CONFIG][@SPLIT], which needs a network and pip install 'goat-kernels[data]'",
     )
+    default = DataOptions()
     group.add_argument("--eval-data", metavar="PATH_OR_ID", help="held-out data, in place of a part of --data")
     group.add_argument(
         "--eval-fraction",
         type=number(0, 1),
-        default=0.2,
         metavar="F",
-        help="part of --data held out, the same part of every class (default: %(default)s; the digits hold out half)",
-    )
-    group.add_argument("--text-column", default="text", metavar="NAME", help="column of the text (default: text)")
-    group.add_argument("--label-column", default="label", metavar="NAME", help="column of the class (default: label)")
-    group.add_argument(
-        "--image-column", default="image", metavar="NAME", help="column of the image, for hub data (default: image)"
+        help="part of --data held out, the same part of every class "
+        f"(default: {default.eval_fraction}; the digits hold out half)",
     )
     group.add_argument(
-        "--max-length", type=integer(1), default=256, metavar="N", help="tokens kept of a text (default: %(default)s)"
+        "--text-column",
+        metavar="NAME[,NAME]",
+        help="column of the text; or of two: a pair to classify, or (causal-lm) a prompt and the response, on which "
+        f"alone the loss is taken (default: {default.text_column})",
+    )
+    group.add_argument("--label-column", metavar="NAME", help=f"column of the class (default: {default.label_column})")
+    group.add_argument(
+        "--image-column", metavar="NAME", help=f"column of the image, for hub data (default: {default.image_column})"
+    )
+    group.add_argument(
+        "--max-length",
+        type=integer(1),
+        metavar="N",
+        help=f"tokens kept of a text, or of a prompt with its response (default: {default.max_length})",
     )
     group.add_argument(
         "--block-size",
         type=integer(2),
-        default=256,
         metavar="N",
-        help="causal-lm: texts are packed into blocks of this many tokens (default: %(default)s)",
+        help=f"causal-lm: texts are packed into blocks of this many tokens (default: {default.block_size})",
     )
 
 
@@ -88,30 +113,26 @@ def _add_adapter_arguments(group) -> None:
         "--rank",
         metavar="R",
         type=integer(1),
-        default=default.rank,
-        help="total rank R, of LoRA too (default: %(default)s)",
+        help=f"total rank R, of LoRA too (default: {default.rank})",
     )
     group.add_argument(
         "--experts",
         metavar="E",
         type=integer(1),
-        default=default.experts,
         help="experts E, a divisor of --rank (default: 8)",
     )
     group.add_argument(
         "--top-k",
         metavar="K",
         type=integer(1),
-        default=default.top_k,
-        help="experts K that a token uses (default: %(default)s)",
+        help=f"experts K that a token uses (default: {default.top_k})",
     )
     group.add_argument(
         "--scaling",
         metavar="RULE",
         type=_name_or_number,
-        default=default.scaling,
         help="s: goat sqrt(3 eta N / D), goat_s the same per expert, lora alpha / D, rslora alpha / sqrt(D), or a "
-        "number (default: %(default)s)",
+        f"number (default: {default.scaling})",
     )
     group.add_argument(
         "--eta",
@@ -124,36 +145,31 @@ def _add_adapter_arguments(group) -> None:
         "--rho",
         metavar="X",
         type=number(0),
-        default=default.rho,
-        help="the adapter starts with 1/rho of its segment of the weight (default: %(default)s)",
+        help=f"the adapter starts with 1/rho of its segment of the weight (default: {default.rho})",
     )
     group.add_argument(
         "--init",
         metavar="RULE",
-        default=default.init,
         help="the singular triples the experts start from: goat, goat_mini, pissa, milora, pissa_milora, random; or "
-        "none: lora, hydralora (default: %(default)s)",
+        f"none: lora, hydralora (default: {default.init})",
     )
     group.add_argument(
         "--residual",
         metavar="FORM",
-        default=default.residual,
         help="how the adapter's expected start is subtracted: path (beside the untouched weight) or fold (inside "
-        "it) (default: %(default)s)",
+        f"it) (default: {default.residual})",
     )
     group.add_argument(
         "--balance-coefficient",
         type=number(0, inclusive=True),
-        default=default.balance_coefficient,
         metavar="C",
-        help="weight of the load-balancing loss (default: %(default)s)",
+        help=f"weight of the load-balancing loss (default: {default.balance_coefficient})",
     )
     group.add_argument(
         "--dropout",
         metavar="P",
         type=number(0, 1, inclusive=True),
-        default=default.dropout,
-        help="dropout in front of the adapters, of LoRA too (default: %(default)s)",
+        help=f"dropout in front of the adapters, of LoRA too (default: {default.dropout})",
     )
     group.add_argument(
         "--lora-alpha",
@@ -164,19 +180,18 @@ def _add_adapter_arguments(group) -> None:
     group.add_argument(
         "--target-modules",
         type=_target_modules,
-        default=default.target_modules,
         metavar="NAMES",
         help="linear layers to adapt: all-linear (all but the head), comma-separated names, or a regular expression",
     )
     group.add_argument(
         "--backend",
         metavar="NAME",
-        default=default.backend,
-        help="auto, torch or triton, for GOAT's layers (default: %(default)s)",
+        help=f"auto, torch or triton, for GOAT's layers (default: {default.backend})",
     )
 
 
 def _add_training_arguments(group) -> None:
+    default = TrainingOptions
     group.add_argument(
         "--epochs",
         metavar="N",
@@ -186,23 +201,28 @@ def _add_training_arguments(group) -> None:
     group.add_argument("--max-steps", type=integer(1), metavar="N", help="optimiser steps, in place of --epochs")
     group.add_argument("--batch-size", type=integer(1), metavar="N", help="examples per batch (default: by task)")
     group.add_argument(
-        "--accumulation", type=integer(1), default=1, metavar="N", help="batches per optimiser step (default: 1)"
+        "--accumulation",
+        type=integer(1),
+        metavar="N",
+        help=f"batches per optimiser step (default: {default.accumulation})",
     )
     group.add_argument(
         "--learning-rate",
         metavar="LR",
         help="one number for all methods, or for some of them: full=1e-5,lora=2e-4 (default: by task and method; for "
-        "the digits " + ", ".join(f"{m} {lr:g}" for m, lr in LEARNING_RATES["digits"].items()) + ")",
+        "the digits " + ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES["digits"].items()) + ")",
     )
     group.add_argument(
         "--warmup",
         type=number(0, 1, inclusive=True),
-        default=0.1,
         metavar="F",
-        help="part of the steps over which the learning rate rises, before it falls to 0 (default: %(default)s)",
+        help=f"part of the steps over which the learning rate rises, before it falls to 0 (default: {default.warmup})",
     )
     group.add_argument(
-        "--weight-decay", type=number(0, inclusive=True), default=0.0, metavar="W", help="AdamW's (default: 0)"
+        "--weight-decay",
+        type=number(0, inclusive=True),
+        metavar="W",
+        help=f"AdamW's (default: {default.weight_decay:g})",
     )
     group.add_argument(
         "--save-steps", type=integer(1), metavar="N", help="write a checkpoint every N steps, against power cuts"
@@ -217,8 +237,7 @@ def _add_training_arguments(group) -> None:
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="the base model's dtype; adapters stay in float32 (default: %(default)s)",
+        help=f"the base model's dtype; adapters stay in float32 (default: {default.dtype})",
     )
 
 

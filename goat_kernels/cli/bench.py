@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from goat_kernels.cli.arguments import integer
-from goat_kernels.cli.errors import CommandError
+from goat_kernels.command_errors import CommandError
 
 if TYPE_CHECKING:
     from goat_kernels.benchmarking.compare import Lost

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 from goat_kernels.cli.check_compilation import compilation
 from goat_kernels.cli.check_rows import case_json, has_triton, versions
 from goat_kernels.cli.check_traffic import traffic
-from goat_kernels.cli.errors import CommandError
-from goat_kernels.cli.files import atomic_path
+from goat_kernels.command_errors import CommandError
+from goat_kernels.files import atomic_path
 
 if TYPE_CHECKING:
     import torch

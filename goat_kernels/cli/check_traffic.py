@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from goat_kernels.cli.check_rows import case_json, versions
-from goat_kernels.cli.errors import CommandError
+from goat_kernels.command_errors import CommandError
 
 if TYPE_CHECKING:
     from goat_kernels.checks.problem import LayerCase

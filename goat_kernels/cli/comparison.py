@@ -18,11 +18,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from goat_kernels.cli.errors import Interrupted
-from goat_kernels.cli.evaluate import evaluate
 from goat_kernels.cli.figure import write_figure
-from goat_kernels.cli.files import atomic_path, write_json
-from goat_kernels.cli.models import (
+from goat_kernels.cli.output import OutputFolder
+from goat_kernels.cli.report import MethodResult, format_table, results_json
+from goat_kernels.command_errors import Interrupted
+from goat_kernels.files import atomic_path, write_json
+from goat_kernels.finetuning.evaluate import evaluate
+from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.models import (
     build,
     check_adapters,
     load_back,
@@ -32,11 +35,9 @@ from goat_kernels.cli.models import (
     trainable_parameters,
     training_device,
 )
-from goat_kernels.cli.options import FinetuneOptions
-from goat_kernels.cli.output import OutputFolder
-from goat_kernels.cli.report import MethodResult, format_table, results_json
-from goat_kernels.cli.tasks import Task, load_task
-from goat_kernels.cli.train import StopSignal, steps_of, train
+from goat_kernels.finetuning.options import FinetuneOptions
+from goat_kernels.finetuning.tasks import Task, load_task
+from goat_kernels.finetuning.train import StopSignal, steps_of, train
 from goat_kernels.training import GoatCallback
 
 #: What the two stages leave in a method's folder.
@@ -86,11 +87,11 @@ def _run_method(method: str, task: Task, options: FinetuneOptions, folder: Path)
     if result_file.is_file():
         print(f"{method}: done before")
         return MethodResult(**json.loads(result_file.read_text(encoding="utf-8")))
-    saved = folder / ("adapter" if method in ("lora", "goat") else "model")
+    saved = folder / ("model" if METHODS[method].config is None else "adapter")
     model = None
     if not trained_file.is_file():
         model = _train_method(method, task, options, folder, saved, trained_file)
-    device = training_device(options)
+    device = training_device(options.training)
     if model is None:
         model = load_back(method, task.base, saved, device)
     evaluation = evaluate(model, task, options.training.batch_size, device, f"{method}: evaluating")
@@ -115,7 +116,7 @@ def _train_method(
 
     def build_method() -> nn.Module:
         with options_named():
-            return build(method, task.base, options)
+            return build(method, task.base, options.adapter, options.training.seed)
 
     with StopSignal() as stop:
         model, record = train(
@@ -127,7 +128,7 @@ def _train_method(
             folder / "checkpoints",
             description=f"{method}: training",
             stop=stop,
-            callbacks=[GoatCallback()] if method == "goat" else [],
+            callbacks=[GoatCallback()] if METHODS[method].rates_of == "goat" else [],
         )
         if not record.finished:
             raise Interrupted(
@@ -155,7 +156,7 @@ def _load_back_and_compare(
     method: str, model: nn.Module, task: Task, options: FinetuneOptions, saved: Path
 ) -> tuple[nn.Module, bool]:
     """The saved model on a freshly loaded base, and whether its outputs are those of ``model``, bit for bit."""
-    device = training_device(options)
+    device = training_device(options.training)
     count = min(options.training.batch_size, len(task.held_out))
     batch = task.collate([task.held_out[i] for i in range(count)])
     batch.pop("labels")

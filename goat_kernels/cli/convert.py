@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 
 from goat_kernels.cli.arguments import number
-from goat_kernels.cli.errors import CommandError
+from goat_kernels.command_errors import CommandError
 
 #: task_type -> transformers' class; another task takes the class that the model's own configuration names.
 _CLASSES = {

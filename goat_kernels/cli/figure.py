@@ -10,12 +10,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from goat_kernels.cli.files import atomic_path
-from goat_kernels.cli.options import METHODS
 from goat_kernels.cli.report import MethodResult
+from goat_kernels.files import atomic_path
+from goat_kernels.finetuning.methods import METHODS
 
-#: Colour-blind safe (Okabe and Ito).
-_COLOURS = {"head": "#999999", "full": "#0072B2", "lora": "#E69F00", "goat": "#009E73"}
+#: Colour-blind safe, after Okabe and Ito.
+COLOURS = {
+    "head": "#999999",
+    "full": "#0072B2",
+    "lora": "#E69F00",
+    "rslora": "#D55E00",
+    "dora": "#F0E442",
+    "pissa": "#CC79A7",
+    "milora": "#882255",
+    "molora": "#56B4E9",
+    "hydralora": "#332288",
+    "goat": "#009E73",
+    "goat_s": "#000000",
+}
 
 #: More layers than this are named by their first and last, and those in between.
 _NAMED_LAYERS = 40
@@ -41,10 +53,10 @@ def write_figure(path: Path, results: Sequence[MethodResult], title: str) -> Non
 def _draw_losses(axes: Axes, results: Sequence[MethodResult]) -> None:
     for result in results:
         losses = np.asarray(result.losses, dtype=float)
-        colour = _COLOURS[result.method]
+        colour = COLOURS[result.method]
         smooth = _running_mean(losses, max(5, len(losses) // 25))
         axes.plot(result.loss_steps, losses, color=colour, alpha=0.15, linewidth=0.8)
-        axes.plot(result.loss_steps, smooth, color=colour, linewidth=1.8, label=METHODS[result.method])
+        axes.plot(result.loss_steps, smooth, color=colour, linewidth=1.8, label=METHODS[result.method].meaning)
     finite = [loss for result in results for loss in result.losses if np.isfinite(loss) and loss > 0]
     if finite and max(finite) > 20 * min(finite):
         axes.set_yscale("log")

@@ -22,7 +22,8 @@ import os
 import warnings
 
 from goat_kernels.cli.arguments import add_arguments
-from goat_kernels.cli.options import FinetuneOptions, options_from
+from goat_kernels.cli.options import options_from
+from goat_kernels.finetuning.options import FinetuneOptions
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prepare_environment(options: FinetuneOptions) -> None:
     """Settle, before transformers is imported, what it reads at import."""
-    from goat_kernels.cli.data import looks_like_path
+    from goat_kernels.finetuning.data import looks_like_path
 
     sources = (options.data.model, options.data.data, options.data.eval_data)
     if all(source is None or looks_like_path(source) for source in sources):

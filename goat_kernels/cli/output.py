@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from goat_kernels.cli.errors import CommandError
-from goat_kernels.cli.files import write_json
-from goat_kernels.cli.options import FinetuneOptions
+from goat_kernels.command_errors import CommandError
+from goat_kernels.files import write_json
+from goat_kernels.finetuning.options import FinetuneOptions
 
 #: Marks a folder as this command's, and holds the options of its run.
 RUN_FILE = "run.json"

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from goat_kernels.cli.options import METHODS, FinetuneOptions
+from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.options import FinetuneOptions
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class MethodResult:
     """One row of the table; the fields are those of results.json, with their units in their names.
 
     Attributes:
-        method: a key of ``options.METHODS``.
+        method: a key of ``methods.METHODS``.
         learning_rate: the highest of the schedule.
         trainable_parameters: numbers that the optimiser updated.
         saved_in: where the trained model is, inside the output folder.
@@ -54,7 +55,7 @@ def format_table(results: Sequence[MethodResult], title: str) -> str:
     rows = [["method", f"held-out {first.metric}", "trainable", "ms/step", "peak MiB"]]
     rows += [
         [
-            METHODS[result.method],
+            METHODS[result.method].meaning,
             _with_error(result),
             f"{result.trainable_parameters:,}",
             f"{result.time_per_step_ms:.1f}",

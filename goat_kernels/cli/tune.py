@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from goat_kernels.cli.arguments import integer
-from goat_kernels.cli.errors import CommandError
+from goat_kernels.command_errors import CommandError
 
 _DTYPES = ("bfloat16", "float16", "float32")
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from goat_kernels.cli.errors import CommandError
+from goat_kernels.command_errors import CommandError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TABLE_SUFFIXES = (".csv", ".jsonl")
@@ -28,7 +28,7 @@ class Examples:
     """Inputs with their classes.
 
     Attributes:
-        items: texts, image files, or images that a hub data set decodes when they are asked for.
+        items: texts, pairs of texts, image files, or images that a hub data set decodes when they are asked for.
         labels: the class name of each item; None where the task has no classes.
     """
 
@@ -57,21 +57,21 @@ def local_path(argument: str, text: str, needs: str) -> Path:
 
 
 def read_texts(argument: str, source: str, text_column: str, label_column: str | None) -> Examples:
-    """Texts from CSV or JSONL, from text files (without classes), or from the hub.
+    """Texts, or pairs of texts, from CSV or JSONL, from text files (without classes), or from the hub.
 
     Args:
         argument: the option that named the source, for messages.
         source: a path or an id on the hub.
-        text_column: the column of the text.
+        text_column: the column of the text; ``"A,B"`` for pairs.
         label_column: the column of the class; None where the task has no classes.
     """
     needs = "a CSV or JSONL file" if label_column else "a text file, a folder of .txt files, a CSV or a JSONL file"
     if not looks_like_path(source):
-        return _read_hub(argument, source, text_column, "--text-column", label_column)
+        return _read_hub(argument, source, text_column.split(","), "--text-column", label_column)
     path = local_path(argument, source, needs)
     if path.suffix in TABLE_SUFFIXES:
         rows = _read_table(argument, path)
-        texts = _column(argument, path, rows, "--text-column", text_column)
+        texts = _paired([_column(argument, path, rows, "--text-column", name) for name in text_column.split(",")])
         labels = _column(argument, path, rows, "--label-column", label_column) if label_column else None
         return Examples(texts, labels)
     if label_column:
@@ -87,7 +87,7 @@ def read_images(argument: str, source: str, image_column: str, label_column: str
     """Images from a folder with one subfolder per class, or from the hub."""
     needs = "a folder with one subfolder of images per class"
     if not looks_like_path(source):
-        return _read_hub(argument, source, image_column, "--image-column", label_column)
+        return _read_hub(argument, source, [image_column], "--image-column", label_column)
     path = local_path(argument, source, needs)
     if not path.is_dir():
         raise CommandError(f"{argument} {source!r} is a file; it needs {needs}")
@@ -186,7 +186,12 @@ def _column(argument: str, path: Path, rows: list[dict], option: str, name: str)
     return [str(row[name]) for row in rows]
 
 
-def _read_hub(argument: str, source: str, column: str, option: str, label_column: str | None) -> Examples:
+def _paired(columns: list[Sequence]) -> Sequence:
+    """The items of one column, or tuples across several."""
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+
+
+def _read_hub(argument: str, source: str, columns: list[str], option: str, label_column: str | None) -> Examples:
     try:
         import datasets
     except ImportError:
@@ -203,13 +208,14 @@ def _read_hub(argument: str, source: str, column: str, option: str, label_column
             f"{argument} {source!r} is not a local path, and no data set of that name could be loaded from the hub; "
             f"it needs an existing path, or ID[:CONFIG][@SPLIT] and a network ({type(error).__name__}: {reason:.200})"
         ) from None
-    for name, of in ((column, option), (label_column, "--label-column")):
+    for name, of in (*((column, option) for column in columns), (label_column, "--label-column")):
         if name is not None and name not in table.column_names:
             raise CommandError(f"{of} {name!r} is not a column of {argument} {source!r}; it has {table.column_names}")
     if not len(table):
         raise CommandError(f"{argument} {source!r} has no rows; it needs at least a few examples")
+    items = _paired([table[column] for column in columns])
     if label_column is None:
-        return Examples(table[column])
+        return Examples(items)
     names = getattr(table.features[label_column], "names", None)
     labels = [names[label] if names else str(label) for label in table[label_column]]
-    return Examples(table[column], labels)
+    return Examples(items, labels)

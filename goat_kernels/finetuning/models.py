@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from goat_kernels.backends import resolve_backend
-from goat_kernels.cli.data import local_path, looks_like_path
-from goat_kernels.cli.errors import CommandError
-from goat_kernels.cli.options import ETA, FinetuneOptions
+from goat_kernels.command_errors import CommandError
+from goat_kernels.finetuning.data import local_path, looks_like_path
+from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.options import AdapterOptions, FinetuneOptions, TrainingOptions
 from goat_kernels.initialisation import check_weight
 from goat_kernels.peft import GoatConfig
 from goat_kernels.settings import AdapterSettings
@@ -122,13 +123,12 @@ def _fully_missing(module: nn.Module, missing: set[str], prefix: str = "") -> It
             yield from _fully_missing(child, missing, f"{prefix}{name}.")
 
 
-def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str, ...]) -> PeftConfig:
-    """The PEFT configuration of ``lora`` or ``goat``, same rank and targets.
+def adapter_config(method: str, adapter: AdapterOptions, new_modules: tuple[str, ...], seed: int) -> PeftConfig:
+    """The PEFT configuration of a method that has one.
 
     Raises:
         CommandError: a hyper-parameter that the method refuses.
     """
-    adapter = options.adapter
     targets = adapter.target_modules
     shared = {
         "r": adapter.rank,
@@ -139,28 +139,16 @@ def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str
     if new_modules:
         # all-linear would adapt the head too, which trains in full.
         shared["exclude_modules"] = rf"(.*\.)?({'|'.join(map(re.escape, new_modules))})(\..*)?"
-    alpha = adapter.lora_alpha or 2 * adapter.rank
-    if method == "lora":
-        return LoraConfig(**shared, lora_alpha=alpha)
-    if adapter.scaling in ("lora", "rslora"):  # the others do not read it
-        shared["lora_alpha"] = alpha
     with options_named():
-        return GoatConfig(
-            **shared,
-            num_experts=adapter.experts,
-            top_k=adapter.top_k,
-            scaling=adapter.scaling,
-            eta=ETA[options.task] if adapter.eta is None else adapter.eta,
-            rho=adapter.rho,
-            init=adapter.init,
-            residual=adapter.residual,
-            balance_coefficient=adapter.balance_coefficient,
-            seed=options.training.seed,
-        )
+        return METHODS[method].config(adapter, shared, seed)
 
 
-def build(method: str, base: BaseModel, options: FinetuneOptions) -> PreTrainedModel | PeftModel:
-    """A fresh copy of the base model, set up so that exactly what ``method`` trains requires grad."""
+def build(method: str, base: BaseModel, adapter: AdapterOptions, seed: int) -> PreTrainedModel | PeftModel:
+    """A fresh copy of the base model, set up so that exactly what ``method`` trains requires grad.
+
+    Raises:
+        CommandError: a hyper-parameter that the method refuses.
+    """
     model = base.load()
     if method == "full":
         return model
@@ -168,13 +156,19 @@ def build(method: str, base: BaseModel, options: FinetuneOptions) -> PreTrainedM
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(name.startswith(f"{module}.") for module in base.new_modules))
         return model
-    torch.manual_seed(options.training.seed)
-    return get_peft_model(model, adapter_config(method, options, base.new_modules))
+    torch.manual_seed(seed)
+    config = adapter_config(method, adapter, base.new_modules, seed)
+    model = get_peft_model(model, config)
+    if getattr(config, "num_experts", None) == 1:  # its gate is always 1, so its router has nothing to learn
+        for name, parameter in model.named_parameters():
+            if ".goat_router." in name:
+                parameter.requires_grad_(False)
+    return model
 
 
-def training_device(options: FinetuneOptions) -> torch.device:
+def training_device(options: TrainingOptions) -> torch.device:
     """Where the Trainer will train."""
-    use_gpu = options.training.device == "auto" and torch.cuda.is_available()
+    use_gpu = options.device == "auto" and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu")
 
 
@@ -183,23 +177,28 @@ def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
 
     Puts a LoRA on the targets, which is cheap, and checks each target's weight against GOAT's needs by its shape.
     """
-    if "goat" in options.methods:
-        config = adapter_config("goat", options, base.new_modules)
-        with options_named():
-            resolve_backend(options.adapter.backend, training_device(options), torch.float32)
-    elif "lora" not in options.methods:
+    seed = options.training.seed
+    configs = {
+        name: adapter_config(name, options.adapter, base.new_modules, seed)
+        for name in options.methods
+        if METHODS[name].config is not None
+    }
+    if not configs:
         return
+    ours = [config for config in configs.values() if isinstance(config, GoatConfig)]
+    if ours:
+        with options_named():
+            resolve_backend(options.adapter.backend, training_device(options.training), torch.float32)
     try:
-        model = get_peft_model(base.load(), adapter_config("lora", options, base.new_modules))
+        model = get_peft_model(base.load(), adapter_config("lora", options.adapter, base.new_modules, seed))
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise CommandError(
             f"--target-modules {options.adapter.target_modules!r} does not fit the model: {reason:.300}"
         ) from None
-    if "goat" not in options.methods:
-        return
-    with options_named():
-        _check_weights(model, config.settings())
+    for config in ours:
+        with options_named():
+            _check_weights(model, config.settings())
 
 
 def _check_weights(model: PeftModel, settings: AdapterSettings) -> None:
@@ -230,7 +229,7 @@ def save(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 def load_back(method: str, base: BaseModel, folder: Path, device: torch.device) -> PreTrainedModel | PeftModel:
     """The trained model from its folder, on a freshly loaded base, in eval mode."""
     fresh = base.load()
-    if method in ("lora", "goat"):
+    if METHODS[method].config is not None:
         model = PeftModel.from_pretrained(fresh, folder)
     else:
         model = type(fresh).from_pretrained(folder, dtype=fresh.dtype)

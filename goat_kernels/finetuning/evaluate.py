@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from goat_kernels.cli.tasks import Task
+from goat_kernels.finetuning.examples import IGNORED
+from goat_kernels.finetuning.tasks import Task
 from goat_kernels.training import router_statistics
 
 
@@ -58,9 +59,9 @@ def _correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _block_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of each block [batch], in float32."""
+    """The mean loss of each sequence [batch] over the tokens that have one, in float32."""
     losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-    return losses.mean(dim=1)
+    return losses.sum(dim=1) / (labels[:, 1:] != IGNORED).sum(dim=1)
 
 
 def _accuracy(correct: Tensor) -> tuple[float, float]:

@@ -5,6 +5,7 @@ One function per ``--task``; :func:`load_task` picks it. The digits are in ``dem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -24,10 +25,11 @@ from transformers import (
     default_data_collator,
 )
 
-from goat_kernels.cli.data import Examples, class_ids, class_names, read_images, read_texts, split
-from goat_kernels.cli.errors import CommandError
-from goat_kernels.cli.models import BaseModel, base_model, load_config
-from goat_kernels.cli.options import FinetuneOptions
+from goat_kernels.command_errors import CommandError
+from goat_kernels.finetuning.data import Examples, class_ids, class_names, read_images, read_texts, split
+from goat_kernels.finetuning.examples import Blocks, Images, PadRight, Responses, Selection, Texts, pack
+from goat_kernels.finetuning.models import BaseModel, base_model, load_config
+from goat_kernels.finetuning.options import FinetuneOptions
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def load_task(options: FinetuneOptions) -> Task:
         CommandError: the model or the data cannot be used.
     """
     if options.task == "digits":
-        from goat_kernels.cli.demo import digits_task
+        from goat_kernels.finetuning.demo import digits_task
 
         return digits_task(options)
     return {
@@ -104,21 +106,26 @@ def _causal_lm(options: FinetuneOptions) -> Task:
     data = options.data
     config = load_config(data.model, AutoModelForCausalLM)
     tokenizer = _tokenizer(data.model)
-    positions = getattr(config, "max_position_embeddings", None) or data.block_size
-    block = min(data.block_size, positions)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    prompted = "," in data.text_column
 
-    def blocks(argument: str, source: str) -> Tensor:
-        return _pack(argument, read_texts(argument, source, data.text_column, None).items, tokenizer, block)
+    def read(argument: str, source: str) -> Tensor | Responses:
+        items = read_texts(argument, source, data.text_column, None).items
+        if prompted:
+            return Responses(argument, items, tokenizer, min(data.max_length, positions))
+        return pack(argument, items, tokenizer, min(data.block_size, positions))
 
-    packed = blocks("--data", data.data)
+    whole = read("--data", data.data)
     if data.eval_data is not None:
-        train, held_out = packed, blocks("--eval-data", data.eval_data)
+        train, held_out = whole, read("--eval-data", data.eval_data)
     else:
-        train, held_out = (
-            packed[part] for part in split(len(packed), None, data.eval_fraction, options.training.seed, "--data")
-        )
+        parts = split(len(whole), None, data.eval_fraction, options.training.seed, "--data")
+        train, held_out = (Subset(whole, part) if prompted else whole[part] for part in parts)
     base = base_model(data.model, AutoModelForCausalLM, options.training.seed, options.training.dtype)
     base = BaseModel(base.load, ())
+    if prompted:
+        collate = PadRight(tokenizer.pad_token_id)
+        return Task(_describe(options), train, held_out, collate, base, "perplexity")
     return Task(_describe(options), Blocks(train), Blocks(held_out), default_data_collator, base, "perplexity")
 
 
@@ -177,22 +184,6 @@ def _tokenizer(source: str):
     return tokenizer
 
 
-def _pack(argument: str, texts: Sequence[str], tokenizer, block: int) -> Tensor:
-    """All texts one after the other, an end-of-text token behind each, cut into blocks [count, block]."""
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    tokens: list[int] = []
-    for text in texts:
-        # A whole book is one text here, so the tokenizer's warning about its length means nothing.
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
-    count = len(tokens) // block
-    if count == 0:
-        raise CommandError(
-            f"{argument} has {len(tokens)} tokens, less than one block of {block}; "
-            "it needs more text, or a smaller --block-size"
-        )
-    return torch.tensor(tokens[: count * block]).reshape(count, block)
-
-
 def _image_transform(source: str, config) -> Callable[[Image.Image], Tensor]:
     """PIL image -> pixel values [C, H, W], by the model's own processor where it has one."""
     try:
@@ -222,63 +213,3 @@ def _scaled_pixels(image: Image.Image, channels: int, height: int, width: int) -
     resized = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32)).reshape(height, width, channels)
     return pixels.permute(2, 0, 1) / 127.5 - 1
-
-
-class Selection(Sequence):
-    """The items of a sequence at some indices, fetched when asked for."""
-
-    def __init__(self, items: Sequence, indices: list[int]) -> None:
-        self._items, self._indices = items, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, i: int):
-        return self._items[self._indices[i]]
-
-
-class Images(Dataset):
-    """Images (files, or PIL images) with class ids."""
-
-    def __init__(self, items: Sequence, ids: list[int], transform: Callable[[Image.Image], Tensor]) -> None:
-        self._items, self._ids, self._transform = items, ids, transform
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, i: int) -> dict:
-        item = self._items[i]
-        if not isinstance(item, Image.Image):
-            try:
-                with Image.open(item) as file:
-                    item = file.convert("RGB")
-            except OSError as error:
-                raise CommandError(f"--data: {str(item)!r} is not an image that can be read: {error}") from None
-        return {"pixel_values": self._transform(item), "labels": self._ids[i]}
-
-
-class Texts(Dataset):
-    """Texts with class ids, tokenised when asked for."""
-
-    def __init__(self, items: Sequence[str], ids: list[int], tokenizer, max_length: int) -> None:
-        self._items, self._ids, self._tokenizer, self._max_length = items, ids, tokenizer, max_length
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, i: int) -> dict:
-        encoded = self._tokenizer(self._items[i], truncation=True, max_length=self._max_length)
-        return {**encoded, "labels": self._ids[i]}
-
-
-class Blocks(Dataset):
-    """Blocks of tokens [count, block]; the model shifts the labels itself."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self._tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"input_ids": self._tokens[i], "labels": self._tokens[i]}

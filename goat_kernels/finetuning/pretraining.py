@@ -1,0 +1,91 @@
+"""Small models that are pretrained here, once, and cached ($GOAT_KERNELS_CACHE, else ~/.cache/goat-kernels)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from goat_kernels.command_errors import CommandError
+from goat_kernels.files import atomic_path, write_json
+from goat_kernels.finetuning.options import TrainingOptions
+from goat_kernels.finetuning.train import train
+
+#: Names the cache folder.
+CACHE_VARIABLE = "GOAT_KERNELS_CACHE"
+
+
+def cache_folder() -> Path:
+    """$GOAT_KERNELS_CACHE, else goat-kernels in $XDG_CACHE_HOME, else in ~/.cache."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "goat-kernels"
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of the tensors' values."""
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def pretrained(
+    name: str,
+    build: Callable[[], PreTrainedModel],
+    dataset: Dataset,
+    collate: Callable,
+    plan: TrainingOptions,
+    learning_rate: float,
+    *,
+    identity: dict[str, object],
+    config: PreTrainedConfig,
+    beside: Callable[[Path], object] | None = None,
+) -> Path:
+    """Folder of a pretrained model; trains it where the cache has none.
+
+    Args:
+        name: the folder's name begins with it.
+        build: makes the model with its random weights, the same in each call.
+        dataset, collate, plan, learning_rate: see ``train.train``.
+        identity: with ``config`` and the versions of torch and transformers everything that determines the weights.
+        config: the model's.
+        beside: writes what belongs into the folder beside the model, such as a tokenizer.
+
+    Raises:
+        CommandError: the cache folder cannot be made.
+    """
+    folder = cache_folder() / f"{name}-{_key(identity, config)}"
+    if (folder / "config.json").is_file():
+        print(f"pretrained model: {folder} (cached)")
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"the cache folder {str(folder.parent)!r} cannot be made ({error.strerror}); "
+            f"{CACHE_VARIABLE} needs to name one that can"
+        ) from None
+    with TemporaryDirectory() as scratch:
+        model, record = train(
+            build, dataset, collate, plan, learning_rate, Path(scratch), description=f"pretraining {name}"
+        )
+    with atomic_path(folder) as temporary:
+        model.cpu().save_pretrained(temporary)
+        if beside is not None:
+            beside(temporary)
+        write_json(temporary / "pretraining.json", {**identity, "final_loss": record.losses[-1]})
+    print(f"pretrained model: {folder} (new)")
+    return folder
+
+
+def _key(identity: dict[str, object], config: PreTrainedConfig) -> str:
+    fields = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+    content = {"identity": identity, "config": fields, "versions": [torch.__version__, transformers.__version__]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
