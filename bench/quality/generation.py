@@ -43,7 +43,7 @@ class Pretraining:
     files: int = 500
     learning_rate: float = 2e-3
     batch_size: int = 16
-    steps: int = 1200
+    steps: int = 800
     seed: int = 0
 
 

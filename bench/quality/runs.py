@@ -28,7 +28,7 @@ from goat_kernels.finetuning.train import train
 #: The seed of the runs that choose the learning rate, which is none of the test runs'.
 TUNING_SEED = 1000
 
-_QUICK_STEPS, _QUICK_RATES, _QUICK_SEEDS = 2, 2, 2
+_QUICK_STEPS, _QUICK_RATES, _QUICK_SEEDS = 2, 1, 2
 
 #: Points kept of a loss curve.
 _CURVE_POINTS = 50

@@ -72,16 +72,16 @@ TASKS: dict[str, QualityTask] = {
         "accuracy",
         turned_digits,
         steps=250,
-        batch_size=16,
+        batch_size=32,
         rates=_SMALL_MODEL_RATES,
     ),
     "digits-rare": QualityTask(
         "image classification",
-        "all ten digits, noisy and partly covered, twelve examples of each; the same pretrained model",
+        "all ten digits, noisy and partly covered, fifteen examples of each; the same pretrained model",
         "accuracy",
         rare_digits,
         steps=250,
-        batch_size=16,
+        batch_size=32,
         rates=_SMALL_MODEL_RATES,
     ),
     "photo-tiles": QualityTask(
@@ -90,7 +90,7 @@ TASKS: dict[str, QualityTask] = {
         "accuracy",
         photo_tiles,
         steps=250,
-        batch_size=16,
+        batch_size=32,
         rates=_SMALL_MODEL_RATES,
     ),
     "python-to-cpp": QualityTask(

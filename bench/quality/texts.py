@@ -39,7 +39,7 @@ _PER_LIBRARY = {"train": 100, "validation": 25, "test": 50}
 _PER_ANSWER = {"train": 400, "validation": 100, "test": 200}
 _QUICK_PER_CLASS = 4
 
-_LIBRARY_LENGTH, _SIGNATURE_LENGTH = 24, 32
+_LIBRARY_LENGTH, _SIGNATURE_LENGTH = 20, 28
 
 #: What would give a library away by its name alone.
 _NAMES = re.compile(

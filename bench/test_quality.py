@@ -1,0 +1,205 @@
+"""``python -m bench.quality``: everything in small, the statistics against known values, and the page up to date."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.quality import corpora, report
+from bench.quality.__main__ import main
+from bench.quality.contenders import ABLATIONS, GOAT, MAIN, adapted_layers, contenders
+from bench.quality.generation import Question, share_answered
+from bench.quality.results import Results
+from bench.quality.runs import Plan, chosen_rate, run_task
+from bench.quality.statistics import holm, paired_difference, summary
+from bench.quality.tables import difference_table, main_table, scores_of
+from bench.quality.tasks import TASKS, load
+from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.models import build, trainable_parameters
+from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
+
+ROOT = Path(__file__).parents[1]
+
+#: One task of each domain.
+SAMPLE = ("digits-rare", "python-to-cpp", "docstring-signature")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    """One cache for all tests here: what is pretrained and read once serves them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_page_and_figures_say_what_the_results_say():
+    assert report.out_of_date(ROOT) == [], "python -m bench.quality --report"
+
+
+@pytest.mark.parametrize("task", SAMPLE)
+def test_quick_run_is_complete_and_resumes(task, tmp_path, monkeypatch):
+    command = ["--quick", "--only", task, "--methods", "head", "lora", "goat", "--results", str(tmp_path)]
+    assert main(command) == 0
+    rows = Results(tmp_path).rows(task)
+    assert [(row["contender"], row["stage"], row["seed"]) for row in rows] == [
+        (name, *stage)
+        for name in ("head", "lora", "goat")
+        for stage in (("validation", 1000), ("test", 0), ("test", 1))
+    ]
+    for row in rows:
+        assert all(math.isfinite(score) for score in row["scores"].values()) and TASKS[task].metric in row["scores"]
+    routed = [row for row in rows if row["load_by_layer"]]
+    assert [(row["contender"], row["stage"], row["seed"]) for row in routed] == [("goat", "test", 0)]
+    assert all(sum(load) == pytest.approx(2, abs=1e-3) for load in routed[0]["load_by_layer"].values())
+
+    before = (tmp_path / f"{task}.jsonl").read_bytes()
+    monkeypatch.setattr("bench.quality.runs._run", lambda *arguments: pytest.fail("run again"))
+    assert main(command) == 0
+    assert (tmp_path / f"{task}.jsonl").read_bytes() == before
+
+
+def test_a_run_repeated_gives_the_same_scores(tmp_path):
+    for name in ("one", "two"):
+        run_task("digits-rare", [MAIN["goat"]], Plan(quick=True, device="cpu"), Results(tmp_path / name))
+    one, two = (Results(tmp_path / name).rows("digits-rare") for name in ("one", "two"))
+    assert [(row["scores"], row["losses"]) for row in one] == [(row["scores"], row["losses"]) for row in two]
+    assert one[1]["losses"] != one[2]["losses"]  # the seeds differ
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.config is not None])
+@pytest.mark.parametrize("task", SAMPLE)
+def test_methods_train_as_many_parameters_as_their_size_says(method, task):
+    base = load(task, quick=True).base(0)
+    options = MAIN[method].options(base)
+    model = build(method, base, options, seed=0)
+    in_adapters = sum(
+        p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
+    )
+    layers = list(adapted_layers(base))
+    assert in_adapters == sum(METHODS[method].size(N, M, options.rank, options.experts) for N, M in layers)
+    goat = sum(METHODS["goat"].size(N, M, GOAT.rank, GOAT.experts) for N, M in layers)
+    assert in_adapters == pytest.approx(goat, rel=0.12)
+    assert trainable_parameters(model) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora", "lora", "rslora", "dora", "molora", "hydralora"])
+def test_methods_start_at_the_pretrained_model(method):
+    """Of all methods GOAT alone does not: it starts there in expectation over the routing."""
+    data = load("python-to-cpp", quick=True)
+    base = data.base(0)
+    batch = data.collate([data.test[0]])
+    with torch.no_grad():
+        expected = base.load()(**batch).logits
+        found = build(method, base, MAIN[method].options(base), seed=0)(**batch).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_no_text_is_in_two_parts_and_none_occurs_twice():
+    functions = corpora.functions(6)
+    assert (
+        len({one.summary.lower() for one in functions}) == len({one.signature for one in functions}) == len(functions)
+    )
+    for task in ("docstring-library", "docstring-signature"):
+        data = load(task, quick=True)
+        parts = [set(map(str, part._items)) for part in (data.training(0), data.validation, data.test)]
+        assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+
+
+def test_digits_of_the_test_are_in_no_training():
+    for task in ("digits-turned", "digits-rare"):
+        data = load(task, quick=True)
+        train, validation, test = (
+            {part[i]["pixel_values"].numpy().tobytes() for i in range(len(part))}
+            for part in (data.training(0), data.validation, data.test)
+        )
+        assert not (train & validation or train & test or validation & test)
+
+
+def test_rare_examples_are_drawn_with_the_seed():
+    data = load("digits-rare", quick=True)
+    first, second, again = (data.training(seed) for seed in (0, 1, 0))
+    labels = [first[i]["labels"] for i in range(len(first))]
+    assert [labels.count(label) for label in range(10)] == [15] * 10
+    pixels = [torch.stack([part[i]["pixel_values"] for i in range(len(part))]) for part in (first, second, again)]
+    assert torch.equal(pixels[0], pixels[2]) and not torch.equal(pixels[0], pixels[1])
+
+
+def test_questions_are_answered_by_likelihood():
+    class Knows(torch.nn.Module):
+        """Finds token t + 1 behind token t."""
+
+        def forward(self, input_ids):
+            class Output:
+                logits = 10.0 * torch.nn.functional.one_hot(input_ids + 1, 200).float()
+
+            return Output
+
+    own, wrong = torch.arange(88), torch.cat([torch.arange(64), torch.arange(100, 148, 2)])
+    questions = [Question(torch.stack([own, wrong]), 0), Question(torch.stack([wrong, own]), 1)]
+    assert share_answered(Knows(), questions, torch.device("cpu")) == 1.0
+    assert share_answered(Knows(), [Question(torch.stack([own, wrong]), 1)], torch.device("cpu")) == 0.0
+
+
+def row(contender: str, stage: str, rate: float, seed: int, score: float | None) -> dict:
+    return {
+        **{"task": "digits-rare", "contender": contender, "stage": stage, "learning_rate": rate, "seed": seed},
+        **{"steps": 1, "batch_size": 1, "quick": False, "data": "x", "scores": {"accuracy": score}},
+        **{"trainable_parameters": 10, "rank": 8},
+    }
+
+
+def test_rows_survive_a_line_that_was_cut_off(tmp_path):
+    results = Results(tmp_path)
+    results.append(row("goat", "test", 1e-3, 0, 0.5))
+    path = tmp_path / "digits-rare.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"task": "digits-rare", "conten' + b"d" * 9000)
+    assert len(results.rows("digits-rare")) == 1
+    results.append(row("goat", "test", 1e-3, 1, math.nan))
+    assert [json.loads(line)["scores"]["accuracy"] for line in path.read_text().splitlines()] == [0.5, None]
+    results.append(row("goat", "test", 1e-3, 1, 0.7))  # by another process, at the same time
+    assert [one["scores"]["accuracy"] for one in results.rows("digits-rare")] == [0.5, None]
+
+
+def test_the_rate_is_chosen_on_validation_alone():
+    rows = [row("goat", "validation", rate, 1000, score) for rate, score in ((1e-3, 0.6), (3e-3, 0.8), (1e-2, 0.8))]
+    rows += [row("goat", "validation", 3e-2, 1000, None), row("goat", "test", 1e-2, 0, 0.99)]
+    assert chosen_rate(rows, "goat", "accuracy") == 3e-3
+    rows.append(row("goat", "test", 3e-3, 0, 0.7))
+    assert scores_of(rows, "goat", "accuracy") == {0: 0.7}
+
+
+def test_statistics_against_known_values():
+    assert summary([1.0, 2.0, 3.0]).std == pytest.approx(1.0)
+    # Differences 1, 2, 3: mean 2, standard error 0.57735, t(2) at 95 % is 4.302653.
+    one = paired_difference({0: 2.0, 1: 4.0, 2: 6.0, 7: 0.0}, {0: 1.0, 1: 2.0, 2: 3.0})
+    assert (one.mean, one.low, one.high) == pytest.approx((2.0, 2 - 2.484138, 2 + 2.484138), abs=1e-5)
+    assert one.p == pytest.approx(0.0741799, abs=1e-6) and one.count == 3
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+
+
+def test_tables_show_points_and_their_sign():
+    rows = [row(name, "validation", 1e-3, 1000, 0.5) for name in ("goat", "lora")]
+    rows += [row("goat", "test", 1e-3, seed, 0.80 + seed / 1000) for seed in range(5)]
+    rows += [row("lora", "test", 1e-3, seed, 0.75 + seed / 2000) for seed in range(5)]
+    assert "| GOAT | 80.2 ± 0.2 |" in main_table({"digits-rare": rows})
+    assert "| PEFT's LoRA | +5.1 [+5.0, +5.2] * |" in difference_table({"digits-rare": rows})
+
+
+def test_goat_is_one_contender_in_all_ablations():
+    names = [[contender.name for contender in table.values()] for table in ABLATIONS.values()]
+    assert all(of_table.count("goat") == 1 for of_table in names)
+    assert all(len(set(of_table)) == len(of_table) for of_table in names)
+    assert contenders("ablation")["goat"] is MAIN["goat"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(["--quick"], "--results FOLDER"), (["--methods", "sheep"], "sheep is unknown; it must be among head, full")],
+)
+def test_bad_input(arguments, part, capsys):
+    assert main(arguments) == 2
+    assert part in capsys.readouterr().err
