@@ -1,7 +1,7 @@
 """Generation: a small Llama, pretrained here on Python source, goes on to C++ headers or to prose.
 
-Measured are the perplexity on files that neither training saw, and how often the model finds a text's continuation more
-likely than three others (``Question``).
+Measured are the perplexity on files that neither training saw, and how often a text makes its own
+continuation likelier more than it does three others (``Question``).
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ _FUNCTION_FILES, _QUICK_FUNCTION_FILES = 200, 6
 _BLOCKS = {"train": 800, "validation": 80, "test": 160}
 _QUICK_BLOCKS = 8
 
+#: The token between texts.
+_END = 0
+
 #: A question has this many tokens of text, and of each continuation, and so many continuations to choose from.
 _PROMPT, _ANSWER, _CHOICES = 64, 24, 4
 
@@ -97,14 +100,25 @@ def to_prose(quick: bool) -> dict[str, object]:
 
 @torch.no_grad()
 def share_answered(model: nn.Module, questions: list[Question], device: torch.device) -> float:
-    """Share of the questions whose own continuation has the highest likelihood."""
+    """Share of the questions whose own continuation gains the most likelihood from the text before it.
+
+    The gain, log p(answer | text) - log p(answer | end of text), does not ask which answer is common by itself.
+    """
     right = 0
     for question in questions:
         tokens = question.tokens.to(device)
-        logits = model(input_ids=tokens).logits[:, _PROMPT - 1 : -1]
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), tokens[:, _PROMPT:], reduction="none")
-        right += int(losses.sum(dim=1).argmin()) == question.right
+        alone = tokens[:, _PROMPT - 1 :].clone()
+        alone[:, 0] = _END
+        gains = _answer_losses(model, alone, 1) - _answer_losses(model, tokens, _PROMPT)
+        right += int(gains.argmax()) == question.right
     return right / len(questions)
+
+
+def _answer_losses(model: nn.Module, tokens: Tensor, start: int) -> Tensor:
+    """-log p of what begins at ``start`` [choices], given what is before."""
+    logits = model(input_ids=tokens).logits[:, start - 1 : -1]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), tokens[:, start:], reduction="none")
+    return losses.sum(dim=1)
 
 
 def _task(parts: dict[str, list[str]], quick: bool) -> dict[str, object]:
@@ -163,7 +177,7 @@ def _pretrained(pretraining: Pretraining) -> Path:
         tie_word_embeddings=True,
         pad_token_id=None,
         bos_token_id=None,
-        eos_token_id=0,
+        eos_token_id=_END,
     )
 
     def build() -> PreTrainedModel:

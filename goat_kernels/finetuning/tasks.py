@@ -197,8 +197,9 @@ def _image_transform(source: str, config) -> Callable[[Image.Image], Tensor]:
                 f"--model {source}: this version of transformers prepares images with torchvision alone; install "
                 "torchvision, or a newer transformers"
             ) from error
-        channels = getattr(config, "num_channels", 3)
-        size = getattr(config, "image_size", 224)
+        vision = getattr(config, "vision_config", config)  # models of text and images keep a part for each
+        channels = getattr(vision, "num_channels", 3)
+        size = getattr(vision, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
         print(f"{source} has no image processor: images are resized to {height}x{width} and scaled to -1..1")
         return lambda image: _scaled_pixels(image, channels, height, width)
