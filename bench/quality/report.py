@@ -57,6 +57,11 @@ def _ablation(name: str) -> Callable[[dict[str, list[dict]]], str]:
     return block
 
 
+def _figure(name: str) -> Callable[[dict[str, list[dict]]], str]:
+    words = FIGURES[name].__doc__.rstrip(".")
+    return lambda rows_of: f"![{words}](figures/{name})" if rows_of else _NOTHING
+
+
 BLOCKS: dict[str, Callable[[dict[str, list[dict]]], str]] = {
     "tasks": lambda rows_of: _tasks_block(),
     "main": _from_main(main_table),
@@ -65,6 +70,7 @@ BLOCKS: dict[str, Callable[[dict[str, list[dict]]], str]] = {
     "paper": _from_main(paper_table),
     "provenance": lambda rows_of: provenance(r for rows in rows_of.values() for r in rows) if rows_of else _NOTHING,
     **{f"ablation-{name}": _ablation(name) for name in ABLATIONS},
+    **{f"figure-{name.removeprefix('quality-').removesuffix('.png')}": _figure(name) for name in FIGURES},
 }
 
 
