@@ -23,6 +23,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -34,6 +35,13 @@ from bench.visit import ROOT, Outcome, Step, Visit, run_process
 
 #: Kept back for the table at the end, and for a step that does not stop at once, in seconds.
 RESERVE_S = 15
+
+#: The step of what only a GPU can show of the kernels, and its files; and the step of every other test that uses one.
+KERNEL_TESTS, OTHER_TESTS = "tests of the kernels", "other tests on the GPU"
+_KERNEL_TESTS = ("tests/test_triton_gpu.py", "tests/test_triton_plans.py")
+
+#: Marked for a GPU, or with the fixture that hands one out.
+_ON_GPU = re.compile(r"mark\.gpu\b|def test_\w+\([^)]*\bdevice\b")
 
 #: Run under compute-sanitizer: every pass of small layers in both forms: fused, in stages with dropout, decoding.
 _SMALL_CASE = """
@@ -61,26 +69,25 @@ def plan(folder: Path, *, quick: bool) -> list[Step]:
 
     check = (python, "-m", "goat_kernels", "check", "--json", str(folder / "check.jsonl"))
     steps = [
-        Step("check", (*check, "--dtype", "float32") if quick else check, 90),
-        Step("tests on the GPU", _pytest("-m", "gpu", *_tests_with("mark.gpu")), 100),
-        suite("design", 60),
-        suite("layer", 140),
-        suite("kernels", 110),  # which measures the roofline first
-        Step("compute-sanitizer", _sanitizer(python), 60, needs="compute-sanitizer"),
-        suite("model", 70),
+        Step("check", (*check, "--dtype", "float32") if quick else check, 70),
+        Step(KERNEL_TESTS, _pytest("--maxfail=20", *_KERNEL_TESTS), 60),
+        suite("design", 50),
+        suite("layer", 220),
+        suite("kernels", 100),  # which measures the roofline first
+        suite("host", 25),
+        suite("model", 90),
+        Step("compute-sanitizer", _sanitizer(python), 50, needs="compute-sanitizer"),
+        suite("memory", 20),
         suite("tuning", 70),
-        suite("memory", 25),
+        # Hundreds of kernels to compile, in shapes of no use: after what the targets are read from.
+        Step(OTHER_TESTS, _pytest("--maxfail=20", "-m", "gpu and not slow", *_other_tests()), 100),
         suite("scaling", 50),
         suite("startup", 30),
     ]
     if quick:
-        return [step for step in steps if step.name not in ("tests on the GPU", "startup")]
+        return [step for step in steps if step.name not in (KERNEL_TESTS, OTHER_TESTS, "startup")]
     compiled = ("--suite", "layer", "--shape", "8192,4096,4096,32", "--without", "loop", "lora", "graph", "unsloth")
-    return [
-        *steps,
-        Step("compiled layers", (*bench, *compiled), 40),
-        Step("other Triton tests", _pytest("-x", "-m", "not gpu", *_tests_with("test_triton_", in_name=True)), 60),
-    ]
+    return [*steps, Step("compiled layers", (*bench, *compiled), 40)]
 
 
 def _sanitizer(python: str) -> tuple[str, ...]:
@@ -99,10 +106,12 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
     return (*command, *arguments)
 
 
-def _tests_with(text: str, *, in_name: bool = False) -> list[str]:
-    """Files of tests that hold ``text``, or have it in their name: to collect all of them takes longer."""
-    paths = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(p.relative_to(ROOT)) for p in paths if text in (p.name if in_name else p.read_text(encoding="utf-8"))]
+def _other_tests() -> list[str]:
+    """Files with tests that run on a GPU where there is one, the backend's before PEFT's; to collect all takes long."""
+    paths = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")]
+    found = [path for path in paths if _ON_GPU.search((ROOT / path).read_text(encoding="utf-8"))]
+    found.sort(key=lambda path: (len(path.parts), not path.name.startswith("test_triton_"), path))
+    return [str(path) for path in found if str(path) not in _KERNEL_TESTS]
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------
@@ -137,7 +146,7 @@ def write_state(folder: Path, state: dict[str, dict[str, Outcome]]) -> None:
 def summary(steps: Sequence[Step], outcomes: dict[str, Outcome], results: Path) -> str:
     """The table at the end: what became of each step, and what the benchmarks say in a few lines."""
     lines = [
-        f"{step.name:20} {outcomes[step.name].seconds:6.1f} s  {outcomes[step.name].verdict}"
+        f"{step.name:22} {outcomes[step.name].seconds:6.1f} s  {outcomes[step.name].verdict}"
         for step in steps
         if step.name in outcomes
     ]
@@ -194,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
             return run_process(command, limit_s, log)
 
         def report(step: Step, outcome: Outcome) -> None:
-            print(f"{step.name:20} {outcome.seconds:6.1f} s  {outcome.verdict}", flush=True)
+            print(f"{step.name:22} {outcome.seconds:6.1f} s  {outcome.verdict}", flush=True)
             write_state(folder, state)
 
         Visit(steps, outcomes, start + 60 * options.minutes - RESERVE_S, report, run).make()
