@@ -1,78 +1,32 @@
 """In a process of its own, without Triton's interpreter: what a replayed launch hands to a compiled kernel.
 
-A driver that launches nothing notes the arguments instead. The third call of a layer (replayed) has to launch the same
-compiled kernels on the same grids with the same numbers as the first, and its pointers have to be those of the first,
-each tensor of the first exchanged for the one that stands in its place.
+A driver that launches nothing notes the arguments instead (``goat_kernels/checks/dry_driver.py``). The third call of a
+layer (replayed) has to launch the same compiled kernels on the same grids with the same numbers as the first, and its
+pointers have to be those of the first, each tensor of the first exchanged for the one that stands in its place.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "0"
-
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
-LAUNCHED: list[tuple] = []
+from goat_kernels.checks import dry_driver
 
-
-class NotingLauncher:
-    def __init__(self, source, metadata) -> None:
-        self.name = metadata.name
-
-    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments) -> None:
-        LAUNCHED.append((self.name, (x, y, z), arguments))
-
-
-class NotingDriver:
-    """As much of Triton's driver as a launch asks for."""
-
-    launcher_cls = NotingLauncher
-
-    class utils:  # noqa: N801
-        @staticmethod
-        def load_binary(name, binary, shared, device):
-            return 1, 1, 32, 0, 1024
-
-        @staticmethod
-        def unload_module(module) -> None: ...
-
-        @staticmethod
-        def get_device_properties(device):
-            return {"max_shared_mem": 232448}
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
-driver.set_active(NotingDriver())
+dry_driver.install()
 
 from goat_kernels import GoatLinear  # noqa: E402
 from goat_kernels.backends import get_backend  # noqa: E402
-from goat_kernels.backends.triton_backend import TritonBackend  # noqa: E402
 from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target  # noqa: E402
 
-TritonBackend.unavailable_reason = lambda self: None
-TritonBackend.unsupported_reason = lambda self, device, dtype: None
 
-
-def step(layer: GoatLinear, T: int) -> tuple[list[tuple], int, list[torch.Tensor]]:
+def step(layer: GoatLinear, T: int) -> tuple[list[dry_driver.Noted], int, list[torch.Tensor]]:
     """(launches of a forward and backward, how many are the forward's, the tensors that the caller sees)."""
-    LAUNCHED.clear()
     x = torch.randn(T, layer.in_features, dtype=layer.weight.dtype, requires_grad=True)
     grad_y = torch.randn(T, layer.out_features, dtype=layer.weight.dtype)
-    y = layer(x)
-    of_forward = len(LAUNCHED)
-    gradients = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B, layer.router), grad_y)
-    return list(LAUNCHED), of_forward, [x, grad_y, y, *gradients]
+    with dry_driver.noted() as launched:
+        y = layer(x)
+        of_forward = len(launched)
+        gradients = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B, layer.router), grad_y)
+    return launched, of_forward, [x, grad_y, y, *gradients]
 
 
 def check(T: int, **settings) -> int:
@@ -104,7 +58,7 @@ def check(T: int, **settings) -> int:
     return len(replayed)
 
 
-with forced_target(KNOWN_TARGETS["sm_90"]):
+with forced_target(KNOWN_TARGETS[dry_driver.TARGET]):
     total = check(16) + check(8192) + check(8192, dropout=0.1) + check(512)
     assert not get_backend("triton").plans.refusals()
 print(f"{total} launches replayed")

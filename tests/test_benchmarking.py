@@ -11,6 +11,7 @@ import math
 import shutil
 import socket
 import subprocess
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +25,10 @@ from goat_kernels.benchmarking import (
     ahead,
     capture,
     design_suite,
+    host_suite,
+    launches,
     layer_suite,
+    layers,
     machine,
     models,
     plots,
@@ -36,12 +40,14 @@ from goat_kernels.benchmarking import (
     timing,
     tuning,
 )
-from goat_kernels.benchmarking.cases import Case, kernel_cases, layer_cases, scaling_cases
+from goat_kernels.benchmarking.cases import Case, kernel_cases, layer_cases, memory_cases, scaling_cases
 from goat_kernels.benchmarking.compare import compare_rows
 from goat_kernels.benchmarking.layers import (
     CONTENDERS,
     FROZEN,
+    HALF_LORA,
     KINDS,
+    LORA,
     Contender,
     LayerTensors,
     error_bound,
@@ -52,6 +58,7 @@ from goat_kernels.benchmarking.layers import (
 from goat_kernels.benchmarking.machine import Roofline
 from goat_kernels.benchmarking.memory import peak_bytes, saved_bytes
 from goat_kernels.benchmarking.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
+from goat_kernels.benchmarking.peers import peft_lora
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.steps import call_of
 from goat_kernels.checks.problem import LayerCase, make_problem
@@ -333,6 +340,73 @@ def test_standard_cases(device):
     assert all(case.R % case.E == 0 and case.K <= case.E for case in scaled)
     assert Counter(case.varied for case in scaled).keys() == set("TNREK")
     assert kernel_cases(device, quick=False)
+
+
+def test_the_shapes_with_a_target_are_measured_in_both_forms_and_with_dropout():
+    targets = [(8192, 4096, 4096, 32), (8192, 4096, 4096, 8), (8192, 4096, 11008, 32), (8192, 11008, 4096, 32)]
+    targets += [(8192, 5120, 13824, 128), (8192, 13824, 5120, 128), (16384, 8192, 8192, 64)]
+    targets += [(3200, 768, 768, 8), (3200, 768, 3072, 8)]
+    cases = layer_cases("cuda", quick=False)
+    assert all(case.forms == ("fold", "path") for case in cases)
+    of_mode = {
+        (mode, dropout): [(c.T, c.N, c.M, c.R) for c in cases if mode in c.modes and c.dropout_p == dropout]
+        for mode, dropout in (("both", 0.0), ("both", 0.05), ("inference", 0.0))
+    }
+    assert of_mode["both", 0.0] == of_mode["both", 0.05] == targets
+    assert of_mode["inference", 0.0] == [(T, 4096, 4096, 32) for T in (1, 16, 64)]
+    assert not any(case.dropout_p for case in memory_cases("cuda", quick=False))
+
+
+def test_a_case_with_dropout_times_what_drops_and_nothing_else(monkeypatch):
+    case = dataclasses.replace(SMALL, modes=("both",), dropout_p=0.25)
+    rows = {row["contender"]: row for row in layer_suite.layer_rows(case, quick(dtype=torch.bfloat16))}
+    timed = {name for name, row in rows.items() if "time_ms_p50" in row}
+    assert timed == {FROZEN, LORA, HALF_LORA, "GOAT fold, torch", "GOAT path, torch"}
+    assert all(row["dropout_p"] == 0.25 for row in rows.values())
+    table = tables.TABLES["layer"]([{**row, "suite": "layer"} for row in rows.values()])
+    assert table.startswith("Forward and backward with dropout")
+    # A layer that drops nothing is found out.
+    monkeypatch.setattr(layers, "peft_lora", lambda *given: peft_lora(*given[:4]))
+    rows = list(layer_suite.layer_rows(case, quick(dtype=torch.bfloat16, without=frozenset({"torch", "compiled"}))))
+    assert {row["contender"] for row in rows if "drops nothing" in row.get("failed", "")} == {LORA, HALF_LORA}
+
+
+def test_launches_are_counted_where_they_can_be(device):
+    layer = GoatLinear(32, 40, r=16, num_experts=8, top_k=2, init="lora", backend="triton", device=device)
+    assert launches.triton_launches(lambda: layer(torch.randn(1, 32, device=device))) == 2
+    row = {"mode": "inference", "contender": "GOAT path, triton", "kernel_launches": 3, "triton_launches": 2}
+    row |= {"T": 1, "N": 32, "M": 40, "R": 16, "E": 8, "K": 2}
+    assert "| inference | 1 | 32 -> 40 | 16 | 3 (2 of ours) |" in tables.launches_table([row])
+    assert tables.launches_cell(None) == "-" and tables.launches_cell({"triton_launches": 9}) == "9 of ours"
+
+
+def test_the_hosts_time_is_that_of_calls_that_compute_what_they_should(quick_run):
+    rows = [row for row in results.read_rows(quick_run) if row["suite"] == "host"]
+    names = {row["contender"] for row in rows if "time_ms_p50" in row}
+    assert {FROZEN, LORA, "GOAT path, torch", "GOAT path, triton", "GOAT path, triton, without plans"} <= names
+    for name in names:
+        times = {row["mode"]: row["time_ms_p50"] for row in rows if row["contender"] == name}
+        assert times["both"] > max(times["forward"], times["backward"]) > 0
+    both = {row["contender"]: row for row in rows if row.get("mode") == "both"}
+    assert both["GOAT path, triton"]["triton_launches"] == both["GOAT path, triton, without plans"]["triton_launches"]
+    if not torch.cuda.is_available():
+        assert "launches nothing" in both["GOAT path, triton"]["how"] and "T=2" in both[LORA]["how"]
+
+
+def test_the_profile_is_printed_and_is_no_row(capsys, monkeypatch):
+    monkeypatch.setattr(host_suite, "_rows_of_process", lambda *_: iter([{"profile": "functions"}, {"mode": "both"}]))
+    monkeypatch.setattr(host_suite, "_rows", lambda *_, dry: iter([{"profile": "functions"}, {"mode": "both"}]))
+    (row,) = host_suite.host_rows(SMALL, quick(profile=True))
+    assert capsys.readouterr().out == "functions\n" and row["T"] == SMALL.T and row["dtype"] == "bfloat16"
+
+
+def test_the_dry_driver_comes_before_the_kernels():
+    code = (
+        "import goat_kernels.kernels.launch\nfrom goat_kernels.checks import dry_driver\n"
+        "try:\n    dry_driver.install()\nexcept RuntimeError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "before the kernels are imported" in done.stdout, done.stderr
 
 
 def test_kernels_are_compiled_ahead_for_either_kind_of_scaling():
@@ -657,6 +731,7 @@ def test_new_results_make_documents_and_figures_out_of_date(checkout):
         (["--shape", "8,8,8,8", "--quick"], ["--shape", "--quick"]),
         (["--residual", "fold"], ["--residual", "--shape"]),
         (["--resume"], ["--resume", "--output"]),
+        (["--profile"], ["--profile", "host"]),
         (["--suite", "speed"], ["--suite", "'speed'", "kernels"]),
         (["--without", "everything"], ["--without", "'everything'"]),
         (["--rounds", "0"], ["--rounds", "0"]),

@@ -17,7 +17,9 @@ extra_k.py      the design's rival: one Triton matmul with the rank as more of i
 tuning.py       neighbours of the table's tiles, checked and timed
 models.py       training steps of whole transformers models
 startup.py      import, first call, initialisation
-layer_suite.py, design_suite.py    rows of layers; of orders of base product and adapter
+launches.py     how many kernels a call launches
+layer_suite.py, host_suite.py, design_suite.py    rows of layers; of what a call costs the host; of orders of base
+                product and adapter
 suites.py       the suites by name: from cases to rows
 results.py      rows as JSON lines: written as they come, read back, chosen
 compare.py      two files of results against each other

@@ -29,6 +29,7 @@ class Case:
         modes: of ``MODES``.
         E, K: experts, and how many a token uses.
         varied: what the scaling suite varies here.
+        dropout_p: of x in front of the adapter; 0 is none.
     """
 
     T: int
@@ -40,18 +41,24 @@ class Case:
     E: int = NUM_EXPERTS
     K: int = TOP_K
     varied: str | None = None
+    dropout_p: float = 0.0
 
     def layer(self, dtype: torch.dtype, form: str) -> LayerCase:
         """The same for ``goat_kernels.checks``."""
         sizes = {letter: getattr(self, letter) for letter in "TNMREK"}
-        return LayerCase(**sizes, dtype=dtype, adapter_dtype=torch.float32, path=form == "path")
+        return LayerCase(
+            **sizes, dtype=dtype, adapter_dtype=torch.float32, path=form == "path", dropout_p=self.dropout_p
+        )
 
     def row(self) -> dict:
         row = {letter: getattr(self, letter) for letter in "TNMREK"}
-        return row if self.varied is None else {**row, "varied": self.varied}
+        if self.varied is not None:
+            row["varied"] = self.varied
+        return {**row, "dropout_p": self.dropout_p} if self.dropout_p else row
 
     def __str__(self) -> str:
-        return f"T={self.T} {self.N}->{self.M} R={self.R} E={self.E} K={self.K}"
+        dropout = f" dropout={self.dropout_p:g}" if self.dropout_p else ""
+        return f"T={self.T} {self.N}->{self.M} R={self.R} E={self.E} K={self.K}{dropout}"
 
 
 #: The three that the torch backend was tuned for, then those that were not looked at while it was written.
@@ -66,17 +73,26 @@ _CPU_LAYERS = (
     Case(256, 4096, 4096, 8, modes=("both",)),
 )
 
-_GPU_LAYERS = (
+#: The shapes that have a target, forward and backward together; the two directions apart where a shape stands for many.
+_GPU_TRAINED = (
     Case(8192, 4096, 4096, 32),
-    Case(8192, 4096, 4096, 8),
-    Case(8192, 4096, 11008, 32),
-    Case(8192, 11008, 4096, 32),
-    Case(8192, 5120, 13824, 128, forms=("fold",)),
-    Case(8192, 13824, 5120, 128, forms=("fold",)),
-    Case(16384, 8192, 8192, 64),
+    Case(8192, 4096, 4096, 8, modes=("both",)),
+    Case(8192, 4096, 11008, 32, modes=("both",)),
+    Case(8192, 11008, 4096, 32, modes=("both",)),
+    Case(8192, 5120, 13824, 128, modes=("both",)),
+    Case(8192, 13824, 5120, 128, modes=("both",)),
+    Case(16384, 8192, 8192, 64, modes=("both",)),
     Case(3200, 768, 768, 8),  # ViT-B/32, 64 images
-    Case(3200, 768, 3072, 8),
+    Case(3200, 768, 3072, 8, modes=("both",)),
+)
+
+#: p of the second time that every training shape is measured.
+DROPOUT_P = 0.05
+
+_GPU_LAYERS = (
+    *_GPU_TRAINED,
     *(Case(T, 4096, 4096, 32, modes=("inference",)) for T in (1, 16, 64)),  # decoding
+    *(dataclasses.replace(case, modes=("both",), dropout_p=DROPOUT_P) for case in _GPU_TRAINED),
 )
 
 _QUICK = (Case(48, 32, 40, 16),)
@@ -97,7 +113,7 @@ def layer_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
 
 
 def memory_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
-    return tuple(case for case in layer_cases(device, quick=quick) if "both" in case.modes)
+    return tuple(case for case in layer_cases(device, quick=quick) if "both" in case.modes and not case.dropout_p)
 
 
 def kernel_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
@@ -123,6 +139,13 @@ def tuning_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
         Case(8192, 5120, 13824, 128, forms=("fold",)),
         Case(16384, 8192, 8192, 64, forms=("path",)),
     )
+
+
+def host_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
+    """Where the host decides how fast a layer is: a ViT's layer, and decoding. The same without a GPU."""
+    if quick:
+        return _QUICK
+    return Case(3200, 768, 768, 8, forms=("path",)), Case(1, 4096, 4096, 32, forms=("path",))
 
 
 def scaling_cases(device: str, *, quick: bool) -> tuple[Case, ...]:

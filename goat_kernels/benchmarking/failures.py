@@ -16,6 +16,11 @@ def too_far(error: float, bound: float) -> str:
     return f"{error:.1e} away from float64, allowed is {bound:.0e}; not timed"
 
 
+def drops_nothing(error: float) -> str:
+    """A contender that should drop, and computes what it computes without dropout."""
+    return f"with dropout it is {error:.1e} away from what it computes without: it drops nothing; not timed"
+
+
 def differs(times: float) -> str:
     """A contender that does not repeat what was checked."""
     return f"what it gives differs by {times:.1g} times what is allowed; not timed"

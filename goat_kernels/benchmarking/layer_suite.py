@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 from collections.abc import Iterator
 
@@ -10,7 +12,8 @@ from torch import nn
 
 from goat_kernels.benchmarking.capture import Captured, Eager, step_of, worst_error
 from goat_kernels.benchmarking.cases import FORMS, Case
-from goat_kernels.benchmarking.failures import in_words, too_far
+from goat_kernels.benchmarking.failures import drops_nothing, in_words, too_far
+from goat_kernels.benchmarking.launches import launches_row
 from goat_kernels.benchmarking.layers import (
     CONTENDERS,
     Contender,
@@ -28,7 +31,10 @@ from goat_kernels.benchmarking.timing import copies_for, time_interleaved
 
 
 def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
-    """Check every contender on the case's tensors, then time those that are right, beside one another."""
+    """Check every contender on the case's tensors, then time those that are right, beside one another.
+
+    With dropout, contenders draw masks of their own: they are checked without it, and what is timed has to differ.
+    """
     device, dtype = settings.device, settings.dtype
     first = LayerTensors.draw(case, dtype, device)
     copies = copies_for(first.input_bytes, 0 if settings.quick else cache_bytes(device))
@@ -37,9 +43,13 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     checked = _Checked(case, settings, first)
     yield from ({**common, **row} for row in checked.rows(case.modes))
     modules: dict[Contender, list[nn.Module]] = {}
+    if case.dropout_p:
+        tensors = [dataclasses.replace(t, dropout_p=case.dropout_p) for t in tensors]
+        common["checked"] = "without dropout"
     for contender, layer in checked.layers.items():
         try:
-            modules[contender] = [layer, *(contender.make(t) for t in tensors[1:])]
+            of_first = contender.make(tensors[0]) if case.dropout_p else layer
+            modules[contender] = [of_first, *(contender.make(t) for t in tensors[1:])]
         except Exception as failure:
             yield from ({**common, **row} for row in failed_rows(contender, in_words(failure), case.modes))
     for mode in case.modes:
@@ -61,6 +71,7 @@ def _mode_rows(
     steps: dict[str, Captured | Eager] = {}
     errors: dict[str, float] = {}
     bases: dict[str, dict[str, str]] = {}
+    launches: dict[str, dict] = {}
     bound = error_bound(settings.dtype)
     for contender, layers in modules.items():
         try:
@@ -69,9 +80,16 @@ def _mode_rows(
         except Exception as failure:  # a capture that a driver refuses is a result, and others follow
             yield {"contender": contender.name, "failed": in_words(failure)}
             continue
-        if not error <= bound:
+        if tensors[0].dropout_p and contender.computes != "frozen":
+            if not error > bound:
+                yield {"contender": contender.name, "failed": drops_nothing(error)}
+                continue
+            error = checked.errors[contender.name]
+        elif not error <= bound:
             yield {"contender": contender.name, "failed": too_far(error, bound)}
             continue
+        if not contender.graph:  # which repeats what the eager one launches
+            launches[contender.name] = launches_row(functools.partial(step, 0), contender.backend, settings.device)
         steps[contender.name], errors[contender.name] = step, error
         for quantity, base in contender.ratios_to.items():
             bases.setdefault(quantity, {})[contender.name] = base
@@ -81,7 +99,7 @@ def _mode_rows(
     for name, timing in timings.items():
         to = {f"{quantity}_to": bases[quantity][name] for quantity in timing.ratios}
         error = {"relative_error": errors[name], "relative_error_bound": bound}
-        yield {"contender": name, **timing.row(), **to, **error}
+        yield {"contender": name, **timing.row(), **to, **error, **launches.get(name, {})}
 
 
 class _Checked:
@@ -105,6 +123,8 @@ class _Checked:
             if contender.computes in FORMS and contender.computes not in case.forms:
                 continue
             if contender.kind in settings.without or (contender.half and settings.dtype.itemsize != 2):
+                continue
+            if case.dropout_p and not contender.knows_dropout:
                 continue
             reason = contender.skipped_reason(settings.device, settings.dtype)
             if reason is not None:

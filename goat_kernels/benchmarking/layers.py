@@ -34,7 +34,8 @@ LORA, HALF_LORA = "PEFT LoRA", "PEFT LoRA, adapter in x's dtype"
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """What all contenders of a shape share; ``folded_MN`` is W0 - B0 A0 in the weight's dtype."""
+    """What all contenders of a shape share; ``folded_MN`` is W0 - B0 A0 in the weight's dtype, ``dropout_p`` is 0
+    unless layers are made that drop."""
 
     x_TN: Tensor
     weight_MN: Tensor
@@ -47,6 +48,7 @@ class LayerTensors:
     residual_A: Tensor
     residual_B: Tensor
     top_k: int
+    dropout_p: float = 0.0
 
     @classmethod
     def draw(cls, case: Case, dtype: torch.dtype, device: torch.device) -> LayerTensors:
@@ -106,6 +108,11 @@ class Contender:
     needs: str | None = None
 
     @property
+    def knows_dropout(self) -> bool:
+        """Whether it drops x in front of its adapter, or has none."""
+        return self.kind in ("frozen", "lora", "torch", "triton") and not self.graph
+
+    @property
     def ratios_to(self) -> dict[str, str]:
         """Quantity -> the contender that it refers to, launched in the same way; GOAT's to LoRA too."""
         graph = ", CUDA graph" if self.graph else ""
@@ -141,11 +148,11 @@ def _frozen(t: LayerTensors) -> nn.Module:
 
 
 def _lora(t: LayerTensors) -> nn.Module:
-    return peft_lora(_frozen(t), t.lora_A, t.lora_B, SCALING)
+    return peft_lora(_frozen(t), t.lora_A, t.lora_B, SCALING, t.dropout_p)
 
 
 def _half_lora(t: LayerTensors) -> nn.Module:
-    return peft_lora(_frozen(t), t.lora_A.to(t.x_TN.dtype), t.lora_B.to(t.x_TN.dtype), SCALING)
+    return peft_lora(_frozen(t), t.lora_A.to(t.x_TN.dtype), t.lora_B.to(t.x_TN.dtype), SCALING, t.dropout_p)
 
 
 def _loop(t: LayerTensors) -> nn.Module:
@@ -171,6 +178,7 @@ def goat_layer(t: LayerTensors, form: str, backend: str) -> GoatLinear:
         scaling=SCALING,
         init="goat" if form == "path" else "lora",
         residual=form,
+        dropout=t.dropout_p,
         balance_coefficient=BALANCE_COEFFICIENT,
         backend=backend,
         device="meta",

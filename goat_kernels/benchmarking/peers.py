@@ -16,12 +16,12 @@ def frozen_linear(weight_MN: Tensor, bias_M: Tensor | None) -> nn.Linear:
     return linear
 
 
-def peft_lora(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float) -> nn.Module:
+def peft_lora(linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float = 0.0) -> nn.Module:
     """PEFT's own LoRA layer over ``linear``, with copies of lora_A [R, N] and lora_B [M, R] in their dtype."""
     from peft import LoraConfig, inject_adapter_in_model
 
     rank = lora_A.shape[0]
-    config = LoraConfig(r=rank, lora_alpha=scaling * rank, target_modules=["0"])
+    config = LoraConfig(r=rank, lora_alpha=scaling * rank, lora_dropout=dropout_p, target_modules=["0"])
     layer = inject_adapter_in_model(config, nn.Sequential(linear))[0]
     layer.lora_A["default"].weight = nn.Parameter(lora_A.detach().clone())
     layer.lora_B["default"].weight = nn.Parameter(lora_B.detach().clone())

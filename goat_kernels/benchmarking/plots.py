@@ -10,7 +10,7 @@ from pathlib import Path
 
 from goat_kernels.benchmarking.layers import FROZEN
 from goat_kernels.benchmarking.results import timed
-from goat_kernels.benchmarking.tables import by_shape, commit_of, contenders, scaling_groups
+from goat_kernels.benchmarking.tables import by_shape, commit_of, contenders, in_mode, scaling_groups
 
 #: Colour-blind safe (Okabe and Ito). A contender has its colour in every figure, however it is launched.
 _COLOURS = {
@@ -129,7 +129,7 @@ def _ratio_axis(axes, lowest: float, highest: float) -> None:
 
 
 def _layer(drawn, rows: list[dict]) -> None:
-    rows = [row for row in rows if row["mode"] == "both" and "ratio_p50" in row]
+    rows = [row for row in in_mode(rows, "both") if "ratio_p50" in row]
     grouped, axes, handles = by_shape(rows), drawn.subplots(), []
     names = [name for name in contenders(rows) if not name.startswith(FROZEN)]
     for place, name in enumerate(names):

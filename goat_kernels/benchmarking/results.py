@@ -18,12 +18,12 @@ MACHINE_FIELDS = ("device", "gpu", "cpu", "threads")
 #: Fields that say which measurement a row is; the rest is what was measured, and on what.
 KEY_FIELDS = (
     *("suite", *MACHINE_FIELDS, "dtype", "adapter_dtype"),
-    *("model", "batch", "length", "T", "N", "M", "R", "E", "K", "varied", "residual", "backend", "size"),
-    *("mode", "pass", "contender"),
+    *("model", "batch", "length", "T", "N", "M", "R", "E", "K", "varied", "dropout_p", "residual", "backend"),
+    *("size", "mode", "pass", "contender"),
 )
 
 #: Those of them that say which case of its suite a row belongs to.
-CASE_FIELDS = ("model", "batch", "length", "T", "N", "M", "R", "E", "K", "varied")
+CASE_FIELDS = ("model", "batch", "length", "T", "N", "M", "R", "E", "K", "varied", "dropout_p")
 
 #: Fields that have to agree for a run to go on where another one stopped.
 _SAME_RUN = (*MACHINE_FIELDS, "commit", "versions", "cases")

@@ -21,6 +21,7 @@ class BenchSettings:
         quick: tiny sizes, which say nothing about speed; for tests.
         shapes: in place of the suites' own; empty for these.
         without: kinds of contenders to leave out.
+        profile: whether the host suite prints where its time goes.
     """
 
     device: torch.device
@@ -29,6 +30,7 @@ class BenchSettings:
     quick: bool = False
     shapes: tuple[Case, ...] = ()
     without: frozenset[str] = frozenset()
+    profile: bool = False
     _measured: dict[str, Roofline] = field(default_factory=dict, repr=False)  # shared by copies of these settings
 
     @property

@@ -13,6 +13,7 @@ from goat_kernels.benchmarking.ahead import compile_ahead
 from goat_kernels.benchmarking.cases import (
     Case,
     design_cases,
+    host_cases,
     kernel_cases,
     layer_cases,
     memory_cases,
@@ -21,6 +22,7 @@ from goat_kernels.benchmarking.cases import (
 )
 from goat_kernels.benchmarking.design_suite import design_rows
 from goat_kernels.benchmarking.failures import in_words
+from goat_kernels.benchmarking.host_suite import host_rows
 from goat_kernels.benchmarking.layer_suite import layer_rows, memory_rows
 from goat_kernels.benchmarking.machine import describe
 from goat_kernels.benchmarking.models import model_cases, model_layers, model_rows
@@ -76,6 +78,9 @@ SUITES: dict[str, Suite] = {
     ),
     "kernels": Suite("each pass alone, against the machine's roofline", kernel_cases, kernel_rows),
     "layer": Suite("forward, backward, both; ratio to the frozen nn.Linear", layer_cases, layer_rows),
+    "host": Suite(
+        "what a call of the layer costs the host", host_cases, host_rows, without=_COMPILED | frozenset({"graph"})
+    ),
     "memory": Suite("bytes saved for backward, and the peak", memory_cases, memory_rows, without=_COMPILED),
     "scaling": Suite(
         "cost as T, N, R, E and K grow, each alone", scaling_cases, layer_rows, shaped=False, without=_COMPILED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from goat_kernels.benchmarking.cases import TRAINING_MODES
 from goat_kernels.benchmarking.layers import FROZEN, LORA
 from goat_kernels.benchmarking.results import timed
 
@@ -31,8 +32,8 @@ def contenders(rows: Iterable[dict]) -> list[str]:
     return list(dict.fromkeys(row["contender"] for row in timed(rows)))
 
 
-def in_mode(rows: Iterable[dict], mode: str) -> list[dict]:
-    return [row for row in timed(rows) if row["mode"] == mode]
+def in_mode(rows: Iterable[dict], mode: str, *, dropout: bool = False) -> list[dict]:
+    return [row for row in timed(rows) if row["mode"] == mode and ("dropout_p" in row) == dropout]
 
 
 def number(value: float) -> str:
@@ -62,12 +63,12 @@ def commit_of(row: dict) -> str:
 # --- the layer ----------------------------------------------------------------------------------------------------
 
 
-def layer_table(rows: list[dict], mode: str) -> str:
+def layer_table(rows: list[dict], mode: str, *, dropout: bool = False) -> str:
     """One row per shape: the frozen layer's time, every contender's median ratio to it, and GOAT's to PEFT LoRA.
 
     A ratio of a CUDA graph is to the CUDA graph of the frozen layer, or of LoRA.
     """
-    rows = in_mode(rows, mode)
+    rows = in_mode(rows, mode, dropout=dropout)
     names = [name for name in contenders(rows) if not name.startswith(FROZEN)]
     over_lora = [
         (name, quantity, words)
@@ -83,6 +84,26 @@ def layer_table(rows: list[dict], mode: str) -> str:
         cells += [_ratio(of_shape, name, quantity) for name, quantity, _ in over_lora]
         lines.append(cells)
     return markdown(head, lines)
+
+
+def launches_table(rows: list[dict]) -> str:
+    """Kernels that a call of each contender launches, those of ours in brackets, where they were counted."""
+    counted = [row for row in timed(rows) if "kernel_launches" in row and "dropout_p" not in row]
+    names, lines = contenders(counted), []
+    for mode in dict.fromkeys(row["mode"] for row in counted):
+        for (T, N, M, R, _, _), of_shape in by_shape(in_mode(counted, mode)).items():
+            lines.append([mode, str(T), f"{N} -> {M}", str(R), *(launches_cell(of_shape.get(n)) for n in names)])
+    return markdown(["mode", "T", "N -> M", "R", *names], lines)
+
+
+def launches_cell(row: dict | None) -> str:
+    """As "7 (5 of ours)"; "-" where nothing was counted."""
+    ours = None if row is None else row.get("triton_launches")
+    if row is None or (ours is None and "kernel_launches" not in row):
+        return "-"
+    if "kernel_launches" not in row:
+        return f"{ours} of ours"
+    return f"{row['kernel_launches']}" + ("" if ours is None else f" ({ours} of ours)")
 
 
 def summary_table(rows: list[dict], backend: str) -> str:
@@ -250,6 +271,40 @@ def tuning_table(rows: list[dict]) -> str:
     return markdown(head, lines)
 
 
+def layer_tables(rows: list[dict]) -> str:
+    """Of every mode that was measured, and the launches where they were counted."""
+    parts = [
+        f"{title}\n\n{layer_table(rows, mode, dropout=dropout)}"
+        for mode, dropout, title in (
+            ("both", False, "Forward and backward:"),
+            ("forward", False, "Forward, keeping what the backward needs:"),
+            ("backward", False, "Backward alone:"),
+            ("inference", False, "Forward without gradients (decoding):"),
+            ("both", True, "Forward and backward with dropout of x:"),
+        )
+        if in_mode(rows, mode, dropout=dropout)
+    ]
+    if any("kernel_launches" in row for row in rows):
+        parts.append(f"Kernels that one call launches:\n\n{launches_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def host_table(rows: list[dict]) -> str:
+    """One row per shape and contender: what a call costs the host, in microseconds, and what it launches."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in timed(rows):
+        groups.setdefault((*shape(row), row["contender"], row["how"]), {})[row["mode"]] = row
+    lines = []
+    for (T, N, M, R, _, _, name, how), of_mode in groups.items():
+        both = of_mode.get("both")
+        cells = [str(T), f"{N} -> {M}", str(R), name]
+        cells += [number(1e3 * of_mode[m]["time_ms_p50"]) if m in of_mode else "-" for m in TRAINING_MODES]
+        to_lora = f"{both['lora_ratio_p50']:.2f}" if both is not None and "lora_ratio_p50" in both else "-"
+        lines.append([*cells, to_lora, launches_cell(both), how])
+    head = ["T", "N -> M", "R", "contender", "forward, us", "backward, us", "both, us", "both / PEFT LoRA"]
+    return markdown([*head, "launches", "how"], lines)
+
+
 def not_timed(rows: list[dict]) -> list[str]:
     """One line for each reason why a contender has no time, in the order of the rows."""
     lines = []
@@ -265,16 +320,8 @@ def not_timed(rows: list[dict]) -> list[str]:
 TABLES: dict[str, Callable[[list[dict]], str]] = {
     "roofline": roofline_table,
     "kernels": lambda rows: f"{ceilings(rows)}\n\n{kernels_table(rows)}",
-    "layer": lambda rows: "\n\n".join(
-        f"{title}\n\n{layer_table(rows, mode)}"
-        for mode, title in (
-            ("both", "Forward and backward:"),
-            ("forward", "Forward, keeping what the backward needs:"),
-            ("backward", "Backward alone:"),
-            ("inference", "Forward without gradients (decoding):"),
-        )
-        if in_mode(rows, mode)
-    ),
+    "layer": layer_tables,
+    "host": host_table,
     "memory": memory_table,
     "scaling": scaling_table,
     "model": model_table,

@@ -99,7 +99,7 @@ def time_interleaved(
     calls = dict.fromkeys(names, copies)
     times: dict[str, list[float]] = {name: [] for name in names}
     failed: dict[str, str] = {}
-    with _no_collection():
+    with no_collection():
         for round_ in tracked(range(-warmup, rounds), label, "round") if names else ():
             start = round_ % len(names)
             for name in names[start:] + names[:start]:
@@ -177,7 +177,7 @@ def fastest_ms(step: Step, device: torch.device, rounds: int) -> float:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage collection inside a sample."""
     was_enabled = gc.isenabled()
     gc.collect()

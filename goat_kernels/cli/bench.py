@@ -4,8 +4,8 @@ Contenders run in one process on the same inputs, interleaved round by round; ea
 inputs first, and a wrong one gets no time. What cannot run here is skipped, with a line that says why.
 
     goat-kernels bench                             the layer suite, on the GPU if there is one
-    goat-kernels bench --suite kernels memory      or: roofline, scaling, model, startup, design, tuning,
-                                                   all
+    goat-kernels bench --suite kernels memory      or: roofline, host, scaling, model, startup, design,
+                                                   tuning, all
     goat-kernels bench --shape 8192,4096,4096,32   a layer of your own: T,N,M,R
     goat-kernels bench --compare OLD NEW           two files of results: what became slower?
     goat-kernels bench --report                    in a checkout: README's and docs' tables and figures anew
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from goat_kernels.benchmarking.settings import BenchSettings
 
 #: As in ``goat_kernels.benchmarking.suites`` and ``layers``, which import torch (a test holds them together).
-SUITE_NAMES = ("roofline", "kernels", "layer", "memory", "scaling", "model", "startup", "design", "tuning")
+SUITE_NAMES = ("roofline", "kernels", "layer", "host", "memory", "scaling", "model", "startup", "design", "tuning")
 KINDS = ("frozen", "lora", "unsloth", "loop", "torch", "compiled", "triton", "graph")
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -68,13 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         metavar="T,N,M,R",
-        help="measure this layer in place of the standard ones, in kernels, layer, memory and design; may be repeated",
+        help="measure this layer in place of the standard ones, in kernels, layer, host, memory and design; may be "
+        "repeated",
     )
     parser.add_argument(
         "--residual", choices=("path", "fold"), help="with --shape: this form alone (default: both forms)"
     )
     parser.add_argument(
         "--without", nargs="+", choices=KINDS[1:], default=[], metavar="KIND", help=f"leave out: {', '.join(KINDS[1:])}"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="with --suite host: print the functions that take most time too"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=_DTYPES, help="of x (default: bfloat16 on a GPU, float32 on a CPU)")
@@ -156,6 +160,8 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
         raise CommandError(f"--shape does not go with --suite {unshaped[0]}, which has sizes of its own")
     if arguments.resume and not arguments.output:
         raise CommandError("--resume needs --output, the file of the run that goes on")
+    if arguments.profile and not {"host", "all"} & set(arguments.suite):
+        raise CommandError("--profile needs --suite host")
     if arguments.shape and arguments.quick:
         raise CommandError("--shape does not go with --quick, which has sizes of its own")
     forms = FORMS if arguments.residual is None else (arguments.residual,)
@@ -172,6 +178,7 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
         quick=arguments.quick,
         shapes=shapes,
         without=frozenset(arguments.without),
+        profile=arguments.profile,
     )
 
 
