@@ -6,6 +6,7 @@ backend), :class:`_GoatFunction` is the autograd Function over the forward and b
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -207,7 +208,8 @@ def _backward_with(run, ctx, grad_y, grad_balance):
     """One call of ``run``, the backward; its gradients go back to the arguments that asked for them."""
     needs = [ctx.needs_input_grad[i] for i in (_X, _WEIGHT, _BIAS, _LORA_A, _LORA_B, _ROUTER)]
     x, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, *routing = ctx.saved_tensors
-    with torch.no_grad():
+    # Autograd calls with gradients off unless create_graph=True; entering the context again is felt at small sizes.
+    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
         computed = iter(
             run(
                 grad_y,

@@ -77,15 +77,15 @@ def run_forward(
     """
     with autocast_disabled(x.device.type):  # its casts have been done
         passes = get_backend(backend)
-        x_TN = x.reshape(-1, x.shape[-1])
+        x_TN = _flattened(x)
         weight, residual_A, residual_B = _fold_if_cheaper(passes, x_TN, weight, residual_A, residual_B)
         adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
-        base_output_TM = None if base_output is None else base_output.reshape(-1, base_output.shape[-1])
+        base_output_TM = None if base_output is None else _flattened(base_output)
         y_TM, balance_loss, routing = passes.call(_prefill, x_TN, adapter, bias, base_output_TM)
         if weight is not None:
             torch.addmm(y_TM, x_TN, weight.t(), out=y_TM)
         # Not a view for autograd's eyes (as in torch's own linear), so that the caller may modify y in place.
-        y = torch.ops.aten._unsafe_view.default(y_TM, (*x.shape[:-1], y_TM.shape[1]))
+        y = y_TM if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y_TM, (*x.shape[:-1], y_TM.shape[1]))
         return (
             y,
             balance_loss,
@@ -95,6 +95,11 @@ def run_forward(
             routing.probs_ET,
             routing.packed,
         )
+
+
+def _flattened(tensor: Tensor) -> Tensor:
+    """[..., C] as [tokens, C]; itself where it is that, because each call into torch is felt at small sizes."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _prefill(
@@ -136,7 +141,7 @@ def run_backward(
     needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_router = needs
     with autocast_disabled(x.device.type):  # its casts have been done
         passes = get_backend(backend)
-        x_TN = x.reshape(-1, x.shape[-1])
+        x_TN = _flattened(x)
         if needs_x:
             weight, residual_A, residual_B = _fold_if_cheaper(passes, x_TN, weight, residual_A, residual_B)
         adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
@@ -144,7 +149,7 @@ def run_backward(
         if grad_y is None:  # only the balance loss was differentiated
             grad_y_TM = x_TN.new_zeros(x_TN.shape[0], lora_B.shape[0])
         else:
-            grad_y_TM = grad_y.reshape(-1, grad_y.shape[-1])
+            grad_y_TM = _flattened(grad_y)
             if balance_coefficient:
                 injected = balance_coefficient
                 if balance_scale is not None:
@@ -171,7 +176,7 @@ def run_backward(
         if grad_x_TN is not None:
             if weight is not None and grad_y is not None:
                 torch.addmm(grad_x_TN, grad_y_TM, weight, out=grad_x_TN)
-            gradients["x"] = grad_x_TN.view(x.shape)
+            gradients["x"] = grad_x_TN if x.ndim == 2 else grad_x_TN.view(x.shape)
         return [gradients[name] for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
 
 

@@ -29,6 +29,9 @@ from goat_kernels.kernels.launch import Launch, is_observed, watched
 #: Keys remembered at once. Training on ever new lengths of sequence would otherwise fill the memory.
 MOST_PLANS = 2048
 
+#: Of what a GPU's allocator hands out, in bytes.
+_ALIGNMENT = 512
+
 _aten = torch.ops.aten
 _ALLOCATIONS = {
     _aten.empty.memory_format,
@@ -49,16 +52,20 @@ _VIEWS = {
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: in which of the tensors that a plan knows, how many elements in, and with what geometry."""
+    """Where a tensor lies: in which of the tensors that a plan knows, how many elements in, and with what geometry.
+
+    ``whole``: it has the geometry of that tensor.
+    """
 
     slot: int
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    whole: bool
 
     def tensor(self, slots: list[Tensor]) -> Tensor:
         base = slots[self.slot]
-        if not self.offset and base.shape == self.shape and base.stride() == self.stride:
+        if self.whole:
             return base
         return base.as_strided(self.shape, self.stride, base.storage_offset() + self.offset)
 
@@ -72,20 +79,40 @@ class PlannedLaunch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One pass for one key. Slots are the tensors it was given, followed by those it allocates."""
+    """One pass for one key.
+
+    Slots are the tensors it was given, those it allocates, and parts of one workspace: what it allocates and its result
+    does not hold. The interpreter, which wants tensors and not addresses, has no workspace.
+
+    Attributes:
+        allocations: shape, strides and dtype of each.
+        workspace_bytes: its size.
+        offsets: of its parts, in bytes.
+        launches: in order.
+        result: the pass's result with a Place for each tensor.
+        by_address: whether launches take addresses.
+    """
 
     allocations: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    workspace_bytes: int
+    offsets: tuple[int, ...]
     launches: tuple[PlannedLaunch, ...]
-    result: Any  # the pass's result with a Place for each tensor
-    by_address: bool  # the interpreter wants tensors
+    result: Any
+    by_address: bool
 
-    def replay(self, given: list[Tensor]) -> Any:
+    def replay(self, given: list[Tensor], addresses: list[int]) -> Any:
+        """The pass on ``given``, which lie at ``addresses``."""
         device = given[0].device
-        slots = given + [
+        allocated = [
             torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self.allocations
         ]
+        slots = given + allocated
         if self.by_address:
-            addresses = [tensor.data_ptr() for tensor in slots]
+            addresses = addresses + [tensor.data_ptr() for tensor in allocated]
+            if self.offsets:
+                workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+                start = workspace.data_ptr()
+                addresses += [start + offset for offset in self.offsets]
             for run, template, places in self.launches:
                 arguments = template.copy()
                 for position, place, offset_bytes in places:
@@ -120,7 +147,8 @@ class Plans:
             options: no tensors.
         """
         given: list[Tensor] = []
-        if is_observed() or configs.is_overridden() or not _describe(arguments, key := [], given):
+        addresses: list[int] = []
+        if is_observed() or configs.is_overridden() or not _describe(arguments, key := [], given, addresses):
             return function(passes, *arguments, **options)
         device = given[0].device
         key += (function, *options.values(), device.index, configs.current_target(device), precision(torch.float32))
@@ -128,7 +156,7 @@ class Plans:
         plan = self._plans.get(key, _UNSEEN)
         if type(plan) is Plan:
             with on_device_of(given[0]):
-                return plan.replay(given)
+                return plan.replay(given, addresses)
         if plan is not _UNWATCHED:
             if plan is _UNSEEN:
                 if len(self._plans) >= MOST_PLANS:
@@ -145,18 +173,20 @@ class Plans:
         return [plan for plan in self._plans.values() if type(plan) is str and plan is not _UNWATCHED]
 
 
-def _describe(arguments: tuple, key: list, given: list[Tensor]) -> bool:
-    """Append to ``key`` all that a pass looks at and to ``given`` the tensors; False where a plan cannot be had."""
+def _describe(arguments: tuple, key: list, given: list[Tensor], addresses: list[int]) -> bool:
+    """Append to ``key`` all that a pass looks at, to ``given`` and ``addresses`` the tensors; False where no plan can be."""
     for argument in arguments:
         kind = type(argument)
         if kind is Tensor or kind is torch.nn.Parameter:
+            address = argument.data_ptr()
             given.append(argument)
-            key += (argument.shape, argument.stride(), argument.dtype, argument.data_ptr() & 15)
+            addresses.append(address)
+            key += (argument.shape, argument.stride(), argument.dtype, address & 15)
         elif argument is None or kind in (int, float, bool, str):
             key.append(argument)
         elif isinstance(argument, tuple):
             key.append(kind)
-            if not _describe(argument, key, given):
+            if not _describe(argument, key, given, addresses):
                 return False
         else:  # a tracer's tensor, a number of its own
             return False
@@ -207,13 +237,20 @@ class _Watch(TorchDispatchMode):
         starts = [tensor.data_ptr() for tensor in self._slots if tensor.numel()]
         if len(set(starts)) < len(starts):
             return "two of its tensors begin at the same address"
+        by_address = not any(seen.interpreted for seen, _ in self._launches)
         try:
+            kept = set(_slots_in(_outlined(result, self._place)))
+            given, own = self._slots[: self._given], self._slots[self._given :]
+            allocated = [t for slot, t in enumerate(own, start=self._given) if slot in kept or not by_address]
+            shared = [t for slot, t in enumerate(own, start=self._given) if slot not in kept and by_address]
+            self._slots = given + allocated + shared
             launches = tuple(self._planned(*seen) for seen in self._launches)
             outline = _outlined(result, self._place)
         except _ElsewhereError:
             return "a tensor is neither among those given nor among those allocated"
-        allocations = tuple((tuple(t.shape), t.stride(), t.dtype) for t in self._slots[self._given :])
-        return Plan(allocations, launches, outline, by_address=not any(seen.interpreted for seen, _ in self._launches))
+        allocations = tuple((tuple(t.shape), t.stride(), t.dtype) for t in allocated)
+        size_bytes, *offsets = _laid_out([t.untyped_storage().nbytes() for t in shared])
+        return Plan(allocations, size_bytes, tuple(offsets), launches, outline, by_address)
 
     def _planned(self, launch: Launch, compiled: Any) -> PlannedLaunch:
         arguments = launch.in_order()
@@ -230,11 +267,12 @@ class _Watch(TorchDispatchMode):
         address, size = tensor.data_ptr(), tensor.element_size()
         for slot, base in enumerate(self._slots):
             if tensor is base or (tensor.numel() and base.numel() and base.data_ptr() == address):
-                return Place(slot, 0, tuple(tensor.shape), tensor.stride())
+                whole = tensor.shape == base.shape and tensor.stride() == base.stride()
+                return Place(slot, 0, tuple(tensor.shape), tensor.stride(), whole)
         for slot, base in enumerate(self._slots):
             offset_bytes = address - base.data_ptr()
             if base.is_contiguous() and base.dtype == tensor.dtype and 0 <= offset_bytes < base.numel() * size:
-                return Place(slot, offset_bytes // size, tuple(tensor.shape), tensor.stride())
+                return Place(slot, offset_bytes // size, tuple(tensor.shape), tensor.stride(), whole=False)
         raise _ElsewhereError
 
 
@@ -249,6 +287,23 @@ def _outlined(result: Any, place: Callable[[Tensor], Place]) -> Any:
     if isinstance(result, tuple):
         return _like(result, (_outlined(part, place) for part in result))
     return result
+
+
+def _slots_in(outline: Any) -> Iterator[int]:
+    """The slots of the places in ``outline``."""
+    if type(outline) is Place:
+        yield outline.slot
+    elif isinstance(outline, tuple):
+        for part in outline:
+            yield from _slots_in(part)
+
+
+def _laid_out(sizes: list[int]) -> list[int]:
+    """[bytes together, where each begins] of parts one after the other, as aligned as allocations of their own."""
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+    return [starts[-1], *starts[:-1]]
 
 
 def _filled_in(outline: Any, slots: list[Tensor]) -> Any:
