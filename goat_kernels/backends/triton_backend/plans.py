@@ -174,7 +174,7 @@ class Plans:
 
 
 def _describe(arguments: tuple, key: list, given: list[Tensor], addresses: list[int]) -> bool:
-    """Append to ``key`` all that a pass looks at, to ``given`` and ``addresses`` the tensors; False where no plan can be."""
+    """Append to ``key`` all that a pass looks at, and the tensors to ``given`` and ``addresses``; False: no plan."""
     for argument in arguments:
         kind = type(argument)
         if kind is Tensor or kind is torch.nn.Parameter:
