@@ -97,7 +97,7 @@ def check_base(config: GoatConfig, modules: Mapping[str, nn.Module], model: nn.M
     shapes = {name: tuple(map(int, size.split("x"))) for name, (size, _, _) in saved.items()} | config.shapes_in_file
     made_on, loaded_onto = _adapters_base(config), name_of(model)
     _check_shapes(shapes, modules, made_on, loaded_onto)
-    problem = _other_modules(shapes, modules, model) or _other_weights(saved, modules)
+    problem = _other_modules(shapes, modules, model, config.shapes_in_file) or _other_weights(saved, modules)
     if problem is None:
         return
     message = f"the adapter was made on {made_on}, and this is another base model, {loaded_onto}: {problem}"
@@ -135,11 +135,16 @@ def _check_shapes(shapes: dict, modules: Mapping[str, nn.Module], made_on: str, 
             )
 
 
-def _other_modules(shapes: dict, modules: Mapping[str, nn.Module], model: nn.Module) -> str | None:
-    missing = [name for name in shapes if name not in modules]
-    if not missing or getattr(model, "_checkpoint_conversion_mapping", None):  # transformers renames, PEFT follows
+def _other_modules(shapes: dict, modules: Mapping[str, nn.Module], model: nn.Module, in_file: dict) -> str | None:
+    if getattr(model, "_checkpoint_conversion_mapping", None):  # transformers renames, PEFT follows
         return None
-    return f"it has no {missing[0]} for the adapter, which has {len(shapes)} modules, {len(missing)} of them not there"
+    missing = [name for name in shapes if name not in modules]
+    if missing:
+        return (
+            f"it has no {missing[0]} for the adapter, which has {len(shapes)} modules, {len(missing)} of them not there"
+        )
+    without = [name for name in modules if name not in in_file] if in_file else []
+    return f"the adapter's file has nothing for its {without[0]}, which the configuration targets" if without else None
 
 
 def _other_weights(saved: dict[str, list[str]], modules: Mapping[str, nn.Module]) -> str | None:

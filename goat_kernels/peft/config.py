@@ -12,7 +12,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from goat_kernels import __version__
-from goat_kernels.peft.integrity import check_adapter_folder, has_weights
+from goat_kernels.peft.integrity import check_adapter_folder, config_of_killed_save, has_weights
 from goat_kernels.rules import ZERO_RULES
 from goat_kernels.settings import AdapterSettings, check_dropout, check_name, check_number
 
@@ -276,6 +276,14 @@ class GoatConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if isinstance(config, GoatConfig) and folder.is_dir():
+            prepared = config_of_killed_save(folder, config)
+            if prepared is not None:
+                warnings.warn(
+                    f"the last save into {folder} was killed before its configuration was in its place; it is read "
+                    f"from {prepared}. Save the adapter again to have it whole",
+                    stacklevel=2,
+                )
+                config = super().from_pretrained(str(prepared), **kwargs)
             config.shapes_in_file = check_adapter_folder(folder, config)
         return config
 

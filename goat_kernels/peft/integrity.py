@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from goat_kernels.peft.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from goat_kernels.peft.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, prepared_config_files
 
 if TYPE_CHECKING:
     from goat_kernels.peft.config import GoatConfig
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 PICKLE_VARIABLE = "GOAT_KERNELS_ALLOW_PICKLE"
 
 _PREFIX = "base_model.model."
+
+#: What an adapter's tensors may be, as safetensors calls it; torch would cast anything else without a word.
+_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 def may_unpickle(allow_pickle: bool) -> bool:
@@ -40,7 +44,7 @@ def check_adapter_folder(folder: Path, config: GoatConfig) -> dict[str, tuple[in
     """Raise unless the weights in ``folder`` are whole and fit ``config``; a folder without weights passes.
 
     Checked are the file's header and length, its SHA-256 where the configuration has it (every adapter saved through
-    PEFT's ``save_pretrained`` does), and the shapes of its tensors against r, num_experts and the patterns.
+    PEFT's ``save_pretrained`` does), and the dtypes and shapes of its tensors against r, num_experts and the patterns.
 
     Returns:
         Module name -> (out_features, in_features) of every adapted module in the file.
@@ -68,11 +72,41 @@ def check_adapter_folder(folder: Path, config: GoatConfig) -> dict[str, tuple[in
     return _check_shapes(file, shapes, config)
 
 
+def config_of_killed_save(folder: Path, config: GoatConfig) -> Path | None:
+    """The folder of the configuration that belongs to the weights in ``folder``, where ``config`` does not.
+
+    So it is after a save that was killed between renaming the weights and renaming the configuration; the digest says
+    which configuration is the right one. None in every other case.
+    """
+    prepared, weights = prepared_config_files(folder), folder / WEIGHTS_FILE
+    if not prepared or not weights.is_file():
+        return None
+    digest = sha256(weights)
+    if config.weights_sha256 == digest:
+        return None
+    for file in prepared:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(file.read_text(encoding="utf-8")).get("weights_sha256") == digest:
+                return file.parent
+    return None
+
+
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Key -> shape, from the header of a safetensors file; reading it checks that the file has its full length."""
+    """Key -> shape, from the header of a safetensors file; reading it checks that the file has its full length.
+
+    Raises:
+        ValueError: the file is damaged, or a tensor of an adapter has another dtype than a floating-point one.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            for key, tensor in slices.items():
+                if "goat_" in key.rsplit(".", 1)[-1] and tensor.get_dtype() not in _DTYPES:
+                    raise ValueError(
+                        f"{file}: {key} is of dtype {tensor.get_dtype()}; an adapter's tensors are of one of "
+                        f"{', '.join(_DTYPES)}"
+                    )
+            return {key: tuple(tensor.get_shape()) for key, tensor in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} is no complete safetensors file; it was cut short or damaged ({error}). Get the adapter again"
@@ -108,6 +142,8 @@ def _check_shapes(file: Path, shapes: dict[str, tuple[int, ...]], config: GoatCo
                 )
         if M is not None and N is not None:
             found[name] = (M, N)
+    if not found:
+        raise ValueError(f"{file} holds no GOAT adapter, though {CONFIG_FILE} beside it is that of one")
     return found
 
 

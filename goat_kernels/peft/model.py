@@ -239,6 +239,11 @@ class GoatModel(BaseTuner):
         yield
 
 
+#: An adapter of so many numbers for each of its weight, and of more than a gigabyte, is a mistake or an attack.
+_MOST_PER_WEIGHT = 64
+_ALWAYS_ALLOWED = 2**28
+
+
 def _parameters_go_to_meta() -> bool:
     """Whether a context that creates parameters on the meta device is active: PEFT's low_cpu_mem_usage is one."""
     probe = nn.Module()
@@ -261,6 +266,13 @@ def _check_target(config: GoatConfig, name: str, base: nn.Module, model: nn.Modu
     settings = config.settings(name)
     if config.init_weights:
         check_weight(torch.empty(M, N, device="meta"), settings, name)  # the shape decides
+    numbers = settings.r * (N + M) + settings.num_experts * N
+    if numbers > max(_MOST_PER_WEIGHT * N * M, _ALWAYS_ALLOWED):
+        raise ValueError(
+            f"r={settings.r} and num_experts={settings.num_experts} give {name}, a weight of shape [{M}, {N}], an "
+            f"adapter of {numbers:,} numbers, {numbers // max(N * M, 1):,} times its own; that is no adapter any more, "
+            "and was not made"
+        )
     if settings.residual == "fold" and config.has_residual and not is_meta(base):
         check_foldable(base, name)
         sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if p is base.weight]
