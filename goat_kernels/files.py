@@ -33,6 +33,12 @@ def write_json(target: Path, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed processes left of :func:`atomic_path` anywhere in ``folder``."""
+    for left in list(folder.rglob(".*.tmp")):
+        _remove(left)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

@@ -188,8 +188,9 @@ def test_half_written_checkpoint_is_not_resumed_from(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
     assert last_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_st')
     for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 

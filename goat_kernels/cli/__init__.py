@@ -3,7 +3,8 @@
 A subcommand is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, and one entry in ``COMMANDS``.
 Such a module imports torch, transformers and the like inside ``run``, so that ``goat-kernels --help`` answers at once.
 
-Exit codes: 0 done, 1 done but a check failed, 2 input that cannot be used (one line on stderr), 130 interrupted.
+Exit codes: 0 done, 1 done but a check failed, 2 input that cannot be used or a file that cannot be written (one line on
+stderr), 130 interrupted.
 """
 
 from __future__ import annotations

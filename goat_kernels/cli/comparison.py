@@ -9,19 +9,22 @@ with the stage it was in:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from goat_kernels.cli.figure import write_figure
 from goat_kernels.cli.output import OutputFolder
 from goat_kernels.cli.report import MethodResult, format_table, results_json
-from goat_kernels.command_errors import Interrupted
+from goat_kernels.command_errors import CommandError, Interrupted
 from goat_kernels.files import atomic_path, write_json
 from goat_kernels.finetuning.evaluate import evaluate
 from goat_kernels.finetuning.methods import METHODS
@@ -48,8 +51,9 @@ def compare(options: FinetuneOptions) -> list[MethodResult]:
     """Run every method of ``options`` and write the report; returns the rows of the table.
 
     Raises:
-        CommandError: the model, the data, the adapters or the output folder do not work out; nothing was trained.
-        Interrupted: Ctrl-C while a method trained; its checkpoint is in the output folder.
+        CommandError: the model, the data, the adapters or the output folder do not work out, and nothing was trained;
+            or a file could not be written, and what is complete is in the output folder.
+        Interrupted: Ctrl-C after the output folder was begun; a method's checkpoint is there where one was training.
     """
     folder = OutputFolder(options)
     folder.check()
@@ -58,6 +62,11 @@ def compare(options: FinetuneOptions) -> list[MethodResult]:
     task = load_task(options)
     check_adapters(task.base, options)
     folder.claim()
+    with _can_be_resumed(options):
+        return _run(task, options, folder)
+
+
+def _run(task: Task, options: FinetuneOptions, folder: OutputFolder) -> list[MethodResult]:
     print(task.description)
     print(f"{steps_of(len(task.train), options.training)} steps of {options.training.batch_size} examples per method\n")
     if options.task == "digits" and not all((folder.method(name) / TRAINED_FILE).is_file() for name in options.methods):
@@ -70,6 +79,23 @@ def compare(options: FinetuneOptions) -> list[MethodResult]:
         print(f"{result.method}: {result.saved_in} loads back with bit-equal outputs: {result.reload_bit_equal}")
     print(f"written to {folder.root}: results.json, results.png")
     return results
+
+
+@contextlib.contextmanager
+def _can_be_resumed(options: FinetuneOptions) -> Iterator[None]:
+    """Say how to go on where Ctrl-C, or a disk that takes no more, ends a run whose folder has been begun."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(_how_to_go_on(options)) from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save has no exception of its own for a write that fails
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise CommandError(f"a file could not be read or written ({reason:.200}). {_how_to_go_on(options)}") from error
 
 
 def _warm_up(task: Task, options: FinetuneOptions) -> None:

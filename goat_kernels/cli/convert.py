@@ -68,8 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"OUTPUT {arguments.output!r} exists; name a new folder, or pass --overwrite")
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"SOURCE {arguments.source!r}: adapter_config.json is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise CommandError(f"SOURCE {arguments.source!r}: adapter_config.json is not a JSON object")
     kind = fields.get("peft_type")
     try:
         if arguments.to_lora_approximate:

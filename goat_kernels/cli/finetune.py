@@ -7,7 +7,9 @@ model has never seen. That is a task that needs adaptation: with a new classifie
 about six in ten held-out images come out right; with the model adapted, more than nine.
 
 The output folder gets the trained models (adapters for lora and goat), results.json and results.png. Every saved model
-is loaded back and must give bit-equal outputs. Ctrl-C leaves a checkpoint that --resume continues from, exactly.
+is loaded back and must give bit-equal outputs. Ctrl-C while a method trains leaves a checkpoint that --resume
+continues from, exactly; at any other time --resume goes on with the stage that was interrupted, and before the output
+folder is begun (start-up, pretraining) nothing is left behind.
 
     goat-kernels finetune
     goat-kernels finetune --task image-classification --model google/vit-base-patch16-224 --data photos/
@@ -32,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code, 1 where a saved model did not load back with the same outputs.
 
     Raises:
-        CommandError: input that cannot be used.
-        Interrupted: Ctrl-C, with a checkpoint left behind.
+        CommandError: input that cannot be used, or a file that cannot be written.
+        Interrupted: Ctrl-C, after the output folder was begun.
     """
     options = options_from(arguments)
     _prepare_environment(options)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from goat_kernels.command_errors import CommandError
-from goat_kernels.files import write_json
+from goat_kernels.files import remove_temporary, write_json
 from goat_kernels.finetuning.options import FinetuneOptions
 
 #: Marks a folder as this command's, and holds the options of its run.
@@ -67,13 +67,23 @@ class OutputFolder:
                 )
 
     def claim(self) -> None:
-        """Make the folder this run's: empty but for ``run.json``, unless it is resumed."""
-        if self._options.resume:
-            return
-        if self._options.overwrite and self.root.is_dir():
-            shutil.rmtree(self.root)
-        self.root.mkdir(parents=True, exist_ok=True)
-        write_json(self.root / RUN_FILE, {"command": "finetune", "options": self._options.fingerprint()})
+        """Make the folder this run's: empty but for ``run.json``; or, resumed, without what a killed run half wrote.
+
+        Raises:
+            CommandError: nothing can be written there.
+        """
+        try:
+            if self._options.resume:
+                remove_temporary(self.root)
+                return
+            if self._options.overwrite and self.root.is_dir():
+                shutil.rmtree(self.root)
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_json(self.root / RUN_FILE, {"command": "finetune", "options": self._options.fingerprint()})
+        except OSError as error:
+            raise CommandError(
+                f"--output {str(self.root)!r} cannot be written to ({error.strerror}); it needs a folder that can"
+            ) from None
 
     def method(self, name: str) -> Path:
         """The folder of one method, made if need be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import statistics
@@ -15,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from goat_kernels.finetuning.measure import PeakMemory
@@ -35,7 +36,7 @@ class TrainingRecord:
         loss_steps: the steps at which ``losses`` were taken.
         losses: training loss, the mean since the previous entry.
         time_per_step_ms: median over the steps since the run was started or resumed, from the batch being there
-            to the weights being updated.
+            to the weights being updated; nan where none was left to do.
         peak_memory_mib: how far memory rose above where it stood before the model was loaded.
         peak_memory_source: what ``peak_memory_mib`` measures, in words.
     """
@@ -118,8 +119,12 @@ def train(
             callbacks=[timing, *callbacks, Progress(description), StopCallback(stop)],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    state = trainer.state
+        state = _final_state(checkpoint, arguments.max_steps)
+        if state is None:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            state = trainer.state
+        elif isinstance(model, PeftModel):
+            model.load_adapter(str(checkpoint), model.active_adapter)
     logged = [entry for entry in state.log_history if "loss" in entry]
     record = TrainingRecord(
         steps=state.global_step,
@@ -135,8 +140,24 @@ def train(
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in ``folder``, or None. Trainer writes a checkpoint's state file last."""
-    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    complete = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _final_state(checkpoint: Path | None, steps: int) -> TrainerState | None:
+    """The state in ``checkpoint`` where all steps are done: Trainer, resumed from there, would do one more."""
+    if checkpoint is None:
+        return None
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state if state.global_step >= steps else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent, or cut short where the process was killed
+        return False
+    return True
 
 
 def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
