@@ -104,6 +104,19 @@ def test_float32_adapters_over_a_half_precision_base_get_float32_gradients(dtype
         assert gradient.dtype == expected, name
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_input_keeps_the_residual_beside_the_weight(dtype):
+    """W0 - W_res in half precision is W0 where W_res is small; here W0 x is exactly 0, so W_res x is all of y."""
+    T, N, M, R0 = 200, 8, 6, 2
+    weight = torch.tensor([512.0, -512.0]).repeat(M, N // 2).to(dtype)
+    x = torch.randn(T, 1).expand(T, N).to(dtype)
+    residual = (torch.randn(R0, N), 1e-3 * torch.randn(M, R0))
+    adapter = (torch.randn(4, N), torch.zeros(M, 4), torch.randn(4, N))
+    output = goat_linear(x, weight, *adapter, scaling=1.0, top_k=2, residual=residual, backend="torch").output
+    expected = -(x.double() @ residual[0].double().t()) @ residual[1].double().t()
+    assert_close("y", output, expected, dtype)
+
+
 def test_the_router_works_in_float32_for_half_precision_input():
     problem = make_problem(T=2000, N=64, E=8, K=2, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     float32_logits = problem.x.float() @ problem.router.t()

@@ -474,6 +474,20 @@ def test_a_gradient_and_a_base_output_may_have_any_strides(kind, form, device):
     assert_outcomes_identical(found, expected)
 
 
+@pytest.mark.parametrize("form", ["fused", "staged"])
+def test_strides_hold_from_block_to_block(form, device):
+    """Wider than a program's block of columns: the step from one to the next has the stride in it, too."""
+    T, target = FORMS[form]
+    problem = make_problem(T, N=150, M=140, R0=3, **HALF)
+    x = strided("transposed", T, 150, device, BF16)
+    grad_y, base = (strided("transposed", T, 140, device, BF16) for _ in range(2))
+    found, recorder = run_with_strides(problem, x, grad_y, target, base=base)
+    walks = [v for launch in recorder.launches for v in (launch.constants.get("BN"), launch.constants.get("BM")) if v]
+    assert max(walks) < 140
+    expected, _ = run_with_strides(problem, x.contiguous(), grad_y.contiguous(), target, base=base.contiguous())
+    assert_outcomes_identical(found, expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_parameters_may_have_any_strides(form, device):
     T, target = FORMS[form]

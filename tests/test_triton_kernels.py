@@ -72,6 +72,7 @@ CASES: dict[str, dict] = {
     "few-float16-onto-base": {"T": 17, "N": 130, "M": 45, "R0": 9, "dtype": F16, "onto_base": True},
     "few-one-token-one-expert": {"T": 1, "N": 35, "M": 7, "R": 3, "E": 1, "K": 1, "dtype": F32},
     "few-64-tokens": {"T": 64, "N": 65, "M": 33, "R": 15, "E": 5, "R0": 20, "tiles": LOW_TILES, **HALF},
+    "few-50-tokens": {"T": 50, "N": 20, "M": 19, "R": 8, "E": 4, "dtype": F32, "tiles": LOW_TILES},
     "few-65-experts": {"T": 9, "N": 20, "M": 19, "R": 65, "E": 65, "K": 7, "dtype": F16, "adapter_dtype": F32},
     "few-rank-512": {"T": 17, "N": 24, "M": 70, "R": 512, "E": 8, "K": 2, "R0": 130, "dtype": F32},
     # One program per block of tokens.
@@ -110,6 +111,7 @@ CASES: dict[str, dict] = {
     "dropout-fused-few-tokens": {"T": 9, "N": 131, "M": 21, "dropout_p": 0.3, "dtype": F16, "onto_base": True},
     "dropout-fused-one-expert": {"T": 67, "N": 21, "M": 9, "R": 5, "E": 1, "K": 1, "dropout_p": 0.5, **HALF, **ONE},
     "dropout-staged-three-slots": {"T": 20, "N": 35, "M": 21, "K": 3, "dropout_p": 0.3, "dtype": F16, **MANY},
+    "dropout-staged-per-expert": {"T": 20, "N": 35, "M": 9, "K": 3, "per_expert": True, **DROPOUT, **HALF, **MANY},
     "dropout-staged-five-slots": {"T": 33, "N": 33, "M": 9, "R": 24, "E": 8, "K": 5, "R0": 7, "dropout_p": 0.2, **HALF},
     "dropout-staged-20-experts": {"T": 40, "N": 20, "M": 9, "R": 20, "E": 20, "K": 1, **DROPOUT, "dtype": F32, **ONE},
     "dropout-rank-68": {"T": 33, "N": 20, "M": 9, "R": 68, "E": 4, "K": 3, "R0": 2, **DROPOUT, **HALF, **ONE},
@@ -188,6 +190,7 @@ BRANCHES = {
         "prefills onto nothing": lambda v: v.WITH_PREFILL and v.ONTO == "",
         "several blocks of outputs": lambda v: v.WITH_PREFILL and v.M > v.BM,
         "several blocks of tokens": lambda v: v.WITH_PREFILL and v.BALANCE == "all",
+        "several blocks, the last not full": lambda v: v.BALANCE == "all" and v.T < v.MOST_TOKENS,
         "leaves y": lambda v: not v.WITH_PREFILL and v.WITH_HIDDEN,
         "leaves y and h~": lambda v: not v.WITH_HIDDEN and v.BALANCE == "one",
         "leaves y and h~, with residual": lambda v: not v.WITH_HIDDEN and v.R0 > 0,
@@ -198,6 +201,7 @@ BRANCHES = {
     "dropped_hidden": {
         "several blocks of columns": lambda v: v.E * v.D > v.BC,
         "one slot": lambda v: v.TOP_K == 1,
+        "scaling per expert": lambda v: v.scaling_E_ptr is not None,
         "several pairs of slots": lambda v: v.TOP_K > 4,
     },
     "fused_hidden_gradient": {

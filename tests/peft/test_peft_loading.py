@@ -68,9 +68,10 @@ def no_svd(monkeypatch):
         ({"scaling": "goat_s"}, TENSORS | {"goat_scaling"}),
         ({"residual_coefficient": 0}, TENSORS - {"goat_residual_A", "goat_residual_B"}),
         ({"init": "lora"}, TENSORS - {"goat_residual_A", "goat_residual_B"}),
+        ({"init": "hydralora"}, TENSORS - {"goat_residual_A", "goat_residual_B"}),
         ({"init_weights": False}, TENSORS),
     ],
-    ids=["path", "fold", "goat_s", "no-residual", "zero-init", "init_weights=False"],
+    ids=["path", "fold", "goat_s", "no-residual", "zero-init", "hydralora", "init_weights=False"],
 )
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_saved_adapter_is_complete(changes, expected, low_cpu_mem_usage, tmp_path, no_svd):

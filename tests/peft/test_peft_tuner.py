@@ -103,6 +103,14 @@ def test_half_precision_base_keeps_float32_masters():
     assert torch.equal(layer.goat_scaling["default"], exact)
 
 
+@pytest.mark.parametrize("scaling", ["goat", 100.0])
+def test_a_random_start_has_the_size_of_a_loras(scaling):
+    """Whatever s is: s B is uniform in +-1/sqrt(R), as ``init_lora_weights=False`` has it in PEFT."""
+    layer = next(iter(goat_layers(goat_llama(scaling=scaling, init_weights=False)).values()))
+    bound = layer.r["default"] ** -0.5
+    assert 0.8 * bound < layer.scaling["default"] * layer.goat_B["default"].abs().max().item() <= bound
+
+
 def test_autocast_adapter_dtype_false_gives_the_bases_dtype():
     model = get_peft_model(tiny_llama().to(torch.bfloat16), config(), autocast_adapter_dtype=False)
     assert {p.dtype for n, p in model.named_parameters() if "goat_" in n} == {torch.bfloat16}
