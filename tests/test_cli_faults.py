@@ -12,7 +12,8 @@ from fault_tools import bound_by_permissions, in_child, no_file_longer_than
 from test_cli_finetune import TINY, assert_same_weights, weights
 from transformers import TrainerState
 
-from goat_kernels.cli import comparison, demo, main
+from goat_kernels.cli import comparison, main
+from goat_kernels.finetuning import demo, pretraining
 
 OPTIONS = ["--methods", "goat", "--max-steps", "6", "--batch-size", "100", "--rank", "8", "--experts", "4"]
 OPTIONS += ["--dropout", "0.1", "--save-steps", "2", "--device", "cpu"]
@@ -28,7 +29,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "PRETRAINING", TINY)
-        patch.setenv(demo.CACHE_VARIABLE, str(folder / "cache"))
+        patch.setenv(pretraining.CACHE_VARIABLE, str(folder / "cache"))
         patch.chdir(folder)
         assert finetune("--output", "out") == 0
     return folder
@@ -40,7 +41,7 @@ def place(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "PRETRAINING", TINY)
     monkeypatch.setattr(comparison, "_warm_up", lambda task, options: None)
     monkeypatch.setattr(comparison, "write_figure", lambda path, results, title: path.write_bytes(b"figure"))
-    monkeypatch.setenv(demo.CACHE_VARIABLE, str(whole / "cache"))
+    monkeypatch.setenv(pretraining.CACHE_VARIABLE, str(whole / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -60,7 +61,7 @@ def goes_on_to_the_same_end(whole: Path) -> None:
 #: Phase -> (module, its function that begins the phase).
 PHASES = {
     "start-up": (comparison, "load_task"),
-    "pretraining": (demo, "train"),
+    "pretraining": (pretraining, "train"),
     "checking": (comparison, "check_adapters"),
     "warming-up": (comparison, "_warm_up"),
     "building": (comparison, "build"),
@@ -90,7 +91,7 @@ def send(monkeypatch, phase: str, number: signal.Signals, *, times: int = 1, aft
 @pytest.mark.parametrize("phase", PHASES)
 def test_ctrl_c_in_any_phase(phase, place, whole, monkeypatch, capsys):
     if phase == "pretraining":
-        monkeypatch.setenv(demo.CACHE_VARIABLE, str(place / "cache"))
+        monkeypatch.setenv(pretraining.CACHE_VARIABLE, str(place / "cache"))
     with monkeypatch.context() as patch:
         send(patch, phase, signal.SIGINT)
         assert finetune("--output", "out") == 130
