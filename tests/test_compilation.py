@@ -95,7 +95,8 @@ def compiling(code: str) -> str:
 
 
 IMPORTS = """
-import torch
+import torch, triton
+from triton.backends.compiler import GPUTarget
 from goat_kernels.checks.compilation import Case, compile_case, record, source_of
 from goat_kernels.checks.problem import LayerCase
 from goat_kernels.kernels.configs import forced_tile
@@ -124,6 +125,19 @@ print(*(source.signature[name] for name in ("x_ptr", "W1_ptr", "stride_xn")), "N
     # Few tokens read the float32 adapter as it is; a stride of 1 is a constant; 48 is a multiple of 16, and T = 64 too,
     # but T changes from batch to batch and is not specialised.
     assert compiling(IMPORTS + code).split() == ["*fp16", "*fp32", "constexpr", "True", "False"]
+
+
+def test_shares_of_tokens_and_gates_are_divided_exactly():
+    """A GPU's plain division is up to two units in the last place off, which no interpreter shows."""
+    code = """
+launches = record(LayerCase(16384, 256, 256, R=8), "sm_90")
+for name, exact in (("finish_balance", "all"), ("fused_forward", "gates")):
+    launch = next(launch for launch in launches if launch.name == name)
+    ptx = triton.compile(source_of(launch), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    print(ptx.count("div.rn.f32") > 0, ptx.count("div.full.f32") == 0)
+"""
+    # Of the forward's divisions, that of the probabilities over all experts may be approximate.
+    assert compiling(IMPORTS + code).splitlines() == ["True True", "True False"]
 
 
 def test_all_covers_the_ranks_of_the_short_list():

@@ -179,6 +179,7 @@ def statistics(v: SimpleNamespace, probs_TE: Tensor, selection: Tensor) -> list[
 def balance(v: SimpleNamespace, sums: Tensor, counts: Tensor) -> list[Check]:
     load, mean = counts.sum(dim=0) / v.T, sums.sum(dim=0) / v.T
     loss = v.E * (load * mean).sum()
+    assert torch.equal(v.load_ptr, load.float()), "shares of counts are rounded to nearest"
     return [Check("load", v.load_ptr, load), Check("balance loss", v.balance_ptr, loss)]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from goat_kernels.kernels.common import share_of
+
 
 @triton.jit(do_not_specialize=["programs", "T"])
 def finish_balance(
@@ -24,7 +26,7 @@ def finish_balance(
         mask = (program < programs)[:, None] & (expert < E)[None, :]
         probs += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
         counts += tl.load(partial_ptr + offsets + E, mask=mask, other=0.0)
-    load = tl.sum(counts, axis=0) / T
-    mean = tl.sum(probs, axis=0) / T
+    load = share_of(tl.sum(counts, axis=0), T)
+    mean = share_of(tl.sum(probs, axis=0), T)
     tl.store(load_ptr + expert, load, mask=expert < E)
     tl.store(balance_ptr, tl.sum(load * mean, axis=0) * E)

@@ -41,6 +41,12 @@ def cast(value, dtype: tl.constexpr):
     return value.to(dtype)
 
 
+@triton.jit
+def share_of(part, whole):
+    """part / whole in float32, rounded to nearest. On a GPU ``/`` is up to two units in the last place off."""
+    return tl.div_rn(part, tl.cast(whole, tl.float32))
+
+
 def padded(extent: int, minimum: int = 1) -> int:
     """The next power of two, at least ``minimum``."""
     return max(minimum, 1 << max(extent - 1, 0).bit_length())

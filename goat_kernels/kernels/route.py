@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from goat_kernels.kernels.common import cast
+from goat_kernels.kernels.common import cast, share_of
 from goat_kernels.kernels.forward import prefill_columns
 from goat_kernels.kernels.routing import (
     LOW_PART_SCALE,
@@ -50,8 +50,8 @@ def store_balance(probs, selected, in_T, load_ptr, balance_ptr, T, E: tl.constex
     """f and the balance loss of tokens that one program holds all of."""
     expert = tl.arange(0, E_PAD)
     counted = in_T[:, None] & (expert < E)[None, :]
-    load = tl.sum(tl.where(counted & selected, 1.0, 0.0), axis=0) / T
-    mean = tl.sum(tl.where(counted, probs, 0.0), axis=0) / T
+    load = share_of(tl.sum(tl.where(counted & selected, 1.0, 0.0), axis=0), T)
+    mean = share_of(tl.sum(tl.where(counted, probs, 0.0), axis=0), T)
     tl.store(load_ptr + expert, load, mask=expert < E)
     tl.store(balance_ptr, tl.sum(load * mean, axis=0) * E)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from goat_kernels.kernels.common import share_of
+
 #: The lower half of the router's weights is stored times this, to stay clear of float16's smallest numbers.
 LOW_PART_SCALE = 2048.0
 
@@ -82,7 +84,7 @@ def route(logits_TE, E: tl.constexpr, E_PAD: tl.constexpr, TOP_K: tl.constexpr):
     probs = powers / tl.sum(powers, axis=1)[:, None]
     selected = selected_experts(logits_TE, E, E_PAD, TOP_K)
     chosen_powers = tl.where(selected, powers, 0.0)
-    gate = chosen_powers / tl.sum(chosen_powers, axis=1)[:, None]
+    gate = share_of(chosen_powers, tl.sum(chosen_powers, axis=1)[:, None])  # one of one is 1, of two tied ones 1/2
     return gate, probs, selected
 
 
