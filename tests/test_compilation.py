@@ -140,6 +140,32 @@ for name, exact in (("finish_balance", "all"), ("fused_forward", "gates")):
     assert compiling(IMPORTS + code).splitlines() == ["True True", "True False"]
 
 
+def test_loads_of_many_splits_do_not_wait_for_their_additions():
+    """With each load behind the addition before it, 32 splits would be 32 round trips through memory."""
+    code = """
+launches = {launch.name: launch for launch in record(LayerCase(16, 4096, 4096, R=32, path=False), "sm_90")}
+for name in ("route_and_prefill", "finish_hidden_gradient"):
+    launch = launches[name]
+    text = triton.compile(source_of(launch), target=GPUTarget("cuda", 90, 32)).asm["ttgir"]
+    print(launch.constants["SPLIT_STAGES"], text.count("ttg.async_copy_global_to_local"))
+"""
+    # The router's high and low part and the hidden columns; the hidden columns alone. One copy of each is in the loop.
+    assert compiling(IMPORTS + code).splitlines() == ["8 24", "8 8"]
+
+
+@pytest.mark.parametrize("target", KNOWN_TARGETS)
+@pytest.mark.parametrize("N", [4096, 14336])
+def test_few_tokens_take_at_most_32_splits_and_a_token_the_same_whatever_their_number(N, target):
+    of_rows: dict[int, set] = {}
+    for T in range(1, 65):
+        layer = LayerCase(T, N, 4096, R=32)
+        (project, route) = (launch for launch in record(layer, target)[:2])
+        assert (project.name, route.name) == ("project", "route_and_prefill")
+        assert project.grid[2] == route.arguments["splits"] <= 32
+        of_rows.setdefault(project.tile.rows, set()).add((project.arguments["split_steps"], project.tile, route.tile))
+    assert all(len(ways) == 1 for ways in of_rows.values())
+
+
 def test_all_covers_the_ranks_of_the_short_list():
     assert {layer.R for layer in layers(everything=True)} >= {8, 32, 128, 512}
 

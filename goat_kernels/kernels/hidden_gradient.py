@@ -196,6 +196,7 @@ def finish_hidden_gradient(
     D_PAD: tl.constexpr,
     R0_PAD: tl.constexpr,
     HAS_BALANCE: tl.constexpr,
+    SPLIT_STAGES: tl.constexpr,
     BT: tl.constexpr,
 ):
     """The same from raw_ptr float32 [splits, T, R + R0], partial sums of dY [lora_B | B0]. Grid: (ceil(T / BT),)."""
@@ -203,13 +204,14 @@ def finish_hidden_gradient(
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     in_T = rows < T
     index_R, exists_R = hidden_columns(E, D, E_PAD, D_PAD)
-    grad_weighted = sum_splits(raw_ptr, rows, in_T, index_R, exists_R, T, R + R0, splits)
+    _, grad_weighted, residual = sum_splits(
+        raw_ptr, rows, index_R, exists_R, T, R + R0, splits, E, R, R0, E_PAD, R0_PAD, 0, SPLIT_STAGES
+    )
     if R0 > 0:
         index_R0 = tl.arange(0, R0_PAD)
-        residual = -sum_splits(raw_ptr, rows, in_T, R + index_R0, index_R0 < R0, T, R + R0, splits)
         tl.store(
             residual_ptr + rows[:, None] * R0 + index_R0[None, :],
-            cast(residual, residual_ptr.dtype.element_ty),
+            cast(-residual, residual_ptr.dtype.element_ty),
             mask=in_T[:, None] & (index_R0 < R0)[None, :],
         )
     store_hidden_gradient(

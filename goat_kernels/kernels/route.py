@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from goat_kernels.kernels.common import cast, share_of
+from goat_kernels.kernels.common import cast, long, share_of
 from goat_kernels.kernels.forward import prefill_columns
 from goat_kernels.kernels.routing import (
     LOW_PART_SCALE,
@@ -24,25 +24,41 @@ _LOW_PART_SCALE = tl.constexpr(LOW_PART_SCALE)
 
 
 @triton.jit
-def sum_splits(raw_ptr, rows, in_T, column, exists, T, C, splits):
-    """float32 [T, columns]: raw [splits, T, C] summed over its splits, in their order."""
-    total = tl.zeros((rows.shape[0], column.shape[0]), tl.float32)
-    mask = in_T[:, None] & exists[None, :]
-    for split in range(splits):
-        offsets = (tl.cast(split, tl.int64) * T + rows[:, None]) * C + column[None, :]
-        total += tl.load(raw_ptr + offsets, mask=mask, other=0.0)
-    return total
+def add_split(total, raw_ptr, split, rows, column, exists, T, C):
+    """``total`` [T, columns] + one split of raw [splits, T, C]."""
+    of_split = raw_ptr + long(split) * T * C
+    mask = (rows < T)[:, None] & exists[None, :]
+    return total + tl.load(of_split + (rows[:, None] * C + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
-def sum_logits(raw_ptr, rows, T, C, splits, E: tl.constexpr, E_PAD: tl.constexpr, PARTS: tl.constexpr):
-    """float32 [T, E_PAD]: the router's columns, which come first in raw, added over splits and parts."""
+def sum_splits(
+    raw_ptr, rows, index_R, exists_R, T, C, splits, E: tl.constexpr, R: tl.constexpr, R0: tl.constexpr,
+    E_PAD: tl.constexpr, R0_PAD: tl.constexpr, PARTS: tl.constexpr, SPLIT_STAGES: tl.constexpr,
+):  # fmt: skip
+    """float32 (logits [T, E_PAD], hidden [T, R_PAD], residual [T, R0_PAD]): raw added over its splits, in their order.
+
+    raw float32 [splits, T, C] has PARTS * E, R and R0 columns, in this order; what it has none of is zero. The
+    additions are a chain, one split after the other; the loads run SPLIT_STAGES - 1 splits ahead of them.
+    """
     expert = tl.arange(0, E_PAD)
-    logits = sum_splits(raw_ptr, rows, rows < T, expert, expert < E, T, C, splits)
+    index_R0 = tl.arange(0, R0_PAD)
+    logits = tl.zeros((rows.shape[0], E_PAD), tl.float32)
+    low = tl.zeros((rows.shape[0], E_PAD), tl.float32)
+    hidden = tl.zeros((rows.shape[0], index_R.shape[0]), tl.float32)
+    residual = tl.zeros((rows.shape[0], R0_PAD), tl.float32)
+    for split in tl.range(0, splits, num_stages=SPLIT_STAGES):
+        if PARTS > 0:
+            logits = add_split(logits, raw_ptr, split, rows, expert, expert < E, T, C)
+        if PARTS == 2:
+            low = add_split(low, raw_ptr, split, rows, E + expert, expert < E, T, C)
+        if R > 0:
+            hidden = add_split(hidden, raw_ptr, split, rows, PARTS * E + index_R, exists_R, T, C)
+        if R0 > 0:
+            residual = add_split(residual, raw_ptr, split, rows, PARTS * E + R + index_R0, index_R0 < R0, T, C)
     if PARTS == 2:
-        low = sum_splits(raw_ptr, rows, rows < T, E + expert, expert < E, T, C, splits)
         logits += low * (1.0 / _LOW_PART_SCALE)
-    return logits
+    return logits, hidden, residual
 
 
 @triton.jit
@@ -90,6 +106,7 @@ def route_and_prefill(
     WITH_PREFILL: tl.constexpr,
     BALANCE: tl.constexpr,
     MOST_TOKENS: tl.constexpr,
+    SPLIT_STAGES: tl.constexpr,
     BT: tl.constexpr,
     BM: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -117,8 +134,11 @@ def route_and_prefill(
     rows = program.to(tl.int64) * BT + tl.arange(0, BT)
     in_T = rows < T
 
-    # 1. Logits and gate.
-    logits = sum_logits(raw_ptr, rows, T, C, splits, E, E_PAD, PARTS)
+    # 1. The sums over the splits, and the gate.
+    index_R, exists_R = hidden_columns(E, D, E_PAD, D_PAD)
+    logits, hidden, residual = sum_splits(
+        raw_ptr, rows, index_R, exists_R, T, C, splits, E, HIDDEN, R0, E_PAD, R0_PAD, PARTS, SPLIT_STAGES
+    )
     gate, probs, selected = route(logits, E, E_PAD, TOP_K)
     if first:
         store_routing(gate, probs, selected, gate_ptr, probs_ptr, partial_ptr, rows, T, program, E, E_PAD)
@@ -127,14 +147,14 @@ def route_and_prefill(
         elif BALANCE == "all":  # noqa: SIM102 (a constant around a run-time condition)
             if program == 0:
                 every = tl.arange(0, MOST_TOKENS).to(tl.int64)
-                logits_of_all = sum_logits(raw_ptr, every, T, C, splits, E, E_PAD, PARTS)
+                logits_of_all, _, _ = sum_splits(
+                    raw_ptr, every, index_R, exists_R, T, C, splits, E, 0, 0, E_PAD, R0_PAD, PARTS, SPLIT_STAGES
+                )
                 _, probs_of_all, selected_of_all = route(logits_of_all, E, E_PAD, TOP_K)
                 store_balance(probs_of_all, selected_of_all, every < T, load_ptr, balance_ptr, T, E, E_PAD)
 
     # 2. h~ and the residual columns.
-    index_R, exists_R = hidden_columns(E, D, E_PAD, D_PAD)
     if WITH_HIDDEN:
-        hidden = sum_splits(raw_ptr, rows, in_T, PARTS * E + index_R, exists_R, T, C, splits)
         factor = expand(gate * scaling_experts(scaling, scaling_E_ptr, E, E_PAD), E_PAD, D_PAD)
         weighted = cast(factor * hidden, weighted_ptr.dtype.element_ty)
         if first:
@@ -143,8 +163,7 @@ def route_and_prefill(
             )
     if R0 > 0:
         index_R0 = tl.arange(0, R0_PAD)
-        residual = -sum_splits(raw_ptr, rows, in_T, PARTS * E + HIDDEN + index_R0, index_R0 < R0, T, C, splits)
-        residual = cast(residual, weighted_ptr.dtype.element_ty)
+        residual = cast(-residual, weighted_ptr.dtype.element_ty)
         if not WITH_PREFILL:
             offsets = rows[:, None] * R0 + index_R0[None, :]
             tl.store(residual_ptr + offsets, residual, mask=in_T[:, None] & (index_R0 < R0)[None, :])

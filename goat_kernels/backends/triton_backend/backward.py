@@ -20,6 +20,7 @@ from goat_kernels.backends.triton_backend.operands import (
     dropout_arguments,
     operands,
     precision,
+    split_stages,
     splits_of,
     with_contiguous_vectors,
 )
@@ -123,7 +124,8 @@ def hidden_gradient(
     raw = project_columns(grad_y_TM, adapter, matrices, matrices.B.t(), B0, target, with_router=False)
     tile = choose_tile("finish_hidden_gradient", widths.columns, compute.itemsize, target, T)
     arguments |= {"raw_ptr": raw, "splits": raw.shape[0]}
-    launch(finish_hidden_gradient, (blocks(T, tile.rows),), tile, arguments, constants | {"BT": tile.rows})
+    constants |= {"SPLIT_STAGES": split_stages(raw.shape[0], tile.rows * widths.columns, target), "BT": tile.rows}
+    launch(finish_hidden_gradient, (blocks(T, tile.rows),), tile, arguments, constants)
     return gradient
 
 

@@ -14,6 +14,7 @@ from goat_kernels.backends.base import Adapter, Routing
 from goat_kernels.backends.triton_backend.expansion import expand
 from goat_kernels.backends.triton_backend.operands import (
     FEW_TOKENS,
+    MOST_SPLITS,
     Operands,
     Widths,
     check_addresses,
@@ -22,6 +23,7 @@ from goat_kernels.backends.triton_backend.operands import (
     operands,
     pack,
     precision,
+    split_stages,
     splits_of,
     with_contiguous_vectors,
 )
@@ -201,6 +203,8 @@ def _staged(
     partial = kept.partial(programs)
     residual_TR0 = None if prefills or not widths.R0 else x_TN.new_empty(T, widths.R0)
     target_of_y, kind = onto(bias_M, base_output_TM)
+    logits = matrices.parts * widths.E_PAD
+    summed = max(tile.rows * (logits + widths.columns), FEW_TOKENS * logits if balance == "all" else 0)
     arguments = {
         "raw_ptr": raw,
         "B_ptr": matrices.B,
@@ -231,6 +235,7 @@ def _staged(
         "WITH_PREFILL": prefills,
         "BALANCE": balance,
         "MOST_TOKENS": FEW_TOKENS,
+        "SPLIT_STAGES": split_stages(raw.shape[0], summed, target),
         "BT": tile.rows,
         "BM": tile.columns,
         "EVEN_M": M % tile.columns == 0,
@@ -275,7 +280,9 @@ def project_columns(
     row_blocks = blocks(T, tile.rows)
     column_blocks = blocks(parts * E, tile.rank) + blocks(C1 + C2, tile.rank)
     least_steps = 2 if T <= FEW_TOKENS else 4
-    splits, split_steps = splits_of(row_blocks * column_blocks, blocks(N, tile.columns), target, least_steps)
+    splits, split_steps = splits_of(
+        row_blocks * column_blocks, blocks(N, tile.columns), target, least_steps, MOST_SPLITS
+    )
     raw = x_TN.new_empty(splits, T, parts * E + C1 + C2, dtype=torch.float32)
     arguments = {
         "x_ptr": x_TN,

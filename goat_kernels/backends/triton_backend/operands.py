@@ -19,6 +19,12 @@ from goat_kernels.kernels.tiles import Tile
 #: Up to here (decoding) a forward reads the adapter as it is and takes two launches; above, it is packed if need be.
 FEW_TOKENS = 64
 
+#: The most splits of a product that is short of programs: more would fill the GPU better, and take longer to add up.
+MOST_SPLITS = 32
+
+#: See :func:`split_stages`.
+FEW_SPLITS, MOST_SPLIT_STAGES = 4, 8
+
 #: The kernels that go through memory element by element have nothing to choose.
 ELEMENTWISE = Tile(rows=16, columns=1024, warps=4, stages=1)
 
@@ -161,11 +167,24 @@ def precision(compute: torch.dtype) -> str:
     return "ieee"
 
 
-def splits_of(programs: int, steps: int, target: Target, least_steps: int = 4) -> tuple[int, int]:
+def splits_of(
+    programs: int, steps: int, target: Target, least_steps: int = 4, most_splits: int | None = None
+) -> tuple[int, int]:
     """(splits, steps of each) of a loop: enough to fill the GPU twice, of ``least_steps`` or more."""
-    wanted = max(1, min(2 * target.multiprocessors // max(programs, 1), steps // least_steps))
+    wanted = max(1, min(2 * target.multiprocessors // max(programs, 1), steps // least_steps, most_splits or steps))
     per_split = max(1, blocks(steps, wanted))
     return max(1, blocks(steps, per_split)), per_split
+
+
+def split_stages(splits: int, elements: int, target: Target) -> int:
+    """How deep a loop that adds up splits is pipelined: loads are that many splits, less one, ahead of the additions.
+
+    Without that every split would wait for a round trip through memory. A few splits do not pay for the way through
+    shared memory, of which ``elements`` float32 of each split under way may take a third.
+    """
+    if splits <= FEW_SPLITS:
+        return 1
+    return max(1, min(MOST_SPLIT_STAGES, 1 + target.shared_bytes // 3 // (4 * elements)))
 
 
 def dropout_arguments(adapter: Adapter) -> dict[str, Any]:
