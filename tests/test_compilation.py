@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,30 +128,53 @@ print(*(source.signature[name] for name in ("x_ptr", "W1_ptr", "stride_xn")), "N
     assert compiling(IMPORTS + code).split() == ["*fp16", "*fp32", "constexpr", "True", "False"]
 
 
-def test_shares_of_tokens_and_gates_are_divided_exactly():
+@pytest.fixture(scope="module")
+def texts() -> dict[str, dict[str, str]]:
+    """Kernel -> what the compiler makes of it for sm_90, by the name of the form, with the constants."""
+    code = """
+import json
+texts = {}
+for layer, names in (
+    (LayerCase(16384, 256, 256, R=8), ("fused_forward", "finish_balance")),
+    (LayerCase(16, 4096, 4096, R=32, path=False), ("project", "route_and_prefill", "finish_hidden_gradient")),
+):
+    launches = {launch.name: launch for launch in reversed(record(layer, "sm_90"))}  # the forward's project is the first
+    for name in names:
+        tile, source = launches[name].tile, source_of(launches[name])
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        asm = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+        texts[name] = {"ttgir": asm["ttgir"], "ptx": asm["ptx"], "constants": launches[name].constants}
+print(json.dumps(texts))
+"""
+    return json.loads(compiling(IMPORTS + code))
+
+
+def test_shares_of_tokens_and_gates_are_divided_exactly(texts):
     """A GPU's plain division is up to two units in the last place off, which no interpreter shows."""
-    code = """
-launches = record(LayerCase(16384, 256, 256, R=8), "sm_90")
-for name, exact in (("finish_balance", "all"), ("fused_forward", "gates")):
-    launch = next(launch for launch in launches if launch.name == name)
-    ptx = triton.compile(source_of(launch), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    print(ptx.count("div.rn.f32") > 0, ptx.count("div.full.f32") == 0)
-"""
-    # Of the forward's divisions, that of the probabilities over all experts may be approximate.
-    assert compiling(IMPORTS + code).splitlines() == ["True True", "True False"]
+    exact = {name: text["ptx"].count("div.rn.f32") for name, text in texts.items()}
+    plain = {name: text["ptx"].count("div.full.f32") for name, text in texts.items()}
+    assert exact["finish_balance"] and not plain["finish_balance"]
+    # Of a forward's divisions, those of the probabilities over all experts may be plain: they are exponentials.
+    for name in ("fused_forward", "route_and_prefill"):
+        assert exact[name] and plain[name]
 
 
-def test_loads_of_many_splits_do_not_wait_for_their_additions():
+def test_loads_of_many_splits_do_not_wait_for_their_additions(texts):
     """With each load behind the addition before it, 32 splits would be 32 round trips through memory."""
-    code = """
-launches = {launch.name: launch for launch in record(LayerCase(16, 4096, 4096, R=32, path=False), "sm_90")}
-for name in ("route_and_prefill", "finish_hidden_gradient"):
-    launch = launches[name]
-    text = triton.compile(source_of(launch), target=GPUTarget("cuda", 90, 32)).asm["ttgir"]
-    print(launch.constants["SPLIT_STAGES"], text.count("ttg.async_copy_global_to_local"))
-"""
     # The router's high and low part and the hidden columns; the hidden columns alone. One copy of each is in the loop.
-    assert compiling(IMPORTS + code).splitlines() == ["8 24", "8 8"]
+    for name, kinds in (("route_and_prefill", 3), ("finish_hidden_gradient", 1)):
+        stages = texts[name]["constants"]["SPLIT_STAGES"]
+        assert stages == 8
+        assert texts[name]["ttgir"].count("ttg.async_copy_global_to_local") == kinds * stages
+
+
+def test_the_routers_products_start_anew_at_each_block(texts):
+    """What matrix units cut off adds up along a chain; Triton would make one of a product and its addition."""
+    for name in ("fused_forward", "project"):
+        products = re.findall(r"(?:tt\.dot|warp_group_dot) (.*maxNumImpreciseAcc.*)", texts[name]["ttgir"])
+        assert products, name
+        for operands in products:
+            assert re.match(r"%[^,]+, %[^,]+, %cst", operands), operands
 
 
 @pytest.mark.parametrize("target", KNOWN_TARGETS)

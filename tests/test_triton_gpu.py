@@ -121,6 +121,26 @@ def test_large_routers_select_as_float64_does_but_for_ties_of_float32(dtype, dev
     assert int((chosen != select_top_k(logits, 2)).any(dim=1).sum()) <= 2
 
 
+@pytest.mark.parametrize("target", [ONE_PROCESSOR, MANY_PROCESSORS], ids=["fused", "staged"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_many_inputs_do_not_make_a_half_precision_router_less_exact_than_float32(dtype, target, device):
+    """Matrix units cut off, always towards zero: one chain of products along so many inputs would be past the bound."""
+    problem = large_problem(device, dtype, T=2048, N=16384, M=16, R=8, R0=None)
+    with torch.no_grad(), audited(target, Recorder()) as recorder:
+        goat_linear(
+            *(problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.router),
+            scaling=1.0,
+            top_k=2,
+            backend="triton",
+        )
+    (launch,) = [v for v in recorder.launches if v.name in ("fused_forward", "route_and_prefill")]
+    gate_ET, probs_ET = launch.arguments["gate_ptr"], launch.arguments["probs_ptr"]
+    logits = problem.x.double() @ problem.router.double().t()
+    _, gate, probs = routing(logits, gate_ET, 2)
+    assert relative_error(probs_ET.t(), probs) <= TOLERANCES[F32].relative
+    assert relative_error(gate_ET.t(), gate) <= TOLERANCES[F32].relative
+
+
 @pytest.mark.parametrize("wide", ["inputs", "outputs"])
 def test_tensors_of_more_than_two_to_the_31_elements(wide, device):
     free, _ = torch.cuda.mem_get_info()

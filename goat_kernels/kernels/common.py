@@ -16,12 +16,32 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a b in float32. PRECISION ("ieee" or "tf32") matters to float32 operands alone."""
+def product(a, b, accumulator, PRECISION: tl.constexpr, IMPRECISE: tl.constexpr = 0):
+    """accumulator + a b in float32. PRECISION ("ieee" or "tf32") matters to float32 operands alone.
+
+    IMPRECISE is Triton's max_num_imprecise_acc.
+    """
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=tl.float32)
+    return tl.dot(
+        a, b, accumulator, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=tl.float32
+    )
+
+
+@triton.jit
+def precise_product(a, b, accumulator):
+    """accumulator + a b for the router's logits: never tf32, and in half precision summed anew for each block.
+
+    Matrix units cut off what does not fit their float32 accumulator. Along all of N that adds up, always towards zero;
+    so each call starts from zero and an ordinary addition, which rounds, follows (docs/numerics.md, The router).
+    """
+    if a.dtype == tl.float32:
+        accumulator = product(a, b, accumulator, "ieee")
+    else:
+        # Without a bound on imprecise sums the compiler would make one chain of the two again.
+        accumulator += product(a, b, tl.zeros(accumulator.shape, tl.float32), "ieee", a.shape[1])
+    return accumulator
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from goat_kernels.kernels.common import cast, long, product
+from goat_kernels.kernels.common import cast, long, precise_product, product
 from goat_kernels.kernels.dropout import pair_bits, token_keys
 from goat_kernels.kernels.routing import (
     expand,
@@ -161,6 +161,8 @@ def fused_forward(
         if EVEN_N:
             in_N = n >= 0
         x = tl.load(x_ptrs, mask=in_T[:, None] & in_N[None, :], other=0.0)
+        r = tl.load(router_ptr + index_L[None, :] * N + n[:, None], mask=exists_L[None, :] & in_N[:, None], other=0.0)
+        logit_parts = precise_product(x, r, logit_parts)
         a = tl.load(A_ptr + index_R[None, :] * N + n[:, None], mask=exists_R[None, :] & in_N[:, None], other=0.0)
         if seed_ptr is None:
             hidden = product(x, a, hidden, PRECISION)
@@ -170,8 +172,6 @@ def fused_forward(
             hidden = product(tl.where((bits & 0xFFFF) >= threshold, x, 0.0), a, hidden, PRECISION)
             if TOP_K > 1:
                 hidden_second = product(tl.where((bits >> 16) >= threshold, x, 0.0), a, hidden_second, PRECISION)
-        r = tl.load(router_ptr + index_L[None, :] * N + n[:, None], mask=exists_L[None, :] & in_N[:, None], other=0.0)
-        logit_parts = product(x, r, logit_parts, "ieee")
         if R0 > 0:
             a0 = tl.load(
                 A0_ptr + index_R0[None, :] * N + n[:, None], mask=(index_R0 < R0)[None, :] & in_N[:, None], other=0.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from goat_kernels.kernels.common import cast, long, product
+from goat_kernels.kernels.common import cast, long, precise_product, product
 from goat_kernels.kernels.dropout import column_slots, kept, token_keys
 from goat_kernels.kernels.routing import LOW_PART_SCALE
 
@@ -85,7 +85,7 @@ def project(
                 in_N = n < stop_N
                 x = tl.load(x_ptrs, mask=in_T[:, None] & in_N[None, :], other=0.0)
                 w = router_block(router_ptr, column, n, in_N, N, E, STORED_PARTS, PARTS, x.dtype)
-                accumulator = product(x, w, accumulator, "ieee")
+                accumulator = precise_product(x, w, accumulator)
                 x_ptrs += BN * long(stride_xn)
             tl.store(out + column[None, :], accumulator, mask=in_T[:, None] & (column < PARTS * E)[None, :])
     else:
