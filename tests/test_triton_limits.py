@@ -30,7 +30,8 @@ from triton_cases import MANY_PROCESSORS, ONE_PROCESSOR, Recorder, audited, goat
 
 import goat_kernels
 from goat_kernels import GoatLinear, available_backends, goat_linear, goat_reference
-from goat_kernels.backends import resolve_backend
+from goat_kernels.backends import resolve_backend, triton_backend, why_not_auto
+from goat_kernels.backends.triton_backend import TritonBackend
 from goat_kernels.backends.triton_backend.forward import PREFILLED_COLUMNS
 from goat_kernels.functional import routed_linear
 from goat_kernels.kernels.configs import KNOWN_TARGETS, invalid_reason
@@ -344,6 +345,26 @@ def test_auto_never_picks_the_interpreter(monkeypatch):
     monkeypatch.setenv("GOAT_KERNELS_BACKEND", "auto")
     assert resolve_backend("auto", CPU, F32) == "torch"
     assert available_backends()["triton"] is None, "a GPU or the interpreter is there"
+
+
+def test_auto_never_picks_the_interpreter_on_a_gpu_either(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(TritonBackend, "unavailable_reason", lambda self: None)
+    for interpreted, picked in ((True, False), (False, True)):
+        monkeypatch.setattr(triton_backend, "_interpreted", lambda interpreted=interpreted: interpreted)
+        assert (why_not_auto("triton", gpu, F32) is None) == picked
+
+
+@pytest.mark.parametrize("capabilities", [[(7, 5)], [(7, 0), (7, 5)], [(7, 5), (8, 0)]], ids=str)
+def test_a_machine_whose_gpus_are_all_too_old_has_no_triton_backend(capabilities, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(triton_backend, "_interpreted", lambda: False)
+    reason = available_backends()["triton"]
+    assert (reason is None) if (8, 0) in capabilities else ("older than NVIDIA's Ampere" in reason)
+    assert available_backends()["torch"] is None
 
 
 def test_the_environment_variable_chooses_it_and_a_call_overrules(monkeypatch, device):

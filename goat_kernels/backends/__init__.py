@@ -26,7 +26,15 @@ BACKEND_NAMES: tuple[str, ...] = ("auto", *_BACKENDS)
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run on this machine, or the reason why it cannot."""
-    return {name: backend.unavailable_reason() for name, backend in _BACKENDS.items()}
+    return {name: backend.unavailable_reason() or _why_on_no_device(backend) for name, backend in _BACKENDS.items()}
+
+
+def _why_on_no_device(backend: Backend) -> str | None:
+    """None, or why ``backend`` computes float32 on none of this machine's devices: what its last one is told."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
+    reasons = [backend.unsupported_reason(device, torch.float32) for device in devices]
+    return None if None in reasons else reasons[-1]
 
 
 @functools.cache

@@ -53,7 +53,7 @@ class TritonBackend:
         return None
 
     def preferred_on(self, device: torch.device) -> bool:
-        return device.type == "cuda"  # never the interpreter
+        return device.type == "cuda" and not _interpreted()
 
     def passes(self) -> Passes:
         from goat_kernels.backends.triton_backend.passes import TritonPasses
