@@ -1,5 +1,8 @@
 """What every test starts from: a fixed seed, no backend chosen by the environment, one thread; and where there is no
 GPU, Triton's interpreter: tests marked ``gpu`` skip there.
+
+Tests with the fixture ``device`` run in the interpreter there, and where there is a GPU they run on it: they then have
+the mark too, so that ``-m gpu`` is everything that uses the GPU and ``-m "not gpu"`` the rest.
 """
 
 from __future__ import annotations
@@ -19,11 +22,19 @@ if not HAS_GPU:
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    for item in items:
+        if HAS_GPU and _uses_device(item):
+            item.add_marker(pytest.mark.gpu)
+        elif not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def _uses_device(item: pytest.Item) -> bool:
+    """Whether ``item`` has the fixture below, and not a parameter of that name."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "device" in getattr(item, "fixturenames", ()) and "device" not in parameters
 
 
 @pytest.fixture(scope="session")

@@ -140,3 +140,18 @@ def test_the_tests_that_documents_name_exist():
     for path, name in sorted(named):
         defined = {node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)}
         assert name in defined, f"{path} has no {name}"
+
+
+COLLECT = """
+import pytest, torch
+torch.cuda.is_available = lambda: True
+pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_tiles.py"])
+"""
+
+
+def test_what_runs_on_a_gpu_where_there_is_one_has_the_mark_there():
+    done = subprocess.run([sys.executable, "-c", COLLECT], capture_output=True, text=True, cwd=ROOT)
+    collected = {line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line}
+    assert collected == {  # it has the fixture ``device``
+        "test_the_tuner_takes_the_fastest_candidate_of_each_kernel_and_writes_the_tables_form"
+    }
