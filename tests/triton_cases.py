@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from goat_problems import Outcome, Problem, evaluate
+from goat_problems import Outcome, Problem, assert_outcomes_agree, evaluate
 from torch import Tensor
 
 from goat_kernels import goat_linear
@@ -604,6 +604,18 @@ def expert_masks(selection: Tensor, N: int, seed: Tensor, dropout_p: float) -> T
     for slot, keep in enumerate(keep_masks(seed.cpu(), T, N, count, dropout_p)):
         masks += (slots == slot).t()[:, :, None] * keep.double() * keep_scale(dropout_p)
     return masks
+
+
+def assert_same_kernels(first: Outcome, second: Outcome, dtype: torch.dtype) -> None:
+    """Bit for bit what the Triton kernels alone write: the balance loss and the adapter's gradients.
+
+    The output and the other gradients agree as results of ``dtype`` do: where strides differ, the vendor's product may
+    take another kernel.
+    """
+    assert_outcomes_agree(first, second, dtype)
+    assert torch.equal(first.balance_loss, second.balance_loss)
+    for name in {"lora_A", "lora_B", "router"} & first.gradients.keys():
+        assert torch.equal(first.gradients[name], second.gradients[name]), name
 
 
 def errors(outcome: Outcome, oracle: Outcome) -> dict[str, float]:
