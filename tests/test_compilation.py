@@ -138,7 +138,7 @@ for layer, names in (
     (LayerCase(16384, 256, 256, R=8), ("fused_forward", "finish_balance")),
     (LayerCase(16, 4096, 4096, R=32, path=False), ("project", "route_and_prefill", "finish_hidden_gradient")),
 ):
-    launches = {launch.name: launch for launch in reversed(record(layer, "sm_90"))}  # the forward's project is the first
+    launches = {launch.name: launch for launch in reversed(record(layer, "sm_90"))}  # the first of each name
     for name in names:
         tile, source = launches[name].tile, source_of(launches[name])
         options = {"num_warps": tile.warps, "num_stages": tile.stages}

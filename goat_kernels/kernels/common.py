@@ -24,9 +24,7 @@ def product(a, b, accumulator, PRECISION: tl.constexpr, IMPRECISE: tl.constexpr 
     if _INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(
-        a, b, accumulator, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=tl.float32
-    )
+    return tl.dot(a, b, accumulator, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=tl.float32)
 
 
 @triton.jit

@@ -179,9 +179,9 @@ def splits_of(
 def split_stages(splits: int, elements: int, target: Target) -> int:
     """How deep a loop that adds up splits is pipelined: loads are that many splits, less one, ahead of the additions.
 
-    Without that every split would wait for a round trip through memory. The splits under way, of ``elements`` float32
-    each, may take a third of the shared memory. A few splits do not pay for the way through it, nor do large ones, whose
-    own loads are many.
+    Without that every split would wait for a round trip through memory. The splits under way, of ``elements``
+    float32 each, may take a third of the shared memory. A few splits do not pay for the way through it, nor do large
+    ones, whose own loads are many.
     """
     ahead = min(target.shared_bytes // 3 // (4 * elements), MOST_SPLIT_STAGES - 1)
     return 1 if splits <= FEW_SPLITS or ahead < 2 else 1 + ahead
