@@ -61,6 +61,7 @@ from goat_kernels.benchmarking.passes import BASE_BACKWARD, BASE_FORWARD, pass_w
 from goat_kernels.benchmarking.peers import peft_lora
 from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.steps import call_of
+from goat_kernels.checks.ahead import compiled_together
 from goat_kernels.checks.problem import LayerCase, make_problem
 from goat_kernels.cli import bench, main
 from goat_kernels.kernels.configs import KNOWN_TARGETS
@@ -440,7 +441,7 @@ def test_compiling_ahead_takes_whatever_this_triton_has(version, monkeypatch):
     modes = {"with ignore_errors": ModeWithOption, "without": Mode}
     monkeypatch.setattr(triton, "AsyncCompileMode", modes.get(version), raising=False)
     warns = pytest.warns(UserWarning, match="one of the kernels") if version == "without" else nullcontext()
-    with warns, ahead.compiled_together(None):
+    with warns, compiled_together(None):
         pass
     assert opened == {"with ignore_errors": [{"ignore_errors": True}], "without": [{}], "none": []}[version]
 

@@ -216,6 +216,10 @@ case = LayerCase(T=16, N=64, M=64, R=8, E=4, dtype=torch.float32)
 for _ in range(2):
     compile_ahead([case], torch.device("cpu"))
     print(len(submitted))
+from goat_kernels.checks.tuning import compile_tiles
+from goat_kernels.kernels.tiles import Tile
+compile_tiles(case, torch.device("cpu"), [("expand_columns", Tile(16, 64, warps, 1, 16)) for warps in (4, 8)])
+print(len(submitted))
 """
 
 
@@ -224,8 +228,9 @@ def test_kernels_compile_ahead_without_running(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = run_check(code=AHEAD)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = map(int, done.stdout.split())
+    first, second, with_tiles = map(int, done.stdout.split())
     assert first >= 5 and second == first, "the second time, every kernel of the first is found"
+    assert with_tiles == first + 2, "each tile to try, and the other kernels are there already"
     assert list(tmp_path.rglob("*.cubin"))
 
 

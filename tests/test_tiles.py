@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from goat_kernels.checks.problem import LayerCase
-from goat_kernels.checks.tuning import candidates, choices_of, tune
+from goat_kernels.checks.tuning import candidates, choices_of, most_sums, sums_per_thread, tune
 from goat_kernels.cli import main
 from goat_kernels.kernels import configs
 from goat_kernels.kernels.configs import KNOWN_TARGETS, Choice, Target, choose_tile, find_tile, invalid_reason
@@ -159,6 +159,17 @@ def test_candidates_are_valid_and_evenly_spread():
     assert len(some) <= 10 < len(every)
     assert {tile.rows for tile in some} == {tile.rows for tile in every}
     assert all(invalid_reason("weight_gradient", t, 64, 2, choice.target) is None for t in every)
+
+
+def test_candidates_sum_in_registers_as_every_tile_of_the_table_does():
+    for entry in TABLE:
+        columns = min(entry.max_columns, 1024)
+        for tile in entry.tiles:
+            assert sums_per_thread(entry.kernel, tile, columns) <= most_sums(entry.kernel, entry.width), (entry, tile)
+    choice = Choice("expand_columns", 64, 2, KNOWN_TARGETS["sm_90"], 8192, 2)
+    shapes = {(tile.rows, tile.columns, tile.warps) for tile in candidates(choice)}
+    assert (128, 128, 4) in shapes and (128, 256, 8) in shapes
+    assert (128, 256, 4) not in shapes, "256 sums a thread"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ of all its launches in a forward and backward.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from goat_kernels.backends import why_not_auto
 from goat_kernels.backends.triton_backend.passes import TritonPasses
-from goat_kernels.benchmarking.ahead import compiling
 from goat_kernels.benchmarking.capture import Captured, Eager, step_of
 from goat_kernels.benchmarking.cases import Case
 from goat_kernels.benchmarking.failures import differs, in_words
@@ -25,7 +23,7 @@ from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.timing import copies_for, time_interleaved
 from goat_kernels.checks.correctness import compare
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
-from goat_kernels.checks.tuning import neighbours
+from goat_kernels.checks.tuning import compile_tiles, neighbours
 from goat_kernels.kernels.configs import Choice, current_target, find_tile, forced_target, forced_tile, recorded_choices
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.kernels.tiles import Tile
@@ -51,7 +49,8 @@ def tile_rows(layer: LayerCase, settings: BenchSettings, label: str) -> Iterator
         return
     tiles = _tiles_of(layer, settings.device)
     if settings.device.type == "cuda":
-        _compile(layer, settings.device, tiles)
+        pairs = [(kernel, tile) for kernel, around in tiles.items() for tile in around]
+        compile_tiles(layer, settings.device, pairs)
     problem = make_problem(layer, settings.device)
     copies = copies_for(problem_bytes(problem), 0 if settings.quick else cache_bytes(settings.device))
     problems = [problem, *(copy_problem(problem) for _ in range(copies - 1))]
@@ -80,17 +79,6 @@ def _tiles_of(layer: LayerCase, device: torch.device) -> dict[str, list[Tile]]:
         if (kernel.partition(".")[0], table) in launched:  # else it was asked for, and another form was taken
             tiles[kernel] = [table, *neighbours(choices, table)]
     return tiles
-
-
-def _compile(layer: LayerCase, device: torch.device, tiles: dict[str, list[Tile]]) -> None:
-    """All at once, on all processors."""
-    problem = make_problem(layer, "meta")
-    with compiling(device):
-        for kernel, around in tiles.items():
-            for tile in around:
-                # What a tile does not fit is met again where it is measured.
-                with forced_tile(kernel, tile), contextlib.suppress(Exception):
-                    run_passes(TritonPasses(), problem)
 
 
 def _kernel_rows(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +20,11 @@ from goat_kernels.backends import get_backend
 from goat_kernels.backends.base import Passes, Routing
 from goat_kernels.backends.dropout import draw_seed
 from goat_kernels.backends.torch_backend import TorchHiddenGradient, TorchPasses
+from goat_kernels.checks.ahead import compiling
 from goat_kernels.checks.lora_arithmetic import goat_as_lora
 from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, make_problem, run_passes
 from goat_kernels.functional import goat_linear
-from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, current_target, forced_target
+from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.reference import goat_reference
@@ -156,25 +156,9 @@ def compile_ahead(cases: Iterable[LayerCase], device: torch.device) -> None:
     The passes run on tensors without values, and their launches are compiled in place of being made. What does not
     compile raises when it is launched.
     """
-    import triton
-
     from goat_kernels.backends.triton_backend.passes import TritonPasses
 
-    def compile_launch(launch: Launch) -> None:
-        launch.kernel.warmup(
-            **launch.arguments,
-            **launch.constants,
-            grid=launch.grid,
-            num_warps=launch.tile.warps,
-            num_stages=launch.tile.stages,
-        )
-
-    with (
-        forced_target(current_target(device)),
-        ThreadPoolExecutor() as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-        observed(compile_launch),
-    ):
+    with compiling(device):
         for case in cases:
             run_passes(TritonPasses(), make_problem(case, "meta"))
 

@@ -1,11 +1,13 @@
 """Which tiles are fastest on the GPU at hand? Opt-in: nothing is measured unless somebody asks.
 
 For each kernel that a layer launches, every candidate tile that the validity predicate of ``kernels/configs.py`` lets
-through is timed on real tensors, one launch at a time; the fastest becomes an :class:`Entry` of the table's own form.
+through, and whose sums fit the registers, is compiled, on all processors at once, and timed on real tensors, one launch
+at a time; the fastest becomes an :class:`Entry` of the table's own form.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
@@ -16,6 +18,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from goat_kernels.backends.triton_backend.passes import TritonPasses
+from goat_kernels.checks.ahead import compiling
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
 from goat_kernels.kernels.configs import RANKED, Choice, forced_tile, invalid_reason, recorded_choices
 from goat_kernels.kernels.launch import Launch, observed
@@ -41,14 +44,47 @@ def device_time_ms(launch: Launch) -> float:
     return triton.testing.do_bench(launch.run, warmup=10, rep=50, return_mode="median")
 
 
+def most_sums(kernel: str, width: int) -> int:
+    """How many float32 a thread may hold to sum up in: half of its 255 registers; less in products of float32.
+
+    Those run on the ordinary units, whose operands take most registers.
+    """
+    multiplies = kernel not in ("finish_hidden_gradient", "route_and_prefill.alone")
+    return 32 if multiplies and width == 4 else 128
+
+
+def sums_per_thread(kernel: str, tile: Tile, columns: int) -> int:
+    """How many float32 a thread of 32 in a warp holds to sum up in.
+
+    Args:
+        kernel: its function's name.
+        tile: of one program.
+        columns: hidden columns that one program accumulates.
+    """
+    kernel = kernel.partition(".")[0]
+    rank = min(tile.rank, columns)
+    sums = {
+        "project": tile.rows * rank,
+        "dropped_hidden": 2 * tile.rows * rank,  # of one slot, and of all
+        "weight_gradient": tile.columns * (rank + 16),  # and of dlogits
+        "expand_columns": tile.rows * tile.columns,
+        "fused_forward": tile.rows * max(columns + 16, tile.columns),  # and logits; then a block of y
+        "route_and_prefill": tile.rows * max(columns + 16, tile.columns),
+    }
+    return sums.get(kernel, tile.rows * columns) // (32 * tile.warps)
+
+
 def candidates(choice: Choice, limit: int | None = None) -> list[Tile]:
-    """The tiles that the predicate lets through; with a ``limit``, about so many of them, evenly spread."""
+    """The tiles that the predicate lets through and whose sums fit the registers; with a ``limit``, about so many of
+    them, evenly spread."""
     kernel = choice.kernel.partition(".")[0]
     ranks = (32, 64, 128) if kernel in RANKED else (0,)
     sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (1, 2, 3, 4), ranks)
     tiles = (Tile(rows, columns, warps, stages, rank) for rows, columns, warps, stages, rank in sizes)
     about = (choice.columns, choice.width, choice.target, choice.read_width)
-    valid = [tile for tile in tiles if invalid_reason(choice.kernel, tile, *about) is None]
+    most = most_sums(choice.kernel, choice.width)
+    fitting = (t for t in tiles if sums_per_thread(choice.kernel, t, choice.columns) <= most)
+    valid = [tile for tile in fitting if invalid_reason(choice.kernel, tile, *about) is None]
     return valid if limit is None else valid[:: -(-len(valid) // limit)]
 
 
@@ -76,6 +112,16 @@ def choices_of(layer: LayerCase, device: torch.device) -> list[Choice]:
     with recorded_choices() as choices:
         run_passes(TritonPasses(), make_problem(layer, device))
     return list(dict.fromkeys(choices))
+
+
+def compile_tiles(layer: LayerCase, device: torch.device, tiles: Iterable[tuple[str, Tile]]) -> None:
+    """Compile ``layer`` for ``device`` with each (kernel, tile) in turn, all at once, on all processors."""
+    problem = make_problem(layer, "meta")
+    with compiling(device):
+        for kernel, tile in tiles:
+            # What a tile does not fit is met again where it is measured.
+            with forced_tile(kernel, tile), contextlib.suppress(Exception):
+                run_passes(TritonPasses(), problem)
 
 
 def measure(problem: Problem, choice: Choice, tile: Tile, time_ms: Callable[[Launch], float]) -> Measurement:
@@ -114,9 +160,12 @@ def tune(
     best: dict[tuple, list[Measurement]] = {}
     for layer in layers:
         problem = make_problem(layer, device)
-        for choice in choices_of(layer, device):
+        tiles = {choice: candidates(choice, limit) for choice in choices_of(layer, device)}
+        if device.type == "cuda":
+            compile_tiles(layer, device, [(choice.kernel, tile) for choice in tiles for tile in tiles[choice]])
+        for choice, of_choice in tiles.items():
             measured = []
-            for tile in candidates(choice, limit):
+            for tile in of_choice:
                 measured.append(measure(problem, choice, tile, time_ms))
                 report(measured[-1])
             fastest = min(measured, key=lambda measurement: measurement.time_ms, default=None)

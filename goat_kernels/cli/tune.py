@@ -3,8 +3,8 @@
     goat-kernels tune --in-features 4096 --out-features 4096 --r 32 --output tiles.json
     GOAT_KERNELS_TILES=tiles.json python train.py
 
-Every candidate is compiled first, about a second each; --candidates tries fewer. Nothing is measured unless this
-command is run: without a file the package's own table is used.
+Every candidate is compiled first, on all processors, about a second each on one of them; --candidates tries fewer.
+Nothing is measured unless this command is run: without a file the package's own table is used.
 
 Exit code: 0 if the file was written.
 """
