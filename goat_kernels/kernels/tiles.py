@@ -80,6 +80,7 @@ _SMALL_PROJECT = _tall_to_low(32, 4, 2, (64, 32, 16), rank=32)
 TABLE: tuple[Entry, ...] = (
     # One read of x (dY) by programs of `rows` tokens; every program re-reads the adapter.
     Entry("fused_forward", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
+    Entry("fused_forward", 2, 64, _tall_to_low(64, 4, 5, (64, 32, 16)), family="sm90", min_columns=33),
     Entry("fused_forward", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_forward", 2, 128, _tall_to_low(64, 8, 3, (64, 32, 16))),
     Entry("fused_forward", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
@@ -89,6 +90,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_forward.dropout", 4, 64, _tall_to_low(32, 4, 2, (16,))),
     Entry("fused_forward.dropout", 4, 128, _tall_to_low(32, 8, 2, (16,))),
     Entry("fused_hidden_gradient", 2, 32, _tall_to_low(64, 4, 4, (64, 32, 16))),
+    Entry("fused_hidden_gradient", 2, 64, _tall_to_low(64, 4, 5, (64, 32, 16)), family="sm90", min_columns=33),
     Entry("fused_hidden_gradient", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_hidden_gradient", 2, 256, _tall_to_low(64, 8, 3, (64, 32, 16))),
     Entry("fused_hidden_gradient", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
@@ -103,7 +105,8 @@ TABLE: tuple[Entry, ...] = (
     # Elementwise over hidden columns, and a narrow product.
     Entry("route_and_prefill", 2, 128, (Tile(64, 64, 8, 1), Tile(32, 64, 4, 1), Tile(16, 64, 4, 1))),
     Entry("route_and_prefill", 2, 256, _tall_to_low(32, 8, 1, (16,))),
-    Entry("route_and_prefill", 4, 128, _tall_to_low(32, 8, 1, (32, 16))),
+    Entry("route_and_prefill", 4, 64, _tall_to_low(32, 8, 1, (32, 16))),
+    Entry("route_and_prefill", 4, 128, _tall_to_low(16, 8, 1, (32, 16))),
     Entry("route_and_prefill", 4, 256, _tall_to_low(16, 8, 1, (16,))),
     Entry("route_and_prefill.alone", 2, 128, _tall_to_low(16, 8, 1, (32, 16)), family="sm80"),
     *(
@@ -126,7 +129,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("weight_gradient", 2, 64, _tall_to_low(128, 4, 3, (64,), rank=64)),
     Entry("weight_gradient", 2, _ANY, _tall_to_low(128, 8, 3, (64,), rank=128)),
     Entry("weight_gradient", 4, 64, _tall_to_low(64, 8, 3, (16,), rank=32)),
-    Entry("weight_gradient", 4, _ANY, _tall_to_low(32, 4, 3, (16,), rank=32)),
+    Entry("weight_gradient", 4, _ANY, _tall_to_low(32, 8, 3, (16,), rank=32)),
     Entry("weight_gradient.dropout", 2, _ANY, _tall_to_low(64, 4, 2, (32,), rank=32)),
     Entry("weight_gradient.dropout", 4, 16, _tall_to_low(32, 8, 2, (16,), rank=32)),
     Entry("weight_gradient.dropout", 4, _ANY, _tall_to_low(32, 4, 2, (32,), rank=32)),
