@@ -114,7 +114,7 @@ TABLE: tuple[Entry, ...] = (
         for width in (2, 4)
         for entry in (
             Entry("route_and_prefill.alone", width, 128, _tall_to_low(16, 4, 1, (32, 16))),
-            Entry("route_and_prefill.alone", width, 512, _tall_to_low(16, 8, 1, (16,))),
+            Entry("route_and_prefill.alone", width, 1024, _tall_to_low(16, 8, 1, (16,))),
             Entry("route_and_prefill.alone", width, 2048, _tall_to_low(16, 16, 1, (16,))),
         )
     ),
