@@ -29,6 +29,23 @@ def step(layer: GoatLinear, T: int) -> tuple[list[dry_driver.Noted], int, list[t
     return launched, of_forward, [x, grad_y, y, *gradients]
 
 
+def assert_apart(first: list[dry_driver.Noted], stands_for: dict[int, int]) -> None:
+    """What two allocations of ``first`` are exchanged for does not overlap while both are in use."""
+    found: dict[int, tuple[int, int, int, int]] = {}  # where it was -> where it is now, and ends; first, last launch
+    for number, launch in enumerate(first):
+        for one in launch.arguments:
+            if isinstance(one, torch.Tensor) and one.numel():
+                storage = one.untyped_storage()
+                now = stands_for[one.data_ptr()] - (one.data_ptr() - storage.data_ptr())
+                *_, start, _ = found.get(storage.data_ptr(), (now, now, number, number))
+                found[storage.data_ptr()] = (now, now + storage.nbytes(), start, number)
+    ranges = list(found.values())
+    for i, (low, high, start, end) in enumerate(ranges):
+        for other_low, other_high, other_start, other_end in ranges[:i]:
+            together = start <= other_end and other_start <= end
+            assert not together or high <= other_low or other_high <= low
+
+
 def check(T: int, **settings) -> int:
     layer = GoatLinear(
         192, 128, r=16, num_experts=4, backend="triton", balance_coefficient=1e-3, dtype=torch.bfloat16, **settings
@@ -40,7 +57,7 @@ def check(T: int, **settings) -> int:
     stands_for: dict[int, int] = {}
     for number, ((_, _, before), (_, _, after)) in enumerate(zip(first, replayed, strict=True)):
         if number == of_forward:  # what only the forward needed is free again
-            assert len(set(stands_for.values())) == len(stands_for)
+            assert_apart(first[:of_forward], stands_for)
         assert len(before) == len(after)
         for one, other in zip(before, after, strict=True):
             if not isinstance(one, torch.Tensor):
@@ -48,6 +65,7 @@ def check(T: int, **settings) -> int:
                 continue
             assert type(other) is int, "the third call was not replayed"
             assert stands_for.setdefault(one.data_ptr(), other) == other
+    assert_apart(first[of_forward:], stands_for)
     for old, new in zip(kept, seen, strict=True):
         if old.data_ptr() in stands_for:
             assert stands_for[old.data_ptr()] == new.data_ptr()

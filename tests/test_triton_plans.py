@@ -7,6 +7,7 @@ kernels get the right addresses is shown with a driver that launches nothing (``
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import threading
@@ -21,7 +22,8 @@ from triton_cases import FOUR_PROCESSORS, MANY_PROCESSORS, ONE_PROCESSOR, goat_o
 from goat_kernels import operators
 from goat_kernels.backends.triton_backend import plans as plans_module
 from goat_kernels.backends.triton_backend.passes import TritonPasses
-from goat_kernels.backends.triton_backend.plans import Plan
+from goat_kernels.backends.triton_backend.plan import Plan
+from goat_kernels.backends.triton_backend.watching import laid_out
 from goat_kernels.kernels.configs import forced_target
 from goat_kernels.kernels.launch import observed
 
@@ -250,6 +252,28 @@ def test_threads_share_plans(passes, device, monkeypatch):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_scratch_that_is_not_used_at_the_same_time_shares_its_place():
+    size, offsets = laid_out([(1000, 0, 1), (3000, 1, 2), (500, 2, 4), (100, 3, 3), (1024, 4, 4)])
+    assert offsets == (0, 1024, 0, 512, 512)
+    assert size == 4096
+    assert laid_out([]) == (0, ())
+
+
+def test_scratch_never_overlaps_while_both_are_in_use():
+    rng = random.Random(5)
+    for _ in range(200):
+        parts = []
+        for _ in range(rng.randint(1, 12)):
+            first = rng.randint(0, 8)
+            parts.append((rng.randint(1, 5000), first, rng.randint(first, 9)))
+        size, offsets = laid_out(parts)
+        for i, (start, (bytes_, first, last)) in enumerate(zip(offsets, parts, strict=True)):
+            assert start % 512 == 0 and start + bytes_ <= size
+            for other, (other_bytes, other_first, other_last) in zip(offsets[:i], parts[:i], strict=True):
+                together = first <= other_last and other_first <= last
+                assert not together or start + bytes_ <= other or other + other_bytes <= start
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 A launch is described by a :class:`Launch` before it happens, so that others can look at it: the compile gate records
 launches and compiles them for GPUs that are not there, the traffic count runs them one by one in the interpreter, the
 tests poison what they are about to write. ``observed`` puts such an observer in place; without one a launch goes
-straight to Triton. ``watched`` is the same for one thread: ``backends/triton_backend/plans.py`` remembers launches.
+straight to Triton. ``watched`` is the same for one thread: ``backends/triton_backend/watching.py`` remembers launches.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ operands.py   the adapter as the kernels read it: packed, padded, with the dtype
 forward.py    which kernels make a forward
 backward.py   which kernels make a backward
 passes.py     both behind the interface of ``backends/base.py``
-plans.py      a repeated call replays what it launched
+plans.py      a repeated call replays what it launched; plan.py: one plan; watching.py: how it is made
 """
 
 from __future__ import annotations
