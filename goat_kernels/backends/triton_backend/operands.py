@@ -184,7 +184,7 @@ def split_stages(splits: int, elements: int, target: Target) -> int:
     ones, whose own loads are many.
     """
     ahead = min(target.shared_bytes // 3 // (4 * elements), MOST_SPLIT_STAGES - 1)
-    return 1 if splits <= FEW_SPLITS or ahead < 2 else 1 + ahead
+    return 1 if splits <= FEW_SPLITS or ahead < 3 else 1 + ahead
 
 
 def dropout_arguments(adapter: Adapter) -> dict[str, Any]:
