@@ -109,6 +109,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("route_and_prefill", 4, 128, _tall_to_low(16, 8, 1, (32, 16))),
     Entry("route_and_prefill", 4, 256, _tall_to_low(16, 8, 1, (16,))),
     Entry("route_and_prefill.alone", 2, 128, _tall_to_low(16, 8, 1, (32, 16)), family="sm80"),
+    Entry("route_and_prefill.alone", 4, 128, _tall_to_low(16, 8, 1, (32, 16)), family="sm100"),
     *(
         entry
         for width in (2, 4)
