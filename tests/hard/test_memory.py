@@ -121,11 +121,11 @@ def test_the_peak_of_the_torch_backend_to_the_byte(change):
     # y, the columns of the product, h~, gate, probs; f and the loss. In half precision: x, upcast for the router.
     found = measured_peaks("torch", F32, **size)
     assert found[0] == 4 * (t * (m + 2 * r + 3 * e) + e + 1)
-    # dX, [dh | dlogits], dlogits, dlora_B, and dlora_A with drouter twice: stacked, and apart.
+    # dX, [dh | dlogits], dlogits, the gradients, which are there when dX comes, and [lora_A; router] for it.
     assert found[1] == 4 * (t * (n + r + 2 * e) + m * r + 2 * (r + e) * n)
     found = measured_peaks("torch", BF16, **size)
     assert found[0] == 4 * t * (n + e) + 2 * t * r
-    assert found[1] == 2 * t * (n + r + e) + 4 * t * (n + e) + 4 * (m * r + e * n)
+    assert found[1] == 2 * t * (r + e) + 4 * t * (n + e) + 4 * (m * r + e * n)
 
 
 @pytest.mark.parametrize("change", PEAK_SIZES.values(), ids=PEAK_SIZES.keys())
@@ -138,8 +138,9 @@ def test_the_peak_of_the_triton_backend_to_the_byte(change, device):
     of_forward, of_backward, partial = measured_peaks("triton", F32, **size)
     blocks = -(-t // (16 if t < 3137 else 32))  # an H100's tiles
     assert of_forward == 4 * (t * (m + r + 2 * e) + e + 1 + blocks * 2 * e)
-    # dX, dh, dlogits, the gradients, and the splits' partial sums of the last.
-    assert of_backward == 4 * (t * (n + r + e) + m * r + (r + e) * n + partial[-1])
+    # dX, dh, dlogits and the gradients; the splits' partial sums are gone when dX comes, and smaller.
+    assert max(partial) < t * n
+    assert of_backward == 4 * (t * (n + r + e) + m * r + (r + e) * n)
 
 
 # --- over time ----------------------------------------------------------------------------------------------------
