@@ -76,6 +76,8 @@ class Outcome:
 def run_process(command: Sequence[str], limit_s: float, log: TextIO) -> int | None:
     """Run a command, its output into ``log``; the exit code, or None where it had to be ended at its limit."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )

@@ -58,6 +58,14 @@ def goes_on_to_the_same_end(whole: Path) -> None:
     assert not list(Path("out").rglob(".*")), "nothing half written stays"
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_arrives():
+    """Also where the tests are a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 #: Phase -> (module, its function that begins the phase).
 PHASES = {
     "start-up": (comparison, "load_task"),

@@ -171,7 +171,7 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
     *shown, heavy = done.stdout.strip().splitlines()
     assert heavy == "[]"
-    assert "Ctrl-C leaves a checkpoint" in "\n".join(shown)
+    assert "Ctrl-C while a method trains leaves a checkpoint" in "\n".join(shown)
 
 
 def test_help_lists_every_option_and_rule(capsys):

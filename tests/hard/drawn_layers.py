@@ -23,6 +23,7 @@ from goat_kernels.backends import get_backend
 from goat_kernels.backends.base import Routing
 from goat_kernels.backends.dropout import keep_scale
 from goat_kernels.functional import GoatOutput
+from goat_kernels.kernels.launch import observed
 from goat_kernels.numerics import SELECTION_GAP, TOLERANCES, selection_mismatch
 from goat_kernels.reference import select_top_k
 
@@ -114,7 +115,7 @@ def layers(draw, backend: str) -> Layer:
 
 @contextlib.contextmanager
 def observed_routing(backend: str) -> Iterator[list[Routing]]:
-    """The routing of every prefill inside."""
+    """The routing of every prefill inside; launches are observed, because a replay (plans.py) calls no prefill."""
     passes, kept = get_backend(backend), []
     original = passes.prefill
 
@@ -123,7 +124,7 @@ def observed_routing(backend: str) -> Iterator[list[Routing]]:
         kept.append(routing)
         return y0, balance_loss, routing
 
-    with mock.patch.object(passes, "prefill", prefill):
+    with mock.patch.object(passes, "prefill", prefill), observed(lambda launch: launch.run()):
         yield kept
 
 
