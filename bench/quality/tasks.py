@@ -61,7 +61,8 @@ class QualityTask:
     rates: tuple[float, ...]
 
 
-_SMALL_MODEL_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+_VIT_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_LLAMA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 _MINILM_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 #: Cheapest first: the order in which they run.
@@ -73,7 +74,7 @@ TASKS: dict[str, QualityTask] = {
         turned_digits,
         steps=200,
         batch_size=32,
-        rates=_SMALL_MODEL_RATES,
+        rates=_VIT_RATES,
     ),
     "digits-rare": QualityTask(
         "image classification",
@@ -82,7 +83,7 @@ TASKS: dict[str, QualityTask] = {
         rare_digits,
         steps=150,
         batch_size=16,
-        rates=_SMALL_MODEL_RATES,
+        rates=_VIT_RATES,
     ),
     "photo-tiles": QualityTask(
         "image classification",
@@ -91,7 +92,7 @@ TASKS: dict[str, QualityTask] = {
         photo_tiles,
         steps=200,
         batch_size=32,
-        rates=_SMALL_MODEL_RATES,
+        rates=_VIT_RATES,
     ),
     "python-to-cpp": QualityTask(
         "generation",
@@ -100,7 +101,7 @@ TASKS: dict[str, QualityTask] = {
         to_cpp,
         steps=100,
         batch_size=8,
-        rates=_SMALL_MODEL_RATES,
+        rates=_LLAMA_RATES,
     ),
     "python-to-prose": QualityTask(
         "generation",
@@ -109,7 +110,7 @@ TASKS: dict[str, QualityTask] = {
         to_prose,
         steps=100,
         batch_size=8,
-        rates=_SMALL_MODEL_RATES,
+        rates=_LLAMA_RATES,
     ),
     "docstring-library": QualityTask(
         "language understanding",
