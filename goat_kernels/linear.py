@@ -236,39 +236,40 @@ class GoatLinear(RoutedModule, nn.Module):
         """
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [..., N] = [..., {self.in_features}], got {list(x.shape)}")
-        if x.device != self.weight.device:
-            raise ValueError(f"x is on {x.device} but weight is on {self.weight.device}; move one")
-        if x.dtype != self.weight.dtype and autocast_dtype(x) is None:
-            raise TypeError(f"x is {x.dtype} but weight is {self.weight.dtype}; cast one, or use autocast")
+        weight = self.weight  # once: an attribute of a module costs as much as a call into torch
+        if x.device != weight.device:
+            raise ValueError(f"x is on {x.device} but weight is on {weight.device}; move one")
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
+            raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast one, or use autocast")
         if not self._adapter_enabled:
-            return F.linear(x, self.weight, self.bias)
-        if self.weight.requires_grad and self._folded_weight.folded:
+            return F.linear(x, weight, self.bias)
+        if weight.requires_grad and self._folded_weight.folded:
             raise ValueError(
                 "weight requires grad, but residual='fold' keeps W0 aside and would lose its updates; use "
                 "residual='path' to train the weight too"
             )
-        settings = self.settings
-        lora_A = self.lora_A
+        settings, lora_A, router = self.settings, self.lora_A, self.router
         if settings.init == "hydralora":
             lora_A = lora_A.repeat(settings.num_experts, 1)
-        on_path = settings.residual == "path" and self.residual_A is not None
+        residual = None
+        if settings.residual == "path" and (residual_A := self.residual_A) is not None:
+            residual = (residual_A, self.residual_B)
         routed = routed_linear(
             x,
             lora_A,
             self.lora_B,
-            self.router,
-            weight=self.weight,
+            router,
+            weight=weight,
             bias=self.bias,
             scaling=self.scaling,
             top_k=settings.top_k,
             dropout_p=settings.dropout if self.training else 0.0,
-            residual=(self.residual_A, self.residual_B) if on_path else None,
-            balance_coefficient=self.balance_coefficient if self.training and self.router.requires_grad else 0.0,
+            residual=residual,
+            balance_coefficient=self.balance_coefficient if self.training and router.requires_grad else 0.0,
             balance_scale=self.balance_scale,
             backend=self.backend,
         )
-        self.balance_loss = routed.balance_loss.detach()
-        self.expert_load = routed.load
+        self._remember(routed.balance_loss, routed.load)
         return routed.output
 
     @contextlib.contextmanager

@@ -38,6 +38,10 @@ class RoutedModule:
     balance_loss: Tensor | None = None
     expert_load: Tensor | None = None
 
+    def _remember(self, balance_loss: Tensor, load: Tensor) -> None:
+        """Keep a forward's statistics. Past nn.Module's __setattr__, whose questions are felt in a small layer."""
+        self.__dict__.update(balance_loss=balance_loss.detach(), expert_load=load.detach())
+
     @property
     def routing_device(self) -> torch.device | None:
         """Where the module routes; None while it has no parameters."""

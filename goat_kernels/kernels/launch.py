@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from goat_kernels.kernels.tiles import Tile
 
 
@@ -60,10 +62,22 @@ class Launch:
 
     def runner(self, compiled: Any) -> Callable[..., None]:
         """``runner(*in_order)`` launches once more, with other addresses: of ``compiled``, which :meth:`run` returned,
-        without looking it up again. An address may be an integer."""
+        without looking it up again. An address may be an integer; a compiled kernel's runner takes ``stream=`` too."""
         if self.interpreted:
             return functools.partial(self.kernel[self.grid], num_warps=self.tile.warps, num_stages=self.tile.stages)
         return compiled[(*self.grid, 1, 1)[:3]]
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the stream that compiled kernels are launched on, as Triton would ask for it at each launch."""
+    return _driver().active.get_current_stream(device.index)
+
+
+@functools.cache
+def _driver():
+    from triton.runtime import driver
+
+    return driver
 
 
 _observer: Callable[[Launch], None] | None = None

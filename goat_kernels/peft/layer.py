@@ -176,8 +176,7 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
             routed = self._routed(name, x, weight, bias, output)
             weight, bias, output = None, None, routed.output
             balance_loss = routed.balance_loss if balance_loss is None else balance_loss + routed.balance_loss
-        self.balance_loss = balance_loss.detach()
-        self.expert_load = routed.load.detach()
+        self._remember(balance_loss, routed.load)
         return output
 
     def _routed(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, output: Tensor | None):

@@ -1,39 +1,37 @@
-"""A plan: what passes allocated and launched, and how to do it again on other tensors (``plans.py``)."""
+"""A plan: what passes allocated and launched, and how to do it again on other tensors (``plans.py``).
+
+A replay makes a pool, a flat list of whatever any launch takes: addresses, then numbers. Each launch picks its
+arguments out of the pool with one call, ``operator.itemgetter``, and so does the result from the tensors.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from goat_kernels.kernels.launch import current_stream
+
 
 class Place(NamedTuple):
-    """Where a tensor lies: in which of the tensors that a plan knows, how many elements in, and with what geometry.
+    """Where a tensor lies: in which of the tensors that a plan knows, how many bytes in, and with what geometry.
 
-    ``whole``: it has the geometry of that tensor.
+    ``geometry``: (shape, strides, offset in elements), or None where it is that tensor as a whole.
     """
 
     slot: int
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    whole: bool
+    offset_bytes: int
+    geometry: tuple[tuple[int, ...], tuple[int, ...], int] | None
 
     def tensor(self, slots: list[Tensor]) -> Tensor:
         base = slots[self.slot]
-        if self.whole:
+        if self.geometry is None:
             return base
-        return base.as_strided(self.shape, self.stride, base.storage_offset() + self.offset)
-
-
-class PlannedLaunch(NamedTuple):
-    """A launch with holes: ``run(*arguments)`` once each position of ``places`` has been filled in."""
-
-    run: Callable[..., None]
-    arguments: list[Any]
-    places: tuple[tuple[int, Place, int], ...]  # position, where it points, and that in bytes
+        shape, stride, offset = self.geometry
+        return base.as_strided(shape, stride, base.storage_offset() + offset)
 
 
 class Plan(NamedTuple):
@@ -46,16 +44,20 @@ class Plan(NamedTuple):
         allocations: shape, strides and dtype of each.
         workspace_bytes: its size.
         offsets: of its parts, in bytes.
-        launches: in order.
-        result: the pass's result with a Place for each tensor.
+        inside: the places that launches point to and that are no slot: the pool has them behind the slots.
+        constants: the pool's last part, numbers and None.
+        launches: in order; ``run(*pick(pool))``.
+        result: the pass's result, from the slots that are tensors.
         by_address: whether launches take addresses.
     """
 
     allocations: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     workspace_bytes: int
     offsets: tuple[int, ...]
-    launches: tuple[PlannedLaunch, ...]
-    result: Any
+    inside: tuple[Place, ...]
+    constants: tuple[Any, ...]
+    launches: tuple[tuple[Callable[..., None], Callable[[list], tuple]], ...]
+    result: Callable[[list[Tensor]], Any]
     by_address: bool
 
     def replay(self, given: list[Tensor], addresses: list[int]) -> Any:
@@ -66,51 +68,49 @@ class Plan(NamedTuple):
         ]
         slots = given + allocated
         if self.by_address:
-            addresses = addresses + [tensor.data_ptr() for tensor in allocated]
+            pool = addresses + [tensor.data_ptr() for tensor in allocated]
             if self.offsets:
                 workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
                 start = workspace.data_ptr()
-                addresses += [start + offset for offset in self.offsets]
-            for run, template, places in self.launches:
-                arguments = template.copy()
-                for position, place, offset_bytes in places:
-                    arguments[position] = addresses[place.slot] + offset_bytes
-                run(*arguments)
+                pool += [start + offset for offset in self.offsets]
+            pool += [pool[slot] + offset_bytes for slot, offset_bytes, _ in self.inside]
+            pool += self.constants
+            stream = current_stream(device)
+            for run, pick in self.launches:
+                run(*pick(pool), stream=stream)
         else:
-            for run, template, places in self.launches:
-                arguments = template.copy()
-                for position, place, _ in places:
-                    arguments[position] = place.tensor(slots)
-                run(*arguments)
-        return filled_in(self.result, slots)
+            pool = [*slots, *(place.tensor(slots) for place in self.inside), *self.constants]
+            for run, pick in self.launches:
+                run(*pick(pool))
+        return self.result(slots)
 
 
-def outlined(result: Any, place: Callable[[Tensor], Place]) -> Any:
-    """``result`` with a Place for each tensor; tuples keep their type."""
+def picker(indices: list[int]) -> Callable[[list], tuple]:
+    """list -> the tuple of its elements at ``indices``."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda elements: tuple(elements[index] for index in indices)
+
+
+def places_in(result: Any, place: Callable[[Tensor], Place]) -> Iterator[Place]:
+    """Where the tensors of a pass's result lie."""
     if isinstance(result, Tensor):
-        return place(result)
-    if isinstance(result, tuple):
-        return _like(result, (outlined(part, place) for part in result))
-    return result
+        yield place(result)
+    elif isinstance(result, tuple):
+        for part in result:
+            yield from places_in(part, place)
 
 
-def slots_in(outline: Any) -> Iterator[int]:
-    """The slots of the places in ``outline``."""
-    if type(outline) is Place:
-        yield outline.slot
-    elif isinstance(outline, tuple):
-        for part in outline:
-            yield from slots_in(part)
-
-
-def filled_in(outline: Any, slots: list[Tensor]) -> Any:
-    """``outline`` with the tensor for each Place."""
-    if type(outline) is Place:
-        return outline.tensor(slots)
-    if isinstance(outline, tuple):
-        return _like(outline, (filled_in(part, slots) for part in outline))
-    return outline
-
-
-def _like(example: tuple, parts: Iterator) -> tuple:
-    return tuple(parts) if type(example) is tuple else type(example)._make(parts)
+def rebuilder(result: Any, place: Callable[[Tensor], Place]) -> Callable[[list[Tensor]], Any]:
+    """slots -> what ``result`` is, with the tensors at the same places of these; tuples keep their type."""
+    if isinstance(result, Tensor):
+        found = place(result)
+        return operator.itemgetter(found.slot) if found.geometry is None else found.tensor
+    if not isinstance(result, tuple):
+        return lambda slots: result
+    make = tuple if type(result) is tuple else type(result)._make
+    parts = [rebuilder(part, place) for part in result]
+    if all(isinstance(part, operator.itemgetter) for part in parts):  # nothing but tensors, whole: one call
+        pick = picker([place(tensor).slot for tensor in result])
+        return pick if make is tuple else lambda slots: make(pick(slots))
+    return lambda slots: make([part(slots) for part in parts])

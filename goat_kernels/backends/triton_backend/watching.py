@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from goat_kernels.backends.triton_backend.plan import Place, Plan, PlannedLaunch, outlined, slots_in
+from goat_kernels.backends.triton_backend.plan import Place, Plan, picker, places_in, rebuilder
 from goat_kernels.kernels.launch import Launch, watched
 
 #: Of what a GPU's allocator hands out, in bytes.
@@ -79,44 +79,51 @@ class Watch(TorchDispatchMode):
             return "two of its tensors begin at the same address"
         by_address = not any(seen.interpreted for seen, _ in self._launches)
         try:
-            kept = set(slots_in(outlined(result, self._place)))
+            kept = {place.slot for place in places_in(result, self._place)}
             given, own = self._slots[: self._given], self._slots[self._given :]
             allocated = [t for slot, t in enumerate(own, start=self._given) if slot in kept or not by_address]
             shared = [t for slot, t in enumerate(own, start=self._given) if slot not in kept and by_address]
             self._slots = given + allocated + shared
-            launches = tuple(self._planned(*seen) for seen in self._launches)
-            outline = outlined(result, self._place)
+            arguments = [
+                [self._place(one) if isinstance(one, Tensor) else one for one in launch.in_order()]
+                for launch, _ in self._launches
+            ]
+            rebuilt = rebuilder(result, self._place)
         except _ElsewhereError:
             return "a tensor is neither among those given nor among those allocated"
-        allocations = tuple((tuple(t.shape), t.stride(), t.dtype) for t in allocated)
-        lives = _lives(launches)
+        lives = _lives(arguments)
         first_shared = self._given + len(allocated)
         size_bytes, offsets = laid_out(
             [(t.untyped_storage().nbytes(), *lives.get(slot, (0, 0))) for slot, t in enumerate(shared, first_shared)]
         )
-        return Plan(allocations, size_bytes, offsets, launches, outline, by_address)
-
-    def _planned(self, launch: Launch, compiled: Any) -> PlannedLaunch:
-        arguments = launch.in_order()
-        places = []
-        for position, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
-                place = self._place(argument)
-                places.append((position, place, place.offset * argument.element_size()))
-                arguments[position] = None
-        return PlannedLaunch(launch.runner(compiled), arguments, tuple(places))
+        inside, constants, picks = _pooled(arguments, len(self._slots), by_address)
+        return Plan(
+            allocations=tuple((tuple(t.shape), t.stride(), t.dtype) for t in allocated),
+            workspace_bytes=size_bytes,
+            offsets=offsets,
+            inside=inside,
+            constants=constants,
+            launches=tuple(
+                (launch.runner(compiled), picker(pick))
+                for (launch, compiled), pick in zip(self._launches, picks, strict=True)
+            ),
+            result=rebuilt,
+            by_address=by_address,
+        )
 
     def _place(self, tensor: Tensor) -> Place:
         """Where ``tensor`` lies: it begins where a slot does, or within one that has no gaps."""
         address, size = tensor.data_ptr(), tensor.element_size()
+        shape, stride = tuple(tensor.shape), tensor.stride()
         for slot, base in enumerate(self._slots):
             if tensor is base or (tensor.numel() and base.numel() and base.data_ptr() == address):
-                whole = tensor.shape == base.shape and tensor.stride() == base.stride()
-                return Place(slot, 0, tuple(tensor.shape), tensor.stride(), whole)
+                whole = shape == tuple(base.shape) and stride == base.stride()
+                return Place(slot, 0, None if whole else (shape, stride, 0))
         for slot, base in enumerate(self._slots):
             offset_bytes = address - base.data_ptr()
             if base.is_contiguous() and base.dtype == tensor.dtype and 0 <= offset_bytes < base.numel() * size:
-                return Place(slot, offset_bytes // size, tuple(tensor.shape), tensor.stride(), whole=False)
+                offset = offset_bytes // size
+                return Place(slot, offset * size, (shape, stride, offset))
         raise _ElsewhereError
 
 
@@ -124,13 +131,41 @@ class _ElsewhereError(Exception):
     """A tensor that is in none of the slots."""
 
 
-def _lives(launches: tuple[PlannedLaunch, ...]) -> dict[int, tuple[int, int]]:
+def _pooled(
+    arguments: list[list[Any]], slots: int, by_address: bool
+) -> tuple[tuple[Place, ...], tuple[Any, ...], list[list[int]]]:
+    """(places that are no slot, constants, and for each launch where its arguments are in the pool).
+
+    The pool is the slots, the places, the constants. To an address, a slot's own beginning is the slot.
+    """
+
+    def is_slot(place: Place) -> bool:
+        return not place.offset_bytes if by_address else place.geometry is None
+
+    flat = [one for of_launch in arguments for one in of_launch]
+    inside = list(dict.fromkeys(one for one in flat if type(one) is Place and not is_slot(one)))
+    at = {place: slots + index for index, place in enumerate(inside)}
+    constants, picks = [], []
+    for of_launch in arguments:
+        pick = []
+        for one in of_launch:
+            if type(one) is not Place:
+                pick.append(slots + len(inside) + len(constants))
+                constants.append(one)
+            else:
+                pick.append(one.slot if is_slot(one) else at[one])
+        picks.append(pick)
+    return tuple(inside), tuple(constants), picks
+
+
+def _lives(arguments: list[list[Any]]) -> dict[int, tuple[int, int]]:
     """Slot -> its first and its last launch."""
     lives: dict[int, tuple[int, int]] = {}
-    for number, launch in enumerate(launches):
-        for _, place, _ in launch.places:
-            first, _ = lives.get(place.slot, (number, number))
-            lives[place.slot] = (first, number)
+    for number, of_launch in enumerate(arguments):
+        for one in of_launch:
+            if type(one) is Place:
+                first, _ = lives.get(one.slot, (number, number))
+                lives[one.slot] = (first, number)
     return lives
 
 
