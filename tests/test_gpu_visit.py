@@ -76,7 +76,7 @@ def test_the_kernels_own_tests_come_before_all_others(standard):
     assert first == ["tests/test_triton_gpu.py", "tests/test_triton_plans.py"]
     assert "-m" not in commands[gpu_visit.KERNEL_TESTS][3:]  # all of them: each may launch a kernel
     assert "gpu and not slow" in commands[gpu_visit.OTHER_TESTS] and not set(first) & set(others)
-    assert "tests/test_triton_kernels.py" in others and "tests/test_benchmarking.py" in others
+    assert "tests/test_triton_kernels.py" in others and "tests/test_benchmark_suites.py" in others
     depth = [len(Path(file).parts) for file in others]
     assert depth == sorted(depth)  # PEFT's last
     assert all("--maxfail=20" in commands[name] for name in (gpu_visit.KERNEL_TESTS, gpu_visit.OTHER_TESTS))

@@ -1,0 +1,512 @@
+"""The suites of the benchmarks, their results, and what follows from these: comparisons, tables, figures, documents.
+
+Nothing here asserts how long anything takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark_cases import CPU, SMALL, quick
+
+from goat_kernels.benchmarking import (
+    ahead,
+    design_suite,
+    host_suite,
+    launches,
+    layer_suite,
+    layers,
+    machine,
+    models,
+    plots,
+    report,
+    results,
+    startup,
+    suites,
+    tables,
+    tuning,
+)
+from goat_kernels.benchmarking.cases import kernel_cases, layer_cases, memory_cases, scaling_cases
+from goat_kernels.benchmarking.compare import compare_rows
+from goat_kernels.benchmarking.layers import (
+    FROZEN,
+    HALF_LORA,
+    KINDS,
+    LORA,
+    error_bound,
+)
+from goat_kernels.benchmarking.peers import peft_lora
+from goat_kernels.benchmarking.settings import BenchSettings
+from goat_kernels.checks.ahead import compiled_together
+from goat_kernels.checks.problem import LayerCase, make_problem
+from goat_kernels.cli import bench, main
+from goat_kernels.linear import GoatLinear
+from goat_kernels.numerics import relative_error
+
+ROOT = Path(__file__).parents[1]
+
+
+# --- suites and results ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_knows_the_suites_and_the_kinds():
+    assert bench.SUITE_NAMES == tuple(suites.SUITES) == tuple(tables.TABLES)
+    assert bench.KINDS == KINDS
+    assert set(plots.FIGURES) <= set(suites.SUITES)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_standard_cases(device):
+    assert all(case.R % case.E == 0 and case.K <= case.E for case in layer_cases(device, quick=False))
+    scaled = scaling_cases(device, quick=False)
+    assert all(case.R % case.E == 0 and case.K <= case.E for case in scaled)
+    assert Counter(case.varied for case in scaled).keys() == set("TNREK")
+    assert kernel_cases(device, quick=False)
+
+
+def test_the_shapes_with_a_target_are_measured_in_both_forms_and_with_dropout():
+    targets = [(8192, 4096, 4096, 32), (8192, 4096, 4096, 8), (8192, 4096, 11008, 32), (8192, 11008, 4096, 32)]
+    targets += [(8192, 5120, 13824, 128), (8192, 13824, 5120, 128), (16384, 8192, 8192, 64)]
+    targets += [(3200, 768, 768, 8), (3200, 768, 3072, 8)]
+    cases = layer_cases("cuda", quick=False)
+    assert all(case.forms == ("fold", "path") for case in cases)
+    of_mode = {
+        (mode, dropout): [(c.T, c.N, c.M, c.R) for c in cases if mode in c.modes and c.dropout_p == dropout]
+        for mode, dropout in (("both", 0.0), ("both", 0.05), ("inference", 0.0))
+    }
+    assert of_mode["both", 0.0] == of_mode["both", 0.05] == targets
+    assert of_mode["inference", 0.0] == [(T, 4096, 4096, 32) for T in (1, 16, 64)]
+    assert not any(case.dropout_p for case in memory_cases("cuda", quick=False))
+
+
+def test_a_case_with_dropout_times_what_drops_and_nothing_else(monkeypatch):
+    case = dataclasses.replace(SMALL, modes=("both",), dropout_p=0.25)
+    rows = {row["contender"]: row for row in layer_suite.layer_rows(case, quick(dtype=torch.bfloat16))}
+    timed = {name for name, row in rows.items() if "time_ms_p50" in row}
+    assert timed == {FROZEN, LORA, HALF_LORA, "GOAT fold, torch", "GOAT path, torch"}
+    assert all(row["dropout_p"] == 0.25 for row in rows.values())
+    table = tables.TABLES["layer"]([{**row, "suite": "layer"} for row in rows.values()])
+    assert table.startswith("Forward and backward with dropout")
+    # A layer that drops nothing is found out.
+    monkeypatch.setattr(layers, "peft_lora", lambda *given: peft_lora(*given[:4]))
+    rows = list(layer_suite.layer_rows(case, quick(dtype=torch.bfloat16, without=frozenset({"torch", "compiled"}))))
+    assert {row["contender"] for row in rows if "drops nothing" in row.get("failed", "")} == {LORA, HALF_LORA}
+
+
+def test_launches_are_counted_where_they_can_be(device):
+    layer = GoatLinear(32, 40, r=16, num_experts=8, top_k=2, init="lora", backend="triton", device=device)
+    assert launches.triton_launches(lambda: layer(torch.randn(1, 32, device=device))) == 2
+    row = {"mode": "inference", "contender": "GOAT path, triton", "kernel_launches": 3, "triton_launches": 2}
+    row |= {"T": 1, "N": 32, "M": 40, "R": 16, "E": 8, "K": 2}
+    assert "| inference | 1 | 32 -> 40 | 16 | 3 (2 of ours) |" in tables.launches_table([row])
+    assert tables.launches_cell(None) == "-" and tables.launches_cell({"triton_launches": 9}) == "9 of ours"
+
+
+def test_the_hosts_time_is_that_of_calls_that_compute_what_they_should(quick_run):
+    rows = [row for row in results.read_rows(quick_run) if row["suite"] == "host"]
+    names = {row["contender"] for row in rows if "time_ms_p50" in row}
+    assert {FROZEN, LORA, "GOAT path, torch", "GOAT path, triton", "GOAT path, triton, without plans"} <= names
+    for name in names:
+        times = {row["mode"]: row["time_ms_p50"] for row in rows if row["contender"] == name}
+        assert times["both"] > max(times["forward"], times["backward"]) > 0
+    both = {row["contender"]: row for row in rows if row.get("mode") == "both"}
+    assert both["GOAT path, triton"]["triton_launches"] == both["GOAT path, triton, without plans"]["triton_launches"]
+    if not torch.cuda.is_available():
+        assert "launches nothing" in both["GOAT path, triton"]["how"] and "T=2" in both[LORA]["how"]
+
+
+def test_the_profile_is_printed_and_is_no_row(capsys, monkeypatch):
+    monkeypatch.setattr(host_suite, "_rows_of_process", lambda *_: iter([{"profile": "functions"}, {"mode": "both"}]))
+    monkeypatch.setattr(host_suite, "_rows", lambda *_, dry: iter([{"profile": "functions"}, {"mode": "both"}]))
+    (row,) = host_suite.host_rows(SMALL, quick(profile=True))
+    assert capsys.readouterr().out == "functions\n" and row["T"] == SMALL.T and row["dtype"] == "bfloat16"
+
+
+def test_the_dry_driver_comes_before_the_kernels():
+    code = (
+        "import goat_kernels.kernels.launch\nfrom goat_kernels.checks import dry_driver\n"
+        "try:\n    dry_driver.install()\nexcept RuntimeError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "before the kernels are imported" in done.stdout, done.stderr
+
+
+def test_kernels_are_compiled_ahead_for_either_kind_of_scaling():
+    problems = list(ahead._problems([SMALL], torch.bfloat16))
+    kinds = [(p.adapter.residual_rank, p.adapter.scaling_E is None) for p in problems]
+    assert kinds == [(0, True), (SMALL.R, False), (SMALL.R, True)]
+    assert all(p.x_TN.is_meta and p.adapter.lora_A.is_meta for p in problems)
+
+
+@pytest.mark.parametrize("version", ["with ignore_errors", "without", "none"])
+def test_compiling_ahead_takes_whatever_this_triton_has(version, monkeypatch):
+    import triton
+
+    opened = []
+
+    class Mode:
+        def __init__(self, pool, **options):
+            opened.append(options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *raised):
+            if version == "without":
+                raise RuntimeError("one of the kernels")
+
+    class ModeWithOption(Mode):
+        def __init__(self, pool, ignore_errors=False):
+            super().__init__(pool, ignore_errors=ignore_errors)
+
+    modes = {"with ignore_errors": ModeWithOption, "without": Mode}
+    monkeypatch.setattr(triton, "AsyncCompileMode", modes.get(version), raising=False)
+    warns = pytest.warns(UserWarning, match="one of the kernels") if version == "without" else nullcontext()
+    with warns, compiled_together(None):
+        pass
+    assert opened == {"with ignore_errors": [{"ignore_errors": True}], "without": [{}], "none": []}[version]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter has no pools of compilers")
+def test_the_matmul_with_the_rank_as_extra_k_computes_the_layer():
+    problem = make_problem(LayerCase(70, 72, 136, R=16, path=False, dtype=torch.float32), CPU)
+    exact = problem.double()
+    for orders in (design_suite.forward_orders, design_suite.backward_orders):
+        result = orders("triton", problem)[design_suite.EXTRA_K]()
+        expected = orders("torch", exact)[design_suite.OURS]()
+        assert relative_error(result, expected) <= error_bound(torch.float32)
+
+
+def test_the_orders_of_the_design_agree():
+    problem = make_problem(LayerCase(70, 72, 136, R=16, dtype=torch.float64, adapter_dtype=torch.float64), CPU)
+    for orders in (design_suite.forward_orders, design_suite.backward_orders):
+        (_, ours, *others) = (call() for call in orders("torch", problem).values())
+        assert all(relative_error(other, ours) <= error_bound(torch.float64) for other in others)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a test of its own runs the suite on a GPU")
+def test_neighbours_of_a_tile_are_checked_and_timed_beside_it(monkeypatch):
+    layer = LayerCase(40, 32, 24, R=16, path=False, dtype=torch.float32)
+    every = tuning._tiles_of(layer, CPU)
+    assert {"weight_gradient", "expand_columns"} <= set(every)
+    table, *around = every["expand_columns"]
+    assert table not in around and len(around) > 4
+    monkeypatch.setattr(tuning, "_tiles_of", lambda *_: {"expand_columns": [table, around[0]]})
+    rows = list(tuning.tile_rows(layer, quick(), "test"))
+    assert [(row["pass"], row["is_in_table"]) for row in rows] == [("expand_columns", True), ("expand_columns", False)]
+    assert rows[1]["contender"] == tuning.in_words_of(around[0]) and rows[1]["ratio_to"] == rows[0]["contender"]
+    assert all(row["time_ms_p50"] > 0 for row in rows)
+    monkeypatch.setattr(tuning, "difference", lambda results, expected: math.nan)
+    assert all("not timed" in row["failed"] for row in tuning.tile_rows(layer, quick(), "test"))
+
+
+def test_each_decomposition_runs_once(monkeypatch):
+    sizes = Counter()
+    monkeypatch.setattr(startup, "_elapsed_ms", lambda linear, *_: sizes.update([(linear.in_features,)]) or 1.0)
+    rows = list(startup._initialisation_rows(BenchSettings(CPU, torch.float32, rounds=2)))
+    assert len(rows) == 9 and sizes[1024,] == 6 and sizes[2752,] == 3  # two layers of 1024 inputs, in three ways
+
+
+def test_the_layers_of_a_model_are_those_that_are_compiled_ahead():
+    (llama, vit) = models.model_cases("cuda", quick=False)
+    assert {(c.T, c.R) for c in models.model_layers(llama)} == {(8192, 32)}
+    assert {(c.T, c.N, c.M) for c in models.model_layers(vit)} == {
+        (3200, 768, 768), (3200, 768, 3072), (3200, 3072, 768),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory) -> Path:
+    """Every suite at tiny sizes, by the command."""
+    path = tmp_path_factory.mktemp("results") / "run.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "_IMPORTS", {"import json": ("import json", "json")})
+        code = main(["bench", "--suite", "all", "--quick", "--without", "compiled", "--output", str(path)])
+    assert code == 0
+    return path
+
+
+def test_rows_say_what_was_measured_on_what(quick_run):
+    rows = results.read_rows(quick_run)
+    assert {row["suite"] for row in rows} == set(suites.SUITES)
+    needed = {"date", "commit", "device", "gpu", "cpu", "driver", "threads", "versions", "cases", "contender"}
+    for row in rows:
+        assert needed <= set(row)
+        assert bool({"time_ms_p50", "time_ms_fastest", "peak_mib"} & set(row)) != ("skipped" in row)
+        assert row["cases"] == "quick"
+    text = quick_run.read_text()
+    assert str(ROOT) not in text and str(Path.home()) not in text
+    assert len(socket.gethostname()) < 4 or socket.gethostname() not in text
+
+
+def test_what_cannot_run_is_skipped_with_a_reason_once(quick_run):
+    skipped = [row for row in results.read_rows(quick_run) if "skipped" in row and row["suite"] == "layer"]
+    reasons = {row["contender"]: row["skipped"] for row in skipped}
+    assert len(skipped) == len(reasons)
+    if not torch.cuda.is_available():
+        assert "GPU" in reasons["GOAT path, triton"] and "GPU" in reasons["GOAT path, triton, CUDA graph"]
+
+
+def test_every_suite_makes_a_table_and_a_figure(quick_run):
+    rows = results.read_rows(quick_run)
+    for name in suites.SUITES:
+        of_suite = [row for row in rows if row["suite"] == name]
+        text = tables.TABLES[name](of_suite)
+        assert text.count("|") > 10 and "nan" not in text
+        if name in plots.FIGURES:
+            assert plots.figure(name, of_suite).startswith(b"\x89PNG")
+
+
+def test_a_compiled_layer_is_timed_like_the_others():
+    case = dataclasses.replace(SMALL, forms=("fold",), modes=("backward", "both"))
+    settings = quick(without=frozenset({"lora", "loop", "triton", "graph", "unsloth"}))
+    rows = [row for row in layer_suite.layer_rows(case, settings) if "compiled" in row["contender"]]
+    assert [row["mode"] for row in rows if "time_ms_p50" in row] == ["both"]
+
+
+def test_a_run_that_stopped_goes_on_with_the_case_that_it_was_in(monkeypatch):
+    cases = [dataclasses.replace(SMALL, R=R) for R in (8, 16, 24)]
+    ran = []
+
+    def rows(case, settings):
+        ran.append(case.R)
+        yield {**case.row(), **settings.dtypes(), "contender": "x", "time_ms_p50": 1.0}
+
+    suite = suites.Suite("", lambda device, quick: cases, rows, layers=None)
+    monkeypatch.setitem(suites.SUITES, "layer", suite)
+    before = []
+    suites.run_suite("layer", quick(), before.append)
+    suites.run_suite("layer", quick(), lambda row: None, before[:2])
+    assert ran == [8, 16, 24, 16, 24]  # the last case of a run that stopped may be a part
+    ran.clear()
+    suites.run_suite("layer", quick(dtype=torch.bfloat16), lambda row: None, before)
+    other_code = [{**row, "commit": "another"} for row in before]
+    suites.run_suite("layer", quick(), lambda row: None, other_code)
+    assert ran == 2 * [8, 16, 24]
+
+
+def test_a_case_that_raises_is_a_row_and_the_next_one_runs(monkeypatch):
+    def rows(case, settings):
+        if case.R == 8:
+            raise RuntimeError("out of memory")
+        yield {**case.row(), "contender": "x", "time_ms_p50": 1.0}
+
+    cases = [dataclasses.replace(SMALL, R=R) for R in (8, 16)]
+    monkeypatch.setitem(suites.SUITES, "layer", suites.Suite("", lambda device, quick: cases, rows, layers=None))
+    reported = []
+    suites.run_suite("layer", quick(), reported.append)
+    assert [(row["R"], "failed" in row) for row in reported] == [(8, True), (16, False)]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_results_of_a_run_do_not_make_its_checkout_dirty(tmp_path, monkeypatch):
+    def git(*command: str) -> None:
+        identity = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.com")
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    module = tmp_path / "package" / "machine.py"
+    module.parent.mkdir()
+    module.write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(machine, "__file__", str(module))
+    results.writer(tmp_path / results.RESULTS_FOLDER / "run.jsonl")({"suite": "layer"})
+    assert machine.commit()["commit_is_dirty"] is False and len(machine.commit()["commit"]) == 12
+    module.write_text("2\n")
+    assert machine.commit()["commit_is_dirty"] is True
+    monkeypatch.setattr(machine, "__file__", str(tmp_path.parent / "elsewhere.py"))
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "abc")
+    assert machine.commit() == {"commit": "abc", "commit_is_dirty": None}
+
+
+def test_a_line_that_an_interrupted_run_left_is_cut_off(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"suite": "layer", "R": 1}\n{"suite": "la')
+    with pytest.warns(UserWarning, match="line 2"):
+        assert [row["R"] for row in results.read_rows(path)] == [1]
+    with pytest.warns(UserWarning, match="removed"):
+        write = results.writer(path)
+    write({"suite": "layer", "R": 2})
+    assert [row["R"] for row in results.read_rows(path)] == [1, 2]
+
+
+def test_numbers_are_rounded_and_not_a_number_is_refused(tmp_path):
+    write = results.writer(tmp_path / "new" / "rows.jsonl")
+    write({"suite": "layer", "time_ms_p50": 1.23456789, "versions": {"torch": "2"}})
+    write({"suite": "layer", "time_ms_p50": 2.0})
+    assert [row["time_ms_p50"] for row in results.read_rows(tmp_path / "new" / "rows.jsonl")] == [1.23457, 2.0]
+    with pytest.raises(ValueError):
+        write({"suite": "layer", "time_ms_p50": math.nan})
+
+
+def test_the_newest_standard_run_counts():
+    row = {"suite": "layer", "device": "cpu", "cases": "standard", "date": "2026-01-01"}
+    later, custom = {**row, "date": "2026-02-01"}, {**row, "date": "2026-03-01", "cases": "custom"}
+    other = {**row, "date": "2026-04-01", "device": "cuda"}
+    assert results.newest([row, later, custom, other], "layer", "cpu") == [later]
+    assert results.newest([row], "kernels", "cpu") == []
+
+
+# --- compare ------------------------------------------------------------------------------------------------------
+
+
+def _row(contender: str, p50: float, spread: float = 0.01, **fields) -> dict:
+    row = {"suite": "layer", "device": "cpu", "T": 8, "mode": "both", "contender": contender, **fields}
+    for quantity in ("time_ms", "ratio"):
+        row |= {f"{quantity}_p20": p50 - spread, f"{quantity}_p50": p50, f"{quantity}_p80": p50 + spread}
+    return row
+
+
+def test_a_change_counts_where_the_two_runs_do_not_touch():
+    old = [_row("a", 1.0), _row("b", 1.0), _row("c", 1.0), _row("d", 1.0, spread=0.3), _row("gone", 1.0)]
+    new = [_row("a", 1.2), _row("b", 0.9), _row("c", 1.005), _row("d", 1.2, spread=0.3), _row("new", 1.0)]
+    assert [change.verdict for change in compare_rows(old, new)] == ["slower", "faster", "", ""]
+
+
+def test_a_busy_machine_is_no_regression_where_there_is_a_ratio():
+    busy = _row("a", 1.0) | {"time_ms_p20": 9.0, "time_ms_p50": 9.5, "time_ms_p80": 10.0}
+    (change,) = compare_rows([_row("a", 1.0)], [busy])
+    assert (change.quantity, change.verdict) == ("ratio", "")
+
+
+def test_other_threads_dtypes_and_shapes_are_other_measurements():
+    assert not compare_rows([_row("a", 1.0, threads=1)], [_row("a", 1.0, threads=2)])
+    assert not compare_rows([_row("a", 1.0, dtype="float32")], [_row("a", 1.0, dtype="bfloat16")])
+    assert not compare_rows([_row("a", 1.0, R=8)], [_row("a", 1.0, R=16)])
+
+
+def test_memory_is_compared_exactly():
+    old, new = ({"suite": "memory", "contender": "a", "peak_mib": mib} for mib in (10.0, 11.0))
+    assert [change.verdict for change in compare_rows([old], [new])] == ["more"]
+    assert [change.verdict for change in compare_rows([new], [old])] == ["less"]
+
+
+def test_what_the_new_run_lost_is_named(tmp_path, capsys):
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    write = results.writer(old)
+    for name in ("a", "b", "c"):
+        write(_row(name, 1.0))
+    write(_row("a", 1.0, suite="memory"))
+    results.writer(new)(_row("a", 1.0))
+    results.writer(new)({"suite": "layer", "device": "cpu", "T": 8, "mode": "both", "contender": "b", "failed": "hm"})
+    assert main(["bench", "--compare", str(old), str(new)]) == 1
+    said = capsys.readouterr().out
+    assert "failed: hm" in said and "c: missing" in said and "the suite memory" in said
+
+
+def test_the_command_compares_files(tmp_path, capsys):
+    files = {}
+    for name, p50 in (("old", 1.0), ("new", 1.5)):
+        files[name] = tmp_path / f"{name}.jsonl"
+        results.writer(files[name])(_row("a", p50))
+    assert main(["bench", "--compare", str(files["old"]), str(files["new"])]) == 1
+    assert "slower" in capsys.readouterr().out
+    assert main(["bench", "--compare", str(files["new"]), str(files["old"])]) == 0
+    assert main(["bench", "--compare", str(files["old"]), str(files["old"])]) == 0
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def test_tables_and_figures_are_those_of_the_results():
+    stale = [str(path) for path in report.out_of_date(ROOT)]
+    assert not stale, f"out of date: {stale}; run goat-kernels bench --report"
+
+
+@pytest.fixture
+def checkout(tmp_path, quick_run) -> Path:
+    """A checkout with one run, which says that its cases are the standard ones."""
+    (tmp_path / "docs").mkdir()
+    for path in report.DOCUMENTS:
+        shutil.copy(ROOT / path, tmp_path / path)
+    write = results.writer(tmp_path / results.RESULTS_FOLDER / "run.jsonl")
+    for row in results.read_rows(quick_run):
+        write({**row, "cases": "standard"})
+    return tmp_path
+
+
+def test_new_results_make_documents_and_figures_out_of_date(checkout):
+    report.write(checkout)
+    folder = checkout / results.RESULTS_FOLDER
+    rows = [row for row in results.read_rows(folder / "run.jsonl") if row["suite"] == "memory" and "peak_mib" in row]
+    write = results.writer(folder / "later.jsonl")
+    for row in rows:
+        write({**row, "date": "2999-01-01T00:00:00+00:00", "peak_mib": 123.0})
+    assert set(report.out_of_date(checkout)) == {
+        Path("docs/benchmarks.md"),
+        Path("docs/figures/bench-memory-cpu.png"),
+    }
+
+
+# --- bad options ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--shape", "1,2,3"], ["--shape", "'1,2,3'", "T,N,M,R"]),
+        (["--shape", "8,8,8,x"], ["--shape", "T,N,M,R"]),
+        (["--shape", "0,8,8,8"], ["--shape", "at least 1"]),
+        (["--shape", "8,8,8,12"], ["--shape", "multiple of 8"]),
+        (["--shape", "8,8,8,8", "--suite", "model"], ["--shape", "model"]),
+        (["--shape", "8,8,8,8", "--quick"], ["--shape", "--quick"]),
+        (["--residual", "fold"], ["--residual", "--shape"]),
+        (["--resume"], ["--resume", "--output"]),
+        (["--profile"], ["--profile", "host"]),
+        (["--suite", "speed"], ["--suite", "'speed'", "kernels"]),
+        (["--without", "everything"], ["--without", "'everything'"]),
+        (["--rounds", "0"], ["--rounds", "0"]),
+        (["--output", "."], ["--output", "file"]),
+        (["--compare", "nowhere.jsonl", "nowhere.jsonl"], ["--compare", "nowhere.jsonl", "exists"]),
+        pytest.param(
+            ["--device", "cuda"],
+            ["--device", "GPU"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_are_named(options, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in named), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_holds_no_results_is_named(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"suite": "layer"}\nnotes\n')
+    assert main(["bench", "--compare", str(path), str(path)]) == 2
+    assert "line 2" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--report"]) == 2
+    assert "README.md" in capsys.readouterr().err
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", suites.SUITES)
+def test_suites_run_on_a_gpu(name, device):
+    rows = []
+    suites.run_suite(name, quick(torch.device("cuda", 0), torch.bfloat16), rows.append)
+    failed = [json.dumps(row) for row in rows if "failed" in row]
+    assert not failed
+    if name in ("layer", "kernels", "model"):
+        assert any("triton" in row["contender"] for row in rows if "time_ms_p50" in row)
+    if name == "layer":
+        assert any("CUDA graph" in row["contender"] for row in rows if "ratio_p50" in row)
