@@ -79,10 +79,12 @@ _SMALL_PROJECT = _tall_to_low(32, 4, 2, (64, 32, 16), rank=32)
 #: In order: of the entries of a kernel that hold the columns, those of the GPU's own family come first, then "any".
 TABLE: tuple[Entry, ...] = (
     # One read of x (dY) by programs of `rows` tokens; every program re-reads the adapter.
+    Entry("fused_forward", 2, 32, _tall_to_low(64, 4, 3, (64, 32, 16)), family="sm100"),
     Entry("fused_forward", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
     Entry("fused_forward", 2, 64, _tall_to_low(64, 4, 5, (64, 32, 16)), family="sm90", min_columns=33),
     Entry("fused_forward", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_forward", 2, 128, _tall_to_low(64, 8, 3, (64, 32, 16))),
+    Entry("fused_forward", 4, 64, _tall_to_low(16, 4, 2, (32, 16)), family="sm100"),
     Entry("fused_forward", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
     Entry("fused_forward", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
     Entry("fused_forward.unaligned", 2, 128, _tall_to_low(64, 8, 3, (32, 16))),
@@ -130,6 +132,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("weight_gradient", 2, 64, _tall_to_low(128, 4, 3, (64,), rank=64)),
     Entry("weight_gradient", 2, _ANY, _tall_to_low(128, 8, 3, (64,), rank=128)),
     Entry("weight_gradient", 4, 64, _tall_to_low(64, 8, 3, (16,), rank=32)),
+    Entry("weight_gradient", 4, _ANY, _tall_to_low(32, 8, 2, (16,), rank=32), family="sm90", min_columns=65),
     Entry("weight_gradient", 4, _ANY, _tall_to_low(32, 8, 3, (16,), rank=32)),
     Entry("weight_gradient.dropout", 2, _ANY, _tall_to_low(64, 4, 2, (32,), rank=32)),
     Entry("weight_gradient.dropout", 4, 16, _tall_to_low(32, 8, 2, (16,), rank=32)),
