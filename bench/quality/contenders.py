@@ -94,6 +94,9 @@ ABLATIONS: dict[str, dict[str, Contender]] = {
 #: The task of the ablations: one that runs in seconds.
 ABLATION_TASK = "digits-rare"
 
+#: A second one, for the ablations that the first raises a question about; ``--only`` and ``--methods`` run it.
+SECOND_ABLATION_TASK = "python-to-prose"
+
 
 def contenders(suite: str) -> dict[str, Contender]:
     """Name -> contender, of ``main`` or ``ablation``."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.quality.contenders import ABLATION_TASK, ABLATIONS, MAIN
+from bench.quality.contenders import ABLATION_TASK, ABLATIONS, MAIN, SECOND_ABLATION_TASK
 from bench.quality.figures import FIGURES, digest, digest_in, draw
 from bench.quality.results import RESULTS_FOLDER, Results
 from bench.quality.tables import (
@@ -48,11 +48,11 @@ def _from_main(make: Callable[[dict[str, list[dict]]], str]) -> Callable[[dict[s
     return block
 
 
-def _ablation(name: str) -> Callable[[dict[str, list[dict]]], str]:
+def _ablation(name: str, task: str) -> Callable[[dict[str, list[dict]]], str]:
     def block(rows_of: dict[str, list[dict]]) -> str:
-        rows, names = rows_of.get(ABLATION_TASK, []), {one.name for one in ABLATIONS[name].values()} - {"goat"}
+        rows, names = rows_of.get(task, []), {one.name for one in ABLATIONS[name].values()} - {"goat"}
         found = [row for row in rows if row["contender"] in names and row["stage"] == "test"]
-        return ablation_table(rows, name) if found else "No results yet: `python -m bench.quality --suite ablation`."
+        return ablation_table(rows, name, task) if found else "No results yet: `python -m bench.quality --suite ablation`."
 
     return block
 
@@ -69,7 +69,8 @@ BLOCKS: dict[str, Callable[[dict[str, list[dict]]], str]] = {
     "settings": _from_main(settings_table),
     "paper": _from_main(paper_table),
     "provenance": lambda rows_of: provenance(r for rows in rows_of.values() for r in rows) if rows_of else _NOTHING,
-    **{f"ablation-{name}": _ablation(name) for name in ABLATIONS},
+    **{f"ablation-{name}": _ablation(name, ABLATION_TASK) for name in ABLATIONS},
+    **{f"second-ablation-{name}": _ablation(name, SECOND_ABLATION_TASK) for name in ABLATIONS},
     **{f"figure-{name.removeprefix('quality-').removesuffix('.png')}": _figure(name) for name in FIGURES},
 }
 

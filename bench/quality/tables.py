@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from bench.quality.contenders import ABLATION_TASK, ABLATIONS, MAIN
+from bench.quality.contenders import ABLATIONS, MAIN
 from bench.quality.runs import chosen_rate
 from bench.quality.statistics import Summary, holm, paired_difference, summary
 from bench.quality.tasks import METRICS, TASKS
@@ -140,9 +140,9 @@ def _mean_over(rows_of: dict[str, list[dict]], domain: str, name: str) -> str:
     return f"{100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
 
 
-def ablation_table(rows: list[dict], ablation: str) -> str:
-    """Variants: score, and the difference to GOAT as it is."""
-    metric = TASKS[ABLATION_TASK].metric
+def ablation_table(rows: list[dict], ablation: str, task: str) -> str:
+    """Variants that were run on a task: score, and the difference to GOAT as it is."""
+    metric = TASKS[task].metric
     goat = scores_of(rows, "goat", metric)
     scores = {label: scores_of(rows, contender.name, metric) for label, contender in ABLATIONS[ablation].items()}
     scores = {label: of_label for label, of_label in scores.items() if of_label}
