@@ -52,7 +52,9 @@ def _ablation(name: str, task: str) -> Callable[[dict[str, list[dict]]], str]:
     def block(rows_of: dict[str, list[dict]]) -> str:
         rows, names = rows_of.get(task, []), {one.name for one in ABLATIONS[name].values()} - {"goat"}
         found = [row for row in rows if row["contender"] in names and row["stage"] == "test"]
-        return ablation_table(rows, name, task) if found else "No results yet: `python -m bench.quality --suite ablation`."
+        return (
+            ablation_table(rows, name, task) if found else "No results yet: `python -m bench.quality --suite ablation`."
+        )
 
     return block
 
