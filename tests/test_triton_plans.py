@@ -22,7 +22,7 @@ from triton_cases import FOUR_PROCESSORS, MANY_PROCESSORS, ONE_PROCESSOR, goat_o
 from goat_kernels import operators
 from goat_kernels.backends.triton_backend import plans as plans_module
 from goat_kernels.backends.triton_backend.passes import TritonPasses
-from goat_kernels.backends.triton_backend.plan import Plan
+from goat_kernels.backends.triton_backend.plan import Place, Plan, rebuilder
 from goat_kernels.backends.triton_backend.watching import laid_out
 from goat_kernels.kernels.configs import forced_target
 from goat_kernels.kernels.launch import observed
@@ -282,3 +282,13 @@ def test_compiled_kernels_get_the_right_addresses():
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "launches replayed" in done.stdout
+
+
+def test_a_result_of_any_nesting_is_rebuilt():
+    a, b, part = torch.zeros(2), torch.zeros(3), torch.zeros(1)
+    places = {id(a): Place(0, 0, None), id(b): Place(1, 0, None), id(part): Place(1, 4, ((1,), (1,), 1))}
+    build = rebuilder((a, (b, a), (part, b), (b,), None), lambda tensor: places[id(tensor)])
+    x, y = torch.ones(2), torch.arange(3.0)
+    first, second, third, fourth, nothing = build([x, y])
+    assert first is x and second[0] is y and second[1] is x and third[1] is y and fourth[0] is y and nothing is None
+    assert torch.equal(third[0], y[1:2])

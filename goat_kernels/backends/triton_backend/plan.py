@@ -109,8 +109,10 @@ def rebuilder(result: Any, place: Callable[[Tensor], Place]) -> Callable[[list[T
     if not isinstance(result, tuple):
         return lambda slots: result
     make = tuple if type(result) is tuple else type(result)._make
+    if all(isinstance(part, Tensor) for part in result):
+        places = [place(part) for part in result]
+        if all(found.geometry is None for found in places):  # one call for all
+            pick = picker([found.slot for found in places])
+            return pick if make is tuple else lambda slots: make(pick(slots))
     parts = [rebuilder(part, place) for part in result]
-    if all(isinstance(part, operator.itemgetter) for part in parts):  # nothing but tensors, whole: one call
-        pick = picker([place(tensor).slot for tensor in result])
-        return pick if make is tuple else lambda slots: make(pick(slots))
     return lambda slots: make([part(slots) for part in parts])
