@@ -206,7 +206,8 @@ def _setup_context_of_operator(ctx, inputs, output) -> None:
 
 def _backward_with(run, ctx, grad_y, grad_balance):
     """One call of ``run``, the backward; its gradients go back to the arguments that asked for them."""
-    needs = [ctx.needs_input_grad[i] for i in (_X, _WEIGHT, _BIAS, _LORA_A, _LORA_B, _ROUTER)]
+    needs_input_grad = ctx.needs_input_grad
+    needs = [needs_input_grad[i] for i in (_X, _WEIGHT, _BIAS, _LORA_A, _LORA_B, _ROUTER)]
     x, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, *routing = ctx.saved_tensors
     # Autograd calls with gradients off unless create_graph=True; entering the context again is felt at small sizes.
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
@@ -234,7 +235,7 @@ def _backward_with(run, ctx, grad_y, grad_balance):
         sources = (grad_y, grad_balance, x, weight, lora_A, lora_B, router)
         in_order = [None if g is None else _NoSecondDerivative.apply(g, *sources) for g in in_order]
     grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_router = in_order
-    grad_base = grad_y if ctx.needs_input_grad[_BASE_OUTPUT] else None
+    grad_base = grad_y if needs_input_grad[_BASE_OUTPUT] else None
     return (grad_x, grad_weight, grad_base, grad_bias, grad_A, grad_B, grad_router, *([None] * 10))
 
 

@@ -197,17 +197,21 @@ def _adapter_gradients(
 
     dY is read first, then x; dX0 is written last, so that it is still in the cache for the base product.
     """
-    grad_x_TN = grad_A = grad_B = grad_router = None
+    grad_x_TN = grad_A = grad_B = grad_router = hidden_gradient = None
     if needs_x or needs_A or needs_router:
         hidden_gradient = passes.hidden_gradient(
             grad_y_TM, grad_balance, adapter, routing, with_residual=needs_x, needs_B=needs_B
         )
-        grad_B = hidden_gradient.lora_B
-    if needs_B and grad_B is None:
-        grad_B = passes.lora_B_gradient(grad_y_TM, adapter, routing)
-    if needs_A or needs_router:
-        grad_A, grad_router = passes.lora_A_router_gradient(
-            x_TN, adapter, routing, hidden_gradient, needs_A=needs_A, needs_router=needs_router
+    if needs_A or needs_B or needs_router:
+        grad_A, grad_B, grad_router = passes.weight_gradients(
+            x_TN,
+            grad_y_TM,
+            adapter,
+            routing,
+            hidden_gradient,
+            needs_A=needs_A,
+            needs_B=needs_B,
+            needs_router=needs_router,
         )
     if needs_x:
         grad_x_TN = passes.input_prefill(adapter, routing, hidden_gradient)

@@ -39,8 +39,11 @@ class RoutedModule:
     expert_load: Tensor | None = None
 
     def _remember(self, balance_loss: Tensor, load: Tensor) -> None:
-        """Keep a forward's statistics. Past nn.Module's __setattr__, whose questions are felt in a small layer."""
-        self.__dict__.update(balance_loss=balance_loss.detach(), expert_load=load.detach())
+        """Keep a forward's statistics; ``load`` has no gradient.
+
+        Past nn.Module's __setattr__, whose questions are felt in a small layer.
+        """
+        self.__dict__.update(balance_loss=balance_loss.detach(), expert_load=load)
 
     @property
     def routing_device(self) -> torch.device | None:

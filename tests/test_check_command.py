@@ -121,7 +121,7 @@ def test_all_is_well_with_one_case(one_case, capsys):
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")], ids=["wrong", "nan"])
 def test_a_wrong_gradient_of_lora_B_is_named(one_case, monkeypatch, capsys, tmp_path, wrong):
-    broken_by(monkeypatch, "lora_B_gradient", lambda grad_MR: grad_MR * wrong)
+    broken_by(monkeypatch, "weight_gradients", lambda grads: (grads[0], grads[1] * wrong, grads[2]))
     assert main(["check", "--dtype", "float32", "--json", str(tmp_path / "rows.jsonl")]) == 1
     output = capsys.readouterr().out
     assert failed_rows(output) == {"lora_B gradient", "gradient of lora_B"}

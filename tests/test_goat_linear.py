@@ -353,7 +353,7 @@ def passes_run(monkeypatch, needs, R0=3) -> set[str]:
 
         return run
 
-    for name in ("hidden_gradient", "lora_B_gradient", "lora_A_router_gradient", "input_prefill"):
+    for name in ("hidden_gradient", "weight_gradients", "input_prefill"):
         monkeypatch.setattr(passes, name, counted(name, getattr(passes, name)))
     run_goat(make_problem(R0=R0), needs=needs)
     return called
@@ -362,13 +362,13 @@ def passes_run(monkeypatch, needs, R0=3) -> set[str]:
 @pytest.mark.parametrize(
     ("needs", "expected"),
     [
-        (("lora_B",), {"lora_B_gradient"}),
+        (("lora_B",), {"weight_gradients"}),
         (("bias",), set()),
         (("weight", "bias"), set()),
-        (("lora_A",), {"hidden_gradient", "lora_A_router_gradient"}),
-        (("router",), {"hidden_gradient", "lora_A_router_gradient"}),
+        (("lora_A",), {"hidden_gradient", "weight_gradients"}),
+        (("router",), {"hidden_gradient", "weight_gradients"}),
         (("x",), {"hidden_gradient", "input_prefill"}),
-        (("lora_A", "lora_B", "router"), {"hidden_gradient", "lora_A_router_gradient", "lora_B_gradient"}),
+        (("lora_A", "lora_B", "router"), {"hidden_gradient", "weight_gradients"}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )

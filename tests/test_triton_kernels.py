@@ -104,6 +104,7 @@ CASES: dict[str, dict] = {
     "staged-rank-136": {"T": 66, "N": 24, "M": 20, "R": 136, "E": 8, "R0": 130, **HALF, **MANY},
     "staged-without-x": {"T": 70, "N": 20, "M": 19, "R0": 3, "needs": ("lora_A",), "dtype": F32, **MANY},
     "staged-splits": {"T": 151, "N": 150, "M": 145, "R0": 3, "dtype": F32, "tiles": SMALL_TILES, **MANY},
+    "splits-without-lora-B": {"T": 151, "N": 35, "M": 9, "tiles": SMALL_TILES, "needs": ("lora_A", "router"), **HALF},
     "staged-splits-of-halves": {"T": 140, "N": 145, "M": 150, "K": 3, "tiles": SMALL_TILES, **HALF, **MANY},
     # Dropout.
     "dropout-fused-one-slot": {"T": 70, "N": 33, "M": 21, "K": 1, "R0": 3, "dropout_p": 0.3, "dtype": F32, **ONE},
@@ -221,21 +222,24 @@ BRANCHES = {
         "scaling per expert": lambda v: v.scaling_E_ptr is not None,
     },
     "weight_gradient": {
-        "both": lambda v: v.WITH_HIDDEN and v.WITH_LOGITS,
-        "hidden alone": lambda v: v.WITH_HIDDEN and not v.WITH_LOGITS,
-        "logits alone": lambda v: not v.WITH_HIDDEN,
-        "logits alone, scaled": lambda v: not v.WITH_HIDDEN and v.x_ptr.dtype == F16,
-        "transposed output": lambda v: v.WITH_HIDDEN and v.stride_on > 1,
-        "several blocks of rank": lambda v: v.WITH_LOGITS and v.E * v.D > v.BC,
+        "all three": lambda v: None not in (v.out_B_ptr, v.out_A_ptr, v.out_router_ptr),
+        "lora_B alone": lambda v: v.x_ptr is None,
+        "lora_A and router": lambda v: v.out_B_ptr is None and None not in (v.out_A_ptr, v.out_router_ptr),
+        "lora_A alone": lambda v: v.out_A_ptr is not None and v.out_router_ptr is None,
+        "router alone": lambda v: v.x_ptr is not None and v.out_A_ptr is None,
+        "router alone, scaled": lambda v: v.x_ptr is not None and v.out_A_ptr is None and v.x_ptr.dtype == F16,
+        "several blocks of rank": lambda v: v.blocks_M and v.x_ptr is not None and v.E * v.D > v.BC,
         "dropout": lambda v: v.seed_ptr is not None and v.TOP_K > 2,
-        "even": lambda v: v.EVEN_N,
-        "splits": lambda v: v.WITH_LOGITS and v.split_T < v.T,
+        "even": lambda v: v.EVEN_N and v.x_ptr is not None,
+        "splits": lambda v: v.blocks_M and v.out_router_ptr is not None and v.split_T < v.T,
     },
     "add_splits": {
-        "two results": lambda v: v.first_ptr is not None and v.second_ptr is not None,
-        "one result": lambda v: v.second_ptr is None,
-        "rounds to another dtype": lambda v: v.first_ptr.dtype == F16,
-        "several rounds": lambda v: v.splits > v.SPLITS,
+        "all three": lambda v: None not in (v.out_B_ptr, v.out_A_ptr, v.out_router_ptr),
+        "lora_B alone": lambda v: v.partial_A_ptr is None,
+        "lora_A and router": lambda v: v.partial_B_ptr is None and None not in (v.out_A_ptr, v.out_router_ptr),
+        "different splits": lambda v: 0 not in (v.splits_A, v.splits_B) and v.splits_A != v.splits_B,
+        "rounds to another dtype": lambda v: v.out_A_ptr is not None and v.out_A_ptr.dtype == F16,
+        "several rounds": lambda v: max(v.splits_A, v.splits_B) > v.SPLITS,
     },
     "expand_columns": {
         "forward, onto the bias": lambda v: v.logits_ptr is None and v.ONTO == "bias",
@@ -356,9 +360,8 @@ def test_each_pass_equals_the_torch_backend_in_float64(dtype, target, dropout_p,
         gradient = passes.hidden_gradient(
             grad_y.to(device), torch.tensor(0.7, device=device), adapter, routing, with_residual=True
         )
-        grad_B = passes.lora_B_gradient(grad_y.to(device), adapter, routing)
-        options = {"needs_A": True, "needs_router": True}
-        grad_A, grad_router = passes.lora_A_router_gradient(tensors.x, adapter, routing, gradient, **options)
+        needs = dict.fromkeys(("needs_A", "needs_B", "needs_router"), True)
+        found_weights = passes.weight_gradients(tensors.x, grad_y.to(device), adapter, routing, gradient, **needs)
         grad_x = passes.input_prefill(adapter, routing, gradient)
 
     x, bias = problem.x.double(), None if problem.bias is None else problem.bias.double()
@@ -376,11 +379,10 @@ def test_each_pass_equals_the_torch_backend_in_float64(dtype, target, dropout_p,
         ("dh", "dlogits", "dh0"), found.split([12, 4, 5], 1), gradient_64.columns.split([12, 4, 5], 1), strict=True
     ):
         agree(name, part, expected)
-    agree("dlora_B", grad_B, oracle.lora_B_gradient(grad_y.double(), exact, given))
     taken = type(gradient_64)(found.cpu().double(), gradient.logits_ET.cpu().double())
-    grad_A_64, grad_router_64 = oracle.lora_A_router_gradient(x, exact, given, taken, **options)
-    agree("dlora_A", grad_A, grad_A_64)
-    agree("drouter", grad_router, grad_router_64)
+    expected_weights = oracle.weight_gradients(x, grad_y.double(), exact, given, taken, **needs)
+    for name, part, expected in zip(("dlora_A", "dlora_B", "drouter"), found_weights, expected_weights, strict=True):
+        agree(name, part, expected)
     agree("dx", grad_x, oracle.input_prefill(exact, given, taken))
 
 
@@ -519,14 +521,15 @@ def test_masks_of_the_backward_equal_the_torch_backends_bit_for_bit(target, E, K
                 hidden_TR=hidden.view(T, -1).to(dtype),
                 logits_ET=torch.zeros(E, T, device=device),
                 residual_TR0=None,
-                lora_B=None,
+                partial_B=None,
             )
 
         # Slot j writes the bit j of dX; token t the bit t of dlora_A.
         grad_x = TritonPasses().input_prefill(adapter, routing, gradient(2.0**slots))
         powers = 2.0 ** torch.arange(T)
-        grad_A, _ = TritonPasses().lora_A_router_gradient(
-            torch.ones_like(tensors.x), adapter, routing, gradient(powers[:, None]), needs_A=True, needs_router=False
+        grad_A, *_ = TritonPasses().weight_gradients(
+            *(torch.ones_like(tensors.x), tensors.x.new_zeros(T, 3), adapter, routing, gradient(powers[:, None])),
+            **{"needs_A": True, "needs_B": False, "needs_router": False},
         )
     expected = (kept * (2.0 ** slots.cpu())[:, :, None]).sum(dim=1)
     assert torch.equal((grad_x.cpu().float() / keep_scale(p)).round(), expected)

@@ -60,10 +60,8 @@ def written(launch: Launch) -> tuple[str, ...]:
         names += ["residual_ptr"] if constants["R0"] and not constants["WITH_PREFILL"] else []
         names += ["load_ptr", "balance_ptr"] if constants["BALANCE"] else []
         return tuple(names)
-    if launch.name == "weight_gradient":
-        wanted = {"out_ptr": constants["WITH_HIDDEN"], "out_logits_ptr": constants["WITH_LOGITS"]}
-    elif launch.name == "add_splits":
-        wanted = {name: launch.arguments[name] is not None for name in ("first_ptr", "second_ptr")}
+    if launch.name in ("weight_gradient", "add_splits"):
+        wanted = {name: launch.arguments[name] is not None for name in WEIGHT_OUTPUTS}
     elif launch.name.endswith("hidden_gradient"):
         has_partial = launch.arguments.get("partial_ptr") is not None
         wanted = {
@@ -76,6 +74,8 @@ def written(launch: Launch) -> tuple[str, ...]:
         wanted = dict.fromkeys(OUTPUTS[launch.name], True)
     return tuple(name for name, is_written in wanted.items() if is_written)
 
+
+WEIGHT_OUTPUTS = ("out_B_ptr", "out_A_ptr", "out_router_ptr")
 
 OUTPUTS = {
     "pack_adapter": ("out_ptr",),
@@ -296,42 +296,53 @@ def finish_hidden_gradient(v: SimpleNamespace) -> list[Check]:
 
 
 def weight_gradient(v: SimpleNamespace) -> list[Check]:
-    x, dtype, R, checks = v.x_ptr.double(), v.x_ptr.dtype, v.E * v.D, []
-    splits = max(1, -(-v.T // v.split_T))
+    R, splits, checks = v.E * v.D, max(1, -(-v.T // v.split_T)), []
+    of_A, of_router = v.out_A_ptr is not None, v.out_router_ptr is not None
+    of_split = (R * of_A + v.E * of_router) * v.N
 
     def sums(columns: Tensor, source: Tensor) -> Tensor:
         pairs = zip(columns.split(v.split_T), source.split(v.split_T), strict=True)
         return torch.stack([a.t() @ b for a, b in pairs])
 
-    if v.WITH_HIDDEN:
+    def written_to(out: Tensor, rows: int, columns: int, stride: int) -> Tensor:
+        return out.as_strided((splits, rows, columns), (stride, columns, 1), out.storage_offset())
+
+    if v.out_B_ptr is not None:
+        result = written_to(v.out_B_ptr, v.M, R, v.M * R)
+        checks.append(Check("lora_B", result, sums(v.grad_y_ptr.double(), v.weighted_ptr.double())))
+    if not (of_A or of_router):
+        return checks
+    x, dtype = v.x_ptr.double(), v.x_ptr.dtype
+    if of_A:
         hidden = v.hidden_ptr.double()
         if v.seed_ptr is None:
             expected = sums(hidden, x)
         else:
             expected = sum(sums(hidden * c, x * keep) for keep, c in in_slots(v, v.gate_ptr, x.shape[1], v.D))
-        strides = (v.stride_os, v.stride_oc, v.stride_on)
-        result = v.out_ptr.as_strided((splits, R, v.N), strides, v.out_ptr.storage_offset())
-        checks.append(Check("sums with hidden", result, expected))
-    if v.WITH_LOGITS:
-        out = v.out_logits_ptr
-        result = out.as_strided((splits, v.E, v.N), (v.stride_ls, v.N, 1), out.storage_offset())
+        checks.append(Check("lora_A", written_to(v.out_A_ptr, R, v.N, of_split), expected))
+    if of_router:
+        result = written_to(v.out_router_ptr, v.E, v.N, of_split)
         if dtype == torch.float16:  # scaled block by block, then rounded
-            check = Check("sums with logits", result, sums(v.logits_ptr.t().double(), x), extra=half_eps(dtype))
+            check = Check("router", result, sums(v.logits_ptr.t().double(), x), extra=half_eps(dtype))
         else:
-            check = Check("sums with logits", result, sums(rounded(v.logits_ptr.t(), dtype), x))
+            check = Check("router", result, sums(rounded(v.logits_ptr.t(), dtype), x))
         checks.append(check)
     return checks
 
 
 def add_splits(v: SimpleNamespace) -> list[Check]:
-    sums = v.partial_ptr.double().sum(dim=0).split([v.first_size, v.second_size])
-    results = {"first": v.first_ptr, "second": v.second_ptr}
-    return [
-        # In memory order: the first may be a transposed matrix.
-        Check(name, result.as_strided((result.numel(),), (1,), result.storage_offset()), total)
-        for (name, result), total in zip(results.items(), sums, strict=True)
-        if result is not None
-    ]
+    checks = []
+    if v.partial_B_ptr is not None:
+        checks.append(Check("lora_B", v.out_B_ptr.flatten(), v.partial_B_ptr.double().sum(dim=0)))
+    if v.partial_A_ptr is not None:
+        sums = v.partial_A_ptr.double().sum(dim=0).split([v.size_A, v.size_router])
+        results = {"lora_A": v.out_A_ptr, "router": v.out_router_ptr}
+        checks += [
+            Check(name, result.flatten(), total)
+            for (name, result), total in zip(results.items(), sums, strict=True)
+            if result is not None
+        ]
+    return checks
 
 
 def expand_columns(v: SimpleNamespace) -> list[Check]:

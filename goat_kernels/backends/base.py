@@ -9,8 +9,7 @@ Forward
                         of y (plus bias, or plus the base's output), onto which the base product accumulates
 Backward
     hidden_gradient     one read of dY -> gradients of the hidden columns and of the router's logits
-    lora_B_gradient     dY^T h~
-    lora_A_router_gradient   [dh | dlogits]^T x, one read of x
+    weight_gradients    dY^T h~, one read of dY; [dh | dlogits]^T x, one read of x
     input_prefill       [dh | dlogits | dh0] [lora_A; router; A0], onto which dY W accumulates
 
 Symbols: T tokens, N in_features, M out_features, E experts, R total rank, R' (R0) frozen residual columns, K top_k.
@@ -86,11 +85,12 @@ class HiddenGradient(Protocol):
     """What hidden_gradient hands to the weight and input gradients: dh, dlogits and dh0, in the backend's own layout.
 
     dlogits are in the stats dtype for the router's gradient: the balance loss's share of them is about 1e-3 / T per
-    token, which float16 cannot hold. ``lora_B``: its gradient [M, R] where that came with the same read of dY, or None.
+    token, which float16 cannot hold. ``partial_B``: sums of lora_B's gradient that came with the same read of dY, for
+    weight_gradients to finish, or None.
     """
 
     logits_ET: Tensor
-    lora_B: Tensor | None
+    partial_B: Tensor | None
 
 
 class Backend(Protocol):
@@ -150,23 +150,26 @@ class Passes(Protocol):
     ) -> HiddenGradient:
         """dh, dlogits and (``with_residual``) dh0, from dY and the gradient of the balance loss, if there is one.
 
-        ``needs_B``: lora_B's gradient will be asked for; a backend may compute it here if that is cheaper.
+        ``needs_B``: lora_B's gradient will be asked for; a backend may sum it up here if that is cheaper.
         """
 
-    def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
-        """[M, R] in the adapter's dtype: dY^T h~."""
-
-    def lora_A_router_gradient(
+    def weight_gradients(
         self,
         x_TN: Tensor,
+        grad_y_TM: Tensor,
         adapter: Adapter,
         routing: Routing,
-        gradient: HiddenGradient,
+        gradient: HiddenGradient | None,
         *,
         needs_A: bool,
+        needs_B: bool,
         needs_router: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """([R, N], [E, N]) in the adapter's dtype, from one read of x; None for what is not needed."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of lora_A [R, N], lora_B [M, R] and router [E, N] in the adapter's dtype; None for what is not needed.
+
+        From one read of x, and one of dY unless ``gradient`` brings lora_B's sums. ``gradient`` may be None where
+        lora_B's alone is needed.
+        """
 
     def input_prefill(self, adapter: Adapter, routing: Routing, gradient: HiddenGradient) -> Tensor:
         """dX0 [T, N], compute dtype: the adapter's, router's and residual's share of the input gradient."""

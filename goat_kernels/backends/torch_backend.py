@@ -60,7 +60,7 @@ class TorchHiddenGradient(NamedTuple):
 
     columns: Tensor
     logits_ET: Tensor
-    lora_B: None = None  # always a pass of its own
+    partial_B: None = None  # always from a read of dY of its own
 
 
 class TorchPasses:
@@ -149,16 +149,31 @@ class TorchPasses:
             torch.mm(grad_y_TM, adapter.residual_B.to(compute).neg(), out=columns[:, R + E :])
         return TorchHiddenGradient(columns, grad_logits_ET)
 
-    def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
-        return (grad_y_TM.t() @ routing.weighted_TR).to(adapter.lora_B.dtype)
-
-    def lora_A_router_gradient(
+    def weight_gradients(
         self,
+        x_TN: Tensor,
+        grad_y_TM: Tensor,
+        adapter: Adapter,
+        routing: Routing,
+        gradient: TorchHiddenGradient | None,
+        *,
+        needs_A: bool,
+        needs_B: bool,
+        needs_router: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grad_A = grad_B = grad_router = None
+        if needs_B:
+            grad_B = (grad_y_TM.t() @ routing.weighted_TR).to(adapter.lora_B.dtype)
+        if needs_A or needs_router:
+            grad_A, grad_router = self._lora_A_router_gradient(x_TN, adapter, routing, gradient, needs_A, needs_router)
+        return grad_A, grad_B, grad_router
+
+    @staticmethod
+    def _lora_A_router_gradient(
         x_TN: Tensor,
         adapter: Adapter,
         routing: Routing,
         gradient: TorchHiddenGradient,
-        *,
         needs_A: bool,
         needs_router: bool,
     ) -> tuple[Tensor | None, Tensor | None]:

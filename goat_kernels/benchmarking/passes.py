@@ -32,9 +32,8 @@ from goat_kernels.numerics import TOLERANCES, relative_error
 CHECKED_BY = {
     "prefill": ("prefill", "gate and balance loss"),
     "hidden_gradient": ("hidden gradient",),
-    "lora_B_gradient": ("lora_B gradient",),
+    "weight_gradients": ("lora_B gradient", "lora_A and router gradient"),
     "input_prefill": ("input gradient",),
-    "lora_A_router_gradient": ("lora_A and router gradient",),
 }
 
 BASE_FORWARD, BASE_BACKWARD = "base product", "base product of dX"
@@ -58,7 +57,8 @@ def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
     adapter_in, adapter_out = (R + E + R0) * N * a, (R + R0) * M * a
     dh_bytes = T * (R + R0) * b + 4 * T * E
     onto_bias = 0 if case.onto_base else M * b
-    rides = (M * R * a, 2 * T * M * R) if lora_B_rides else (0, 0)
+    of_B = 2 * T * M * R  # operations; and another read of dY and of h~, unless it rides
+    first, second, again = (of_B, 0, 0) if lora_B_rides else (0, of_B, T * M * b + hidden)
     product = 2 * T * N * M
     base = (T * (N + M) + M * N) * b
     return {
@@ -66,12 +66,12 @@ def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
             T * (N + M) * b + adapter_in + adapter_out + onto_bias + hidden + statistics,
             2 * T * ((R + E + R0) * N + (R + R0) * M),
         ),
-        "hidden_gradient": Work(
-            T * M * b + adapter_out + hidden + statistics + dh_bytes + rides[0], 2 * T * (R + R0) * M + rides[1]
+        "hidden_gradient": Work(T * M * b + adapter_out + hidden + statistics + dh_bytes, 2 * T * (R + R0) * M + first),
+        "weight_gradients": Work(
+            again + T * N * b + hidden + 4 * T * E + ((R + E) * N + M * R) * a,
+            second + 2 * T * (R + E) * N,
         ),
-        "lora_B_gradient": Work(T * M * b + hidden + M * R * a, 2 * T * M * R),
         "input_prefill": Work(T * N * b + dh_bytes + adapter_in, 2 * T * (R + E + R0) * N),
-        "lora_A_router_gradient": Work(T * N * b + hidden + 4 * T * E + (R + E) * N * a, 2 * T * (R + E) * N),
         BASE_FORWARD: Work(base + M * b, product),
         BASE_FORWARD + _ONTO: Work(base + T * M * b, product),
         BASE_BACKWARD: Work(base, product),
@@ -97,7 +97,7 @@ def problem_bytes(problem: Problem) -> int:
 
 
 def pass_calls(passes: Passes, problem: Problem) -> dict[str, Callable[[], object]]:
-    """Pass -> a call of it, handed what the passes before it gave. The conditions are those of ``run_passes``."""
+    """Pass -> a call of it, handed what the passes before it gave."""
     p, adapter = problem, problem.adapter
 
     def prefill():
@@ -109,18 +109,14 @@ def pass_calls(passes: Passes, problem: Problem) -> dict[str, Callable[[], objec
         return passes.hidden_gradient(p.grad_y_TM, p.grad_balance, adapter, routing, with_residual=True, needs_B=True)
 
     gradient = hidden_gradient()
-    calls = {
+    return {
         "prefill": prefill,
         "hidden_gradient": hidden_gradient,
-        "lora_B_gradient": lambda: passes.lora_B_gradient(p.grad_y_TM, adapter, routing),
-        "input_prefill": lambda: passes.input_prefill(adapter, routing, gradient),
-        "lora_A_router_gradient": lambda: passes.lora_A_router_gradient(
-            p.x_TN, adapter, routing, gradient, needs_A=True, needs_router=True
+        "weight_gradients": lambda: passes.weight_gradients(
+            p.x_TN, p.grad_y_TM, adapter, routing, gradient, needs_A=True, needs_B=True, needs_router=True
         ),
+        "input_prefill": lambda: passes.input_prefill(adapter, routing, gradient),
     }
-    if gradient.lora_B is not None:
-        del calls["lora_B_gradient"]
-    return calls
 
 
 def base_calls(problem: Problem) -> dict[str, Callable[[], object]]:
@@ -181,10 +177,10 @@ def _form_rows(layer: LayerCase, settings: BenchSettings, label: str) -> Iterato
             if name in unchecked:
                 raise RuntimeError(unchecked[name])
             calls = [pass_calls(get_backend(name), p) for p in problems]
+            rides[name] = calls[0]["hidden_gradient"]().partial_B is not None
         except Exception as failure:
             yield from ({"contender": name, "pass": one, "failed": in_words(failure)} for one in CHECKED_BY)
             continue
-        rides[name] = "lora_B_gradient" not in calls[0]
         for pass_name in calls[0]:
             failure = _failure(pass_name, errors[name])
             if failure is None:

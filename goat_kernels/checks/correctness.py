@@ -184,7 +184,7 @@ class _PassInputs:
         if backend == "triton":
             from goat_kernels.backends.triton_backend.backward import TritonHiddenGradient  # imports Triton
 
-            return TritonHiddenGradient(self.hidden_TR, self.logits_ET, self.residual_TR0, lora_B=None)
+            return TritonHiddenGradient(self.hidden_TR, self.logits_ET, self.residual_TR0, partial_B=None)
         parts = [self.hidden_TR, self.logits_ET.t().to(self.hidden_TR.dtype)]
         if self.residual_TR0 is not None:
             parts.append(self.residual_TR0)
@@ -231,12 +231,18 @@ def _run_passes(backend: str, problem: Problem, inputs: _PassInputs, passes: Pas
             problem.grad_y_TM, problem.grad_balance, adapter, routing, with_residual=True, needs_B=True
         )
     yield "hidden gradient", _way(kernels), _gradient_parts(own_gradient, problem)
-    grad_B = [passes.lora_B_gradient(problem.grad_y_TM, adapter, routing)]
-    if own_gradient.lora_B is not None:  # it rode in the hidden gradient's read of dY
-        grad_B.append(own_gradient.lora_B)
-    yield "lora_B gradient", "", grad_B
-    of_x = passes.lora_A_router_gradient(problem.x_TN, adapter, routing, gradient, needs_A=True, needs_router=True)
-    yield "lora_A and router gradient", "", list(of_x)
+
+    def weight_gradients(gradient) -> tuple[Tensor, Tensor, Tensor]:
+        needs = dict.fromkeys(("needs_A", "needs_B", "needs_router"), True)
+        return passes.weight_gradients(problem.x_TN, problem.grad_y_TM, adapter, routing, gradient, **needs)
+
+    grad_A, grad_B, grad_router = weight_gradients(gradient)
+    of_B, of_x = [grad_B], [grad_A, grad_router]
+    if own_gradient.partial_B is not None:  # sums of it rode in the hidden gradient's read of dY
+        grad_A, grad_B, grad_router = weight_gradients(gradient._replace(partial_B=own_gradient.partial_B))
+        of_B, of_x = [*of_B, grad_B], [*of_x, grad_A, grad_router]
+    yield "lora_B gradient", "", of_B
+    yield "lora_A and router gradient", "", of_x
     yield "input gradient", "", [passes.input_prefill(adapter, routing, gradient)]
 
 
@@ -272,7 +278,7 @@ def _pass_errors(backend: str, problem: Problem, inputs: _PassInputs) -> dict[st
 
 
 def _largest_error(results: list[Tensor], oracles: list[Tensor]) -> float:
-    oracles = oracles * len(results) if len(oracles) == 1 else oracles  # two ways to one result
+    oracles = oracles * (len(results) // len(oracles))  # several ways to the same results
     errors = [relative_error(result, oracle) for result, oracle in zip(results, oracles, strict=True)]
     return max(errors, key=lambda error: float("inf") if error != error else error)
 

@@ -152,13 +152,11 @@ def run_passes(
         gradient = passes.hidden_gradient(
             problem.grad_y_TM, problem.grad_balance, adapter, routing, with_residual=True, needs_B=True
         )
-    if gradient.lora_B is None:
-        with around("lora_B_gradient"):
-            passes.lora_B_gradient(problem.grad_y_TM, adapter, routing)
+    with around("weight_gradients"):
+        needs = dict.fromkeys(("needs_A", "needs_B", "needs_router"), True)
+        passes.weight_gradients(problem.x_TN, problem.grad_y_TM, adapter, routing, gradient, **needs)
     with around("input_prefill"):
         passes.input_prefill(adapter, routing, gradient)
-    with around("lora_A_router_gradient"):
-        passes.lora_A_router_gradient(problem.x_TN, adapter, routing, gradient, needs_A=True, needs_router=True)
 
 
 def dropout_masks(problem: Problem, seed: Tensor) -> Tensor:

@@ -163,9 +163,8 @@ def plan_layer(case: LayerCase) -> list[Moved]:
 _STREAMS = {
     "prefill": ("forward", "x", "y"),
     "hidden_gradient": ("backward", "dY", ""),
-    "lora_B_gradient": ("backward", "dY", ""),
+    "weight_gradients": ("backward", "", ""),  # reads both; its kernel's plan tells them apart
     "input_prefill": ("backward", "", "dX"),
-    "lora_A_router_gradient": ("backward", "x", ""),
 }
 
 

@@ -4,6 +4,7 @@ A plan counts what programs ask for, before any cache: what another program read
 masked off do not. Its kinds of tensors are
 
     in, out   the wide tensors: x or dY that a pass reads, y or dX that it writes
+    x, dY     where one launch reads both
     onto      the bias or the base's output that y is added to
     adapter   lora_A, lora_B, the router's parts, the frozen pair, and their packed copies
     hidden    what is as narrow as the hidden columns: h~, dh, dlogits, gate, probs, and partial sums of them
@@ -137,22 +138,23 @@ def _finish_hidden_gradient(v) -> dict:
 
 
 def _weight_gradient(v) -> dict:
-    R = v.E * v.D * v.WITH_HIDDEN
-    feature_blocks, rank_blocks = blocks(v.N, v.BN), blocks(R, v.BC) if R else 1
-    per_block = v.E * (_FLOAT * v.WITH_LOGITS + v.gate_bytes)  # dlogits, and with dropout the gates that slots are of
-    columns = R * v.hidden_bytes + rank_blocks * per_block
-    out = R * v.out_bytes + v.E * v.out_logits_bytes * v.WITH_LOGITS
+    R, splits = v.E * v.D, blocks(v.T, v.split_T)
+    rank_blocks = blocks(R, v.BC) if v.weighted_bytes or v.hidden_bytes else 1
+    per_block = _FLOAT * v.E * bool(v.logits_bytes) + v.E * v.gate_bytes  # dlogits; gates that slots are of
+    of_y, of_x = R * v.weighted_bytes, (R * v.hidden_bytes + rank_blocks * per_block) * bool(v.x_bytes)
+    out_B, out_A = R * v.out_B_bytes, R * v.out_A_bytes + v.E * v.out_router_bytes
     return {
-        "in": (rank_blocks * v.T * v.N * v.x_bytes, 0),
-        "hidden": (feature_blocks * v.T * columns, 0),
-        "gradient": (0, blocks(v.T, v.split_T) * out * v.N),
+        "dY": (rank_blocks * v.T * v.M * v.grad_y_bytes, 0),
+        "x": (rank_blocks * v.T * v.N * v.x_bytes, 0),
+        "hidden": (v.T * (v.blocks_M * of_y + blocks(v.N, v.BN) * of_x), 0),
+        "gradient": (0, splits * (out_B * v.M + out_A * v.N)),
     }
 
 
 def _add_splits(v) -> dict:
-    size = v.first_size + v.second_size
-    written = v.first_size * v.first_bytes + v.second_size * v.second_bytes
-    return {"gradient": (_FLOAT * v.splits * size, written)}
+    read = v.splits_B * v.size_B + v.splits_A * (v.size_A + v.size_router)
+    written = v.size_B * v.out_B_bytes + v.size_A * v.out_A_bytes + v.size_router * v.out_router_bytes
+    return {"gradient": (_FLOAT * read, written)}
 
 
 #: Kernel -> (its plan, the kinds of its pointer arguments where they are others than in ``_KINDS``).
@@ -166,8 +168,8 @@ PLANS: dict[str, tuple[Callable[[SimpleNamespace], dict], dict[str, str]]] = {
     "expand_columns": (_expand_columns, {"out_ptr": "out"}),
     "fused_hidden_gradient": (_fused_hidden_gradient, {"partial_ptr": "gradient"}),
     "finish_hidden_gradient": (_finish_hidden_gradient, {}),
-    "weight_gradient": (_weight_gradient, {"out_ptr": "gradient"}),
-    "add_splits": (_add_splits, {"partial_ptr": "gradient"}),
+    "weight_gradient": (_weight_gradient, {"grad_y_ptr": "dY", "x_ptr": "x"}),
+    "add_splits": (_add_splits, {}),
 }
 
 #: Pointer arguments by name.
@@ -179,7 +181,7 @@ _KINDS = {
     **dict.fromkeys(("W_ptr", "W0_ptr", "W1_ptr", "W2_ptr"), "adapter"),
     **dict.fromkeys(("weighted_ptr", "hidden_ptr", "residual_ptr", "logits_ptr", "raw_ptr"), "hidden"),
     **dict.fromkeys(("gate_ptr", "probs_ptr", "partial_ptr"), "hidden"),
-    **dict.fromkeys(("out_logits_ptr", "first_ptr", "second_ptr"), "gradient"),
+    **dict.fromkeys(("out_B_ptr", "out_A_ptr", "out_router_ptr", "partial_B_ptr", "partial_A_ptr"), "gradient"),
     **dict.fromkeys(("scaling_E_ptr", "seed_ptr", "load_ptr", "load_E_ptr"), "scalars"),
     **dict.fromkeys(("balance_ptr", "grad_balance_ptr"), "scalars"),
 }

@@ -1,4 +1,5 @@
-"""Weight gradients: dlora_B = dY^T h~, and kernel 3, [dlora_A; drouter] = [dh | dlogits]^T x from one read of x.
+"""Kernel 3, the weight gradients: dlora_B = dY^T h~ from one read of dY, [dlora_A; drouter] = [dh | dlogits]^T x from
+one of x (docs/math.md, Backward), in one launch.
 
 Both sum over tokens. Each program sums one split of the tokens for one block of in- or out-features; the splits are
 then added in their order (:func:`add_splits`), so that no atomics are needed and results repeat bit for bit.
@@ -13,8 +14,8 @@ from goat_kernels.kernels.common import cast, product
 from goat_kernels.kernels.dropout import column_slots, kept, of_slot, token_keys
 
 
-@triton.jit(do_not_specialize=["split_T", "keep_threshold"])
-def weight_gradient(
+@triton.jit
+def sum_over_tokens(
     x_ptr,
     hidden_ptr,
     logits_ptr,
@@ -22,48 +23,38 @@ def weight_gradient(
     seed_ptr,
     out_ptr,
     out_logits_ptr,
+    block,
     T,
     N,
     split_T,
     stride_xt,
     stride_xn,
-    stride_os,
     stride_oc,
     stride_on,
-    stride_ls,
     keep_threshold,
     keep_scale,
     E: tl.constexpr,
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     E_DOT: tl.constexpr,
-    WITH_HIDDEN: tl.constexpr,
-    WITH_LOGITS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BC: tl.constexpr,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (ceil(N / BN), splits of T, ceil(R / BC)). For lora_B, x is dY and N is M.
+    """One split of hidden^T x [R, N] and logits x [E, N], for features ``block`` * BN .. and one block of R.
 
-    Reads
-        x_ptr       compute [T, N], strides (stride_xt, stride_xn)
-        hidden_ptr  compute [T, R]: dh, or h~ for lora_B (WITH_HIDDEN)
-        logits_ptr  float32 [E, T]: dlogits (WITH_LOGITS)
-        gate_ptr    float32 [E, T] and seed_ptr int32 [2] where x is dropped for hidden_ptr's columns; else None
-    Writes
-        out_ptr        [splits, R, N] by strides (stride_os, stride_oc, stride_on), any dtype
-        out_logits_ptr [splits, E, N] by strides (stride_ls, N, 1), any dtype; by the first block along axis 2
-    Accumulates in float32. x^T stands on the left, because matrix units want the longer side there.
+    hidden_ptr compute [T, R]; logits_ptr float32 [E, T]; None for what nobody asked for. x is dropped in front of
+    hidden's columns where seed_ptr is not None. The splits lie behind one another, of logits behind hidden's.
     """
     R: tl.constexpr = E * D
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = block * BN + tl.arange(0, BN)
     in_N = n < N
     if EVEN_N:
         in_N = n >= 0
-    split = tl.program_id(1)
-    start_T = split.to(tl.int64) * split_T
+    split = tl.program_id(1).to(tl.int64)
+    start_T = split * split_T
     stop_T = tl.minimum(start_T + split_T, T)
     column = tl.program_id(2) * BC + tl.arange(0, BC)
     in_R = column < R
@@ -78,7 +69,7 @@ def weight_gradient(
             mask=in_N[:, None] & in_T[None, :],
             other=0.0,
         )
-        if WITH_HIDDEN:
+        if hidden_ptr is not None:
             hidden = tl.load(
                 hidden_ptr + rows[:, None] * R + column[None, :], mask=in_T[:, None] & in_R[None, :], other=0.0
             )
@@ -91,7 +82,7 @@ def weight_gradient(
                     keep = kept(seed_ptr, keys[None, :], n[:, None], slot, keep_threshold)
                     in_slot = of_slot(hidden, slots, slot)
                     accumulator = product(cast(x * keep, x.dtype), in_slot, accumulator, PRECISION)
-        if WITH_LOGITS:
+        if logits_ptr is not None:
             logits = tl.load(
                 logits_ptr + expert.to(tl.int64)[None, :] * T + rows[:, None],
                 mask=in_T[:, None] & (expert < E)[None, :],
@@ -106,39 +97,131 @@ def weight_gradient(
                 logits_accumulator += part * scale
             else:
                 logits_accumulator = product(x, cast(logits, x.dtype), logits_accumulator, PRECISION)
-    if WITH_HIDDEN:
+    of_split = split * N * ((R if hidden_ptr is not None else 0) + (E if logits_ptr is not None else 0))
+    if hidden_ptr is not None:
         if seed_ptr is not None:
             accumulator = accumulator * keep_scale
-        out = out_ptr + split.to(tl.int64) * stride_os + column[None, :] * stride_oc + n[:, None] * stride_on
+        out = out_ptr + of_split + column[None, :] * stride_oc + n[:, None] * stride_on
         tl.store(out, cast(accumulator, out_ptr.dtype.element_ty), mask=in_N[:, None] & in_R[None, :])
-    if WITH_LOGITS:  # noqa: SIM102 (a constant around a run-time condition)
+    if logits_ptr is not None:  # noqa: SIM102 (a constant around a run-time condition)
         if tl.program_id(2) == 0:
-            out_logits = out_logits_ptr + split.to(tl.int64) * stride_ls + expert[None, :] * N + n[:, None]
+            out_logits = out_logits_ptr + of_split + expert[None, :] * N + n[:, None]
             total = cast(logits_accumulator, out_logits_ptr.dtype.element_ty)
             tl.store(out_logits, total, mask=in_N[:, None] & (expert < E)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])
-def add_splits(
-    partial_ptr, first_ptr, second_ptr, splits, first_size, second_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit(do_not_specialize=["blocks_M", "split_T", "keep_threshold"])
+def weight_gradient(
+    grad_y_ptr,
+    weighted_ptr,
+    x_ptr,
+    hidden_ptr,
+    logits_ptr,
+    gate_ptr,
+    seed_ptr,
+    out_B_ptr,
+    out_A_ptr,
+    out_router_ptr,
+    T,
+    M,
+    N,
+    blocks_M,
+    split_T,
+    stride_yt,
+    stride_ym,
+    stride_xt,
+    stride_xn,
+    keep_threshold,
+    keep_scale,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    E_DOT: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BC: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Sum partial [splits, first_size + second_size] float32 over its splits, SPLITS at a time in their order.
+    """Grid: (blocks_M + ceil(N / BN), splits of T, ceil(R / BC)); blocks_M is ceil(M / BN), 0 without out_B_ptr.
 
-    Grid: (ceil((first_size + second_size) / BLOCK),).
-
-    The first ``first_size`` sums go to first_ptr, the others to second_ptr, in their dtypes; None where the size is 0.
+    Reads
+        grad_y_ptr  compute [T, M], strides (stride_yt, stride_ym); weighted_ptr compute [T, R], h~
+        x_ptr       compute [T, N], strides (stride_xt, stride_xn)
+        hidden_ptr  compute [T, R], dh; logits_ptr float32 [E, T], dlogits
+        gate_ptr    float32 [E, T] and seed_ptr int32 [2] where x is dropped in front of lora_A; else None
+    Writes, in any dtype, what is asked for; the inputs and outputs of the rest are None
+        out_B_ptr       [splits, M, R], from dY and h~
+        out_A_ptr       [splits, R, N], from x and dh
+        out_router_ptr  [splits, E, N], from x and dlogits, by the first block along axis 2; where both are written, a
+                        split's out_A is followed by its out_router
+    Accumulates in float32. dY^T and x^T stand on the left, because matrix units want the longer side there.
     """
-    size = first_size + second_size
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    R: tl.constexpr = E * D
+    block = tl.program_id(0)
+    # dY goes first: the hidden gradient has just read it, and some of it may still be in the cache.
+    if out_B_ptr is not None:  # noqa: SIM102 (a constant around a run-time condition)
+        if block < blocks_M:
+            sum_over_tokens(
+                grad_y_ptr, weighted_ptr, None, None, None, out_B_ptr, None, block, T, M, split_T,
+                stride_yt, stride_ym, 1, R, keep_threshold, keep_scale,
+                E, D, TOP_K, E_DOT, BT, BN, BC, EVEN_M, PRECISION,
+            )  # fmt: skip
+    if x_ptr is not None:  # noqa: SIM102
+        if block >= blocks_M:
+            sum_over_tokens(
+                x_ptr, hidden_ptr, logits_ptr, gate_ptr, seed_ptr, out_A_ptr, out_router_ptr, block - blocks_M, T, N,
+                split_T, stride_xt, stride_xn, N, 1, keep_threshold, keep_scale,
+                E, D, TOP_K, E_DOT, BT, BN, BC, EVEN_N, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits_B", "splits_A"])
+def add_splits(
+    partial_B_ptr,
+    partial_A_ptr,
+    out_B_ptr,
+    out_A_ptr,
+    out_router_ptr,
+    splits_B,
+    splits_A,
+    size_B,
+    size_A,
+    size_router,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum partial_B float32 [splits_B, size_B] and partial_A [splits_A, size_A + size_router] over their splits.
+
+    Grid: (ceil(size_B / BLOCK) + ceil((size_A + size_router) / BLOCK),). SPLITS at a time, in their order. The sums go
+    to out_B_ptr; to out_A_ptr and what is behind size_A to out_router_ptr; in their dtypes, None where the size is 0.
+    """
+    blocks_B = tl.cdiv(size_B, BLOCK)
+    block = tl.program_id(0)
+    if out_B_ptr is not None:  # noqa: SIM102 (a constant around a run-time condition)
+        if block < blocks_B:
+            index, total = sum_block(partial_B_ptr, block, splits_B, size_B, SPLITS, BLOCK)
+            tl.store(out_B_ptr + index, cast(total, out_B_ptr.dtype.element_ty), mask=index < size_B)
+    if partial_A_ptr is not None:  # noqa: SIM102
+        if block >= blocks_B:
+            index, total = sum_block(partial_A_ptr, block - blocks_B, splits_A, size_A + size_router, SPLITS, BLOCK)
+            if out_A_ptr is not None:
+                tl.store(out_A_ptr + index, cast(total, out_A_ptr.dtype.element_ty), mask=index < size_A)
+            if out_router_ptr is not None:
+                of_router = (index >= size_A) & (index < size_A + size_router)
+                total = cast(total, out_router_ptr.dtype.element_ty)
+                tl.store(out_router_ptr + (index - size_A), total, mask=of_router)
+
+
+@triton.jit
+def sum_block(partial_ptr, block, splits, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """(the indices of one block [BLOCK], its sums over the splits of partial_ptr float32 [splits, size])."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)
         offsets = split.to(tl.int64)[:, None] * size + index[None, :]
-        total += tl.sum(
-            tl.load(partial_ptr + offsets, mask=(split < splits)[:, None] & (index < size)[None, :], other=0.0), axis=0
-        )
-    if first_ptr is not None:
-        tl.store(first_ptr + index, cast(total, first_ptr.dtype.element_ty), mask=index < first_size)
-    if second_ptr is not None:
-        in_second = (index >= first_size) & (index < size)
-        tl.store(second_ptr + (index - first_size), cast(total, second_ptr.dtype.element_ty), mask=in_second)
+        mask = (split < splits)[:, None] & (index < size)[None, :]
+        total += tl.sum(tl.load(partial_ptr + offsets, mask=mask, other=0.0), axis=0)
+    return index, total

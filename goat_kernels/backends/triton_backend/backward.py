@@ -1,8 +1,8 @@
 """Which kernels make a backward: the hidden gradient fused or in stages, and the weight gradients in splits of T.
 
-fused     fused_hidden_gradient  [add_splits for lora_B, where it rides in the same read of dY]
+fused     fused_hidden_gradient, in whose read of dY lora_B's gradient may ride
 staged    project  finish_hidden_gradient
-weights   weight_gradient  add_splits
+weights   weight_gradient for all that are asked for, lora_B's apart with dropout  [add_splits]
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def rides(rank: int, rows: int) -> bool:
 class TritonHiddenGradient(NamedTuple):
     """dh [T, R] and dh0 [T, R0] (None without residual) in the compute dtype, dlogits [E, T] in float32.
 
-    lora_B: its gradient [M, R], where it came with the same read of dY.
+    partial_B: float32 [blocks of tokens, M * R], sums of lora_B's gradient that came with the same read of dY, or None.
     """
 
     hidden_TR: Tensor
     logits_ET: Tensor
     residual_TR0: Tensor | None
-    lora_B: Tensor | None
+    partial_B: Tensor | None
 
 
 def hidden_gradient(
@@ -75,11 +75,14 @@ def hidden_gradient(
     read_width = matrices.read_width(with_router=False)
     tile = find_tile("fused_hidden_gradient", widths.columns, compute.itemsize, target, T, read_width)
     is_fused = tile is not None and widths.E <= FUSED_EXPERTS and 2 * blocks(T, tile.rows) >= target.multiprocessors
+    partial_B = None
+    if needs_B and is_fused and rides(adapter.rank, tile.rows):
+        partial_B = grad_y_TM.new_empty(blocks(T, tile.rows), M * adapter.rank, dtype=torch.float32)
     gradient = TritonHiddenGradient(
         hidden_TR=torch.empty_like(routing.weighted_TR),
         logits_ET=torch.empty_like(routing.gate_ET),
         residual_TR0=grad_y_TM.new_empty(T, widths.R0) if widths.R0 else None,
-        lora_B=_contiguous_like(adapter.lora_B) if needs_B and is_fused and rides(adapter.rank, tile.rows) else None,
+        partial_B=partial_B,
     )
     is_tensor = isinstance(grad_balance, Tensor)
     arguments = {
@@ -98,11 +101,8 @@ def hidden_gradient(
     }
     constants = {**widths._asdict(), "HAS_BALANCE": grad_balance is not None}
     if is_fused:
-        programs, partial = blocks(T, tile.rows), None
-        if gradient.lora_B is not None:
-            partial = grad_y_TM.new_empty(programs, M * adapter.rank, dtype=torch.float32)
         arguments |= {
-            "partial_ptr": partial,
+            "partial_ptr": partial_B,
             "grad_y_ptr": grad_y_TM,
             "B_ptr": matrices.B,
             "B0_ptr": matrices.B0 if widths.R0 else None,
@@ -116,9 +116,7 @@ def hidden_gradient(
             "EVEN_M": M % tile.columns == 0,
             "PRECISION": precision(compute),
         }
-        launch(fused_hidden_gradient, (programs,), tile, arguments, constants)
-        if partial is not None:
-            _add_splits(partial, gradient.lora_B, None)
+        launch(fused_hidden_gradient, (blocks(T, tile.rows),), tile, arguments, constants)
         return gradient
     B0 = matrices.B0.t() if widths.R0 else None
     raw = project_columns(grad_y_TM, adapter, matrices, matrices.B.t(), B0, target, with_router=False)
@@ -129,30 +127,153 @@ def hidden_gradient(
     return gradient
 
 
-def lora_B_gradient(grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
-    """``lora_B_gradient`` of :class:`goat_kernels.backends.base.Passes`."""
-    grad_MR = _contiguous_like(adapter.lora_B)
-    sum_over_tokens(grad_y_TM, adapter, routing.weighted_TR, None, grad_MR.t(), None)
-    return grad_MR
+class _Wanted(NamedTuple):
+    """The weight gradients to fill, contiguous in the parameters' dtypes; None for what nobody asked for."""
+
+    B_MR: Tensor | None = None
+    A_RN: Tensor | None = None
+    router_EN: Tensor | None = None
 
 
-def lora_A_router_gradient(
+class _Partial(NamedTuple):
+    """Partial sums of weight gradients, float32: of lora_B [splits, M * R]; of lora_A and, behind it in each split, the
+    router [splits, R * N + E * N]. None where a gradient is not asked for, or came whole."""
+
+    B: Tensor | None = None
+    A_router: Tensor | None = None
+
+
+def weight_gradients(
     x_TN: Tensor,
+    grad_y_TM: Tensor,
     adapter: Adapter,
     routing: Routing,
-    gradient: TritonHiddenGradient,
+    gradient: TritonHiddenGradient | None,
     *,
     needs_A: bool,
+    needs_B: bool,
     needs_router: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """``lora_A_router_gradient`` of :class:`goat_kernels.backends.base.Passes`."""
-    hidden_TR = logits_ET = grad_RN = grad_EN = None
-    if needs_A:
-        hidden_TR, grad_RN = gradient.hidden_TR, _contiguous_like(adapter.lora_A)
-    if needs_router:
-        logits_ET, grad_EN = gradient.logits_ET, _contiguous_like(adapter.router)
-    sum_over_tokens(x_TN, adapter, hidden_TR, logits_ET, grad_RN, grad_EN, gate_ET=routing.gate_ET)
-    return grad_RN, grad_EN
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``weight_gradients`` of :class:`goat_kernels.backends.base.Passes`."""
+    wanted = _Wanted(
+        _contiguous_like(adapter.lora_B) if needs_B else None,
+        _contiguous_like(adapter.lora_A) if needs_A else None,
+        _contiguous_like(adapter.router) if needs_router else None,
+    )
+    tensors = (x_TN, grad_y_TM, adapter, routing, gradient)
+    of_x = wanted._replace(B_MR=None)
+    if needs_B and gradient is not None and gradient.partial_B is not None:
+        partial = _Partial(gradient.partial_B, _sum_over_tokens(*tensors, of_x).A_router)
+    elif needs_B and needs_A and adapter.seed is not None:
+        # Dropping x takes other tiles, which would slow the read of dY.
+        of_y = _sum_over_tokens(*tensors, _Wanted(B_MR=wanted.B_MR))
+        partial = _Partial(of_y.B, _sum_over_tokens(*tensors, of_x).A_router)
+    else:
+        partial = _sum_over_tokens(*tensors, wanted)
+    _add_splits(partial, wanted)
+    return wanted.A_RN, wanted.B_MR, wanted.router_EN
+
+
+def _sum_over_tokens(
+    x_TN: Tensor,
+    grad_y_TM: Tensor,
+    adapter: Adapter,
+    routing: Routing,
+    gradient: TritonHiddenGradient | None,
+    wanted: _Wanted,
+) -> _Partial:
+    """Fill ``wanted``, or return the partial sums that make it up, where the tokens are summed in splits."""
+    of_y, of_x = wanted.B_MR is not None, wanted.A_RN is not None or wanted.router_EN is not None
+    if not (of_y or of_x):
+        return _Partial()
+    (T, N), M, R, E = x_TN.shape, grad_y_TM.shape[1], adapter.rank, adapter.num_experts
+    target = current_target(x_TN.device)
+    has_columns = of_y or wanted.A_RN is not None
+    columns = padded(R, 16) if has_columns else 16
+    of_logits = padded(E, 16) if wanted.router_EN is not None else 0
+    dropped = adapter.seed is not None and wanted.A_RN is not None
+    kernel = "weight_gradient.dropout" if dropped else "weight_gradient"
+    tile = choose_tile(kernel, columns + (of_logits if of_logits > 16 else 0), x_TN.dtype.itemsize, target, T)
+    rank = min(tile.rank, columns)
+    blocks_M, blocks_N = blocks(M, tile.columns) if of_y else 0, blocks(N, tile.columns) if of_x else 0
+    rank_blocks = blocks(R, rank) if has_columns else 1
+    programs = (blocks_M + blocks_N) * rank_blocks
+    # Between one and two programs a multiprocessor would leave most of a second wave empty.
+    fill = 2 if programs <= target.multiprocessors else 3
+    splits, split_steps = splits_of(programs, blocks(T, tile.rows), target, fill=fill)
+    partial, to = _Partial(), wanted
+    if splits > 1:
+        size_A, size_router = (0 if out is None else out.numel() for out in (wanted.A_RN, wanted.router_EN))
+        partial = _Partial(
+            x_TN.new_empty(splits, M * R, dtype=torch.float32) if of_y else None,
+            x_TN.new_empty(splits, size_A + size_router, dtype=torch.float32) if of_x else None,
+        )
+        to = _Wanted(
+            partial.B,
+            None if wanted.A_RN is None else partial.A_router,
+            None if wanted.router_EN is None else partial.A_router[0, size_A:],
+        )
+    arguments = {
+        "grad_y_ptr": grad_y_TM if of_y else None,
+        "weighted_ptr": routing.weighted_TR if of_y else None,
+        "x_ptr": x_TN if of_x else None,
+        "hidden_ptr": None if to.A_RN is None else gradient.hidden_TR,
+        "logits_ptr": None if to.router_EN is None else gradient.logits_ET,
+        "gate_ptr": routing.gate_ET if dropped else None,
+        "out_B_ptr": to.B_MR,
+        "out_A_ptr": to.A_RN,
+        "out_router_ptr": to.router_EN,
+        "T": T,
+        "M": M,
+        "N": N,
+        "blocks_M": blocks_M,
+        "split_T": split_steps * tile.rows,
+        "stride_yt": grad_y_TM.stride(0),
+        "stride_ym": grad_y_TM.stride(1),
+        "stride_xt": x_TN.stride(0),
+        "stride_xn": x_TN.stride(1),
+        **(dropout_arguments(adapter) if dropped else NO_DROPOUT),
+    }
+    constants = {
+        "E": E,
+        "D": adapter.expert_rank,
+        "TOP_K": adapter.top_k,
+        "E_DOT": padded(E, 16),
+        "BT": tile.rows,
+        "BN": tile.columns,
+        "BC": rank,
+        "EVEN_M": M % tile.columns == 0,
+        "EVEN_N": N % tile.columns == 0,
+        "PRECISION": precision(x_TN.dtype),
+    }
+    launch(weight_gradient, (blocks_M + blocks_N, splits, rank_blocks), tile, arguments, constants)
+    return partial
+
+
+def _add_splits(partial: _Partial, wanted: _Wanted) -> None:
+    """Sum what is in splits into ``wanted``."""
+    of_B, of_A = partial.B is not None, partial.A_router is not None
+    if not (of_B or of_A):
+        return
+    outputs = {
+        "out_B_ptr": wanted.B_MR if of_B else None,
+        "out_A_ptr": wanted.A_RN if of_A else None,
+        "out_router_ptr": wanted.router_EN if of_A else None,
+    }
+    splits_B, splits_A = (0 if sums is None else sums.shape[0] for sums in partial)
+    sizes = [0 if out is None else out.numel() for out in outputs.values()]
+    arguments = {
+        "partial_B_ptr": partial.B,
+        "partial_A_ptr": partial.A_router,
+        **outputs,
+        "splits_B": splits_B,
+        "splits_A": splits_A,
+        **dict(zip(("size_B", "size_A", "size_router"), sizes, strict=True)),
+    }
+    tile = _SUM if sum(sizes) > 100 * _SUM.columns else _SMALL_SUM
+    programs = blocks(sizes[0], tile.columns) + blocks(sizes[1] + sizes[2], tile.columns)
+    constants = {"SPLITS": min(padded(max(splits_B, splits_A)), tile.rows), "BLOCK": tile.columns}
+    launch(add_splits, (programs,), tile, arguments, constants)
 
 
 def input_prefill(adapter: Adapter, routing: Routing, gradient: TritonHiddenGradient) -> Tensor:
@@ -173,90 +294,6 @@ def input_prefill(adapter: Adapter, routing: Routing, gradient: TritonHiddenGrad
         gate_ET=routing.gate_ET,
     )
     return grad_x_TN
-
-
-def sum_over_tokens(
-    x_TN: Tensor,
-    adapter: Adapter,
-    hidden_TR: Tensor | None,
-    logits_ET: Tensor | None,
-    out_RN: Tensor | None,
-    out_EN: Tensor | None,
-    *,
-    gate_ET: Tensor | None = None,
-) -> None:
-    """Write out_RN = hidden^T x (any strides) and out_EN = logits x (contiguous); None for what nobody asked for.
-
-    With ``gate_ET`` and a dropout in the adapter, x is dropped in front of hidden's columns.
-    """
-    (T, N), R, E = x_TN.shape, adapter.rank, adapter.num_experts
-    target = current_target(x_TN.device)
-    columns = padded(R, 16) if hidden_TR is not None else 16
-    of_logits = padded(E, 16) if logits_ET is not None else 0
-    dropped = gate_ET is not None and adapter.seed is not None and hidden_TR is not None
-    kernel = "weight_gradient.dropout" if dropped else "weight_gradient"
-    tile = choose_tile(kernel, columns + (of_logits if of_logits > 16 else 0), x_TN.dtype.itemsize, target, T)
-    rank = min(tile.rank, columns)
-    feature_blocks, rank_blocks = blocks(N, tile.columns), blocks(R, rank) if hidden_TR is not None else 1
-    splits, split_steps = splits_of(feature_blocks * rank_blocks, blocks(T, tile.rows), target)
-    R_out, E_out = R if hidden_TR is not None else 0, E if logits_ET is not None else 0
-    to_RN, to_EN = out_RN, out_EN
-    if splits > 1:
-        partial = x_TN.new_empty(splits, (R_out + E_out) * N, dtype=torch.float32)
-        if hidden_TR is not None:  # in the memory order of out_RN, so that the splits add up without a transposition
-            to_RN = partial[0, : R * N].as_strided((R, N), out_RN.stride())
-        if logits_ET is not None:
-            to_EN = partial[0, R_out * N :].view(E, N)
-    arguments = {
-        "x_ptr": x_TN,
-        "hidden_ptr": hidden_TR,
-        "logits_ptr": logits_ET,
-        "gate_ptr": gate_ET if dropped else None,
-        "out_ptr": to_RN,
-        "out_logits_ptr": to_EN,
-        "T": T,
-        "N": N,
-        "split_T": split_steps * tile.rows,
-        "stride_xt": x_TN.stride(0),
-        "stride_xn": x_TN.stride(1),
-        "stride_os": (R_out + E_out) * N,
-        "stride_oc": to_RN.stride(0) if hidden_TR is not None else 0,
-        "stride_on": to_RN.stride(1) if hidden_TR is not None else 1,
-        "stride_ls": (R_out + E_out) * N,
-        **(dropout_arguments(adapter) if dropped else NO_DROPOUT),
-    }
-    constants = {
-        "E": E,
-        "D": adapter.expert_rank,
-        "TOP_K": adapter.top_k,
-        "E_DOT": padded(E, 16),
-        "WITH_HIDDEN": hidden_TR is not None,
-        "WITH_LOGITS": logits_ET is not None,
-        "BT": tile.rows,
-        "BN": tile.columns,
-        "BC": rank,
-        "EVEN_N": N % tile.columns == 0,
-        "PRECISION": precision(x_TN.dtype),
-    }
-    launch(weight_gradient, (feature_blocks, splits, rank_blocks), tile, arguments, constants)
-    if splits > 1:
-        _add_splits(partial, out_RN, out_EN)
-
-
-def _add_splits(partial: Tensor, first: Tensor | None, second: Tensor | None) -> None:
-    """Sum partial [splits, sizes] over its splits into ``first`` and ``second``, in their memory order."""
-    splits = partial.shape[0]
-    arguments = {
-        "partial_ptr": partial,
-        "first_ptr": first,
-        "second_ptr": second,
-        "splits": splits,
-        "first_size": 0 if first is None else first.numel(),
-        "second_size": 0 if second is None else second.numel(),
-    }
-    tile = _SUM if partial.shape[1] > 100 * _SUM.columns else _SMALL_SUM
-    constants = {"SPLITS": min(padded(splits), tile.rows), "BLOCK": tile.columns}
-    launch(add_splits, (blocks(partial.shape[1], tile.columns),), tile, arguments, constants)
 
 
 def _contiguous_like(parameter: Tensor) -> Tensor:

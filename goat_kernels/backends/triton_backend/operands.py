@@ -168,10 +168,11 @@ def precision(compute: torch.dtype) -> str:
 
 
 def splits_of(
-    programs: int, steps: int, target: Target, least_steps: int = 4, most_splits: int | None = None
+    programs: int, steps: int, target: Target, least_steps: int = 4, most_splits: int | None = None, fill: int = 2
 ) -> tuple[int, int]:
-    """(splits, steps of each) of a loop: enough to fill the GPU twice, of ``least_steps`` or more."""
-    wanted = max(1, min(2 * target.multiprocessors // max(programs, 1), steps // least_steps, most_splits or steps))
+    """(splits, steps of each) of a loop: enough to fill the GPU ``fill`` times, of ``least_steps`` or more."""
+    most = most_splits or steps
+    wanted = max(1, min(fill * target.multiprocessors // max(programs, 1), steps // least_steps, most))
     per_split = max(1, blocks(steps, wanted))
     return max(1, blocks(steps, per_split)), per_split
 
@@ -210,8 +211,11 @@ def with_contiguous_vectors(adapter: Adapter) -> Adapter:
     return adapter if adapter.seed is None else adapter._replace(seed=adapter.seed.contiguous())
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether Triton would launch on ``device``: it launches on the current one."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+    """A context in which launches go to the tensor's device."""
+    return contextlib.nullcontext() if is_current(tensor.device) else torch.cuda.device(tensor.device)

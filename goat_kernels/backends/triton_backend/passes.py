@@ -51,23 +51,28 @@ class TritonPasses:
                 grad_y_TM, grad_balance, adapter, routing, with_residual=with_residual, needs_B=needs_B
             )
 
-    def lora_B_gradient(self, grad_y_TM: Tensor, adapter: Adapter, routing: Routing) -> Tensor:
-        with on_device_of(grad_y_TM):
-            return backward.lora_B_gradient(grad_y_TM, adapter, routing)
-
-    def lora_A_router_gradient(
+    def weight_gradients(
         self,
         x_TN: Tensor,
+        grad_y_TM: Tensor,
         adapter: Adapter,
         routing: Routing,
-        gradient: TritonHiddenGradient,
+        gradient: TritonHiddenGradient | None,
         *,
         needs_A: bool,
+        needs_B: bool,
         needs_router: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         with on_device_of(x_TN):
-            return backward.lora_A_router_gradient(
-                x_TN, adapter, routing, gradient, needs_A=needs_A, needs_router=needs_router
+            return backward.weight_gradients(
+                x_TN,
+                grad_y_TM,
+                adapter,
+                routing,
+                gradient,
+                needs_A=needs_A,
+                needs_B=needs_B,
+                needs_router=needs_router,
             )
 
     def input_prefill(self, adapter: Adapter, routing: Routing, gradient: TritonHiddenGradient) -> Tensor:

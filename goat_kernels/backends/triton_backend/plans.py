@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from goat_kernels.backends.triton_backend.operands import on_device_of, precision
+from goat_kernels.backends.triton_backend.operands import is_current, precision
 from goat_kernels.backends.triton_backend.plan import Plan
 from goat_kernels.backends.triton_backend.watching import Watch
 from goat_kernels.kernels import configs
@@ -54,11 +54,13 @@ class Plans:
         if is_observed() or configs.is_overridden() or not _describe(arguments, key := [], given, addresses):
             return function(passes, *arguments, **options)
         device = given[0].device
-        key += (function, *options.values(), device.index, configs.current_target(device), precision(torch.float32))
+        key += (function, *options.values(), device.index, configs.current_target(device), precision(given[0].dtype))
         key = tuple(key)
         plan = self._plans.get(key, _UNSEEN)
         if type(plan) is Plan:
-            with on_device_of(given[0]):
+            if is_current(device):
+                return plan.replay(given, addresses)
+            with torch.cuda.device(device):
                 return plan.replay(given, addresses)
         if plan is not _UNWATCHED:
             if plan is _UNSEEN:
