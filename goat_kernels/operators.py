@@ -214,6 +214,8 @@ def _adapter_gradients(
             needs_router=needs_router,
         )
     if needs_x:
+        if hidden_gradient.partial_B is not None:  # of no more use: let its memory go before dX takes as much
+            hidden_gradient = hidden_gradient._replace(partial_B=None)
         grad_x_TN = passes.input_prefill(adapter, routing, hidden_gradient)
     return grad_x_TN, grad_A, grad_B, grad_router
 

@@ -64,6 +64,7 @@ HEALTHY = Compiled(
     shared_bytes=1000,
     occupancy=0.5,
     matrix_instruction="wgmma.mma_async",
+    loops=(150, 200),
     multiplies_halves=True,
     limit_shared_bytes=1000,
 )

@@ -26,7 +26,7 @@ NEEDED = sorted({entry.kernel for entry in TABLE if entry.max_columns >= 1024})
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("kernel", NEEDED)
 def test_every_rank_up_to_512_with_its_pair_has_a_tile_that_is_valid(kernel, target):
-    for width in (2, 4):
+    for width in (2,) if "unaligned" in kernel else (2, 4):
         for columns in (16, 32, 48, 64, 128, 256, 512, 1024):
             for T in (1, 16, 64, 4096):
                 # With dropout the adapter is packed in x's dtype for any number of tokens.
@@ -38,7 +38,7 @@ def test_every_rank_up_to_512_with_its_pair_has_a_tile_that_is_valid(kernel, tar
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_fused_kernels_take_the_tallest_tile_that_fills_the_gpu(target):
     many, few = (find_tile("fused_forward", 64, 2, target, T) for T in (10**6, 100))
-    assert many.rows == 64
+    assert many.rows == (128 if target.family == "sm90" else 64)
     assert few.rows == 16
     assert -(-(10**6) // many.rows) >= 0.75 * target.multiprocessors
 

@@ -105,6 +105,15 @@ CASES: dict[str, dict] = {
     "staged-without-x": {"T": 70, "N": 20, "M": 19, "R0": 3, "needs": ("lora_A",), "dtype": F32, **MANY},
     "staged-splits": {"T": 151, "N": 150, "M": 145, "R0": 3, "dtype": F32, "tiles": SMALL_TILES, **MANY},
     "splits-without-lora-B": {"T": 151, "N": 35, "M": 9, "tiles": SMALL_TILES, "needs": ("lora_A", "router"), **HALF},
+    "lora-B-and-router": {
+        "T": 70,
+        "N": 35,
+        "M": 9,
+        "R": 40,
+        "tiles": SMALL_TILES,
+        "needs": ("lora_B", "router"),
+        **HALF,
+    },
     "staged-splits-of-halves": {"T": 140, "N": 145, "M": 150, "K": 3, "tiles": SMALL_TILES, **HALF, **MANY},
     # Dropout.
     "dropout-fused-one-slot": {"T": 70, "N": 33, "M": 21, "K": 1, "R0": 3, "dropout_p": 0.3, "dtype": F32, **ONE},
@@ -228,6 +237,9 @@ BRANCHES = {
         "lora_A alone": lambda v: v.out_A_ptr is not None and v.out_router_ptr is None,
         "router alone": lambda v: v.x_ptr is not None and v.out_A_ptr is None,
         "router alone, scaled": lambda v: v.x_ptr is not None and v.out_A_ptr is None and v.x_ptr.dtype == F16,
+        "lora_B and router, several blocks of rank": lambda v: (
+            v.blocks_M and v.logits_ptr is not None and v.out_A_ptr is None and v.E * v.D > v.BC
+        ),
         "several blocks of rank": lambda v: v.blocks_M and v.x_ptr is not None and v.E * v.D > v.BC,
         "dropout": lambda v: v.seed_ptr is not None and v.TOP_K > 2,
         "even": lambda v: v.EVEN_N and v.x_ptr is not None,

@@ -206,7 +206,7 @@ def test_a_decoding_forward_takes_two_launches(case, dtypes, device):
 
 @pytest.mark.parametrize("dtypes", [HALF, {"dtype": F16}, {"dtype": F32}], ids=["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("R0", [None, 32], ids=["fold", "path"])
-def test_a_large_forward_takes_at_most_three_launches_and_a_backward_six(R0, dtypes, device):
+def test_a_large_forward_takes_at_most_three_launches_and_a_backward_four(R0, dtypes, device):
     problem = make_problem(T=8500, N=48, M=40, R=32, E=8, R0=R0, **dtypes)
     for dropout_p in (0.0, 0.1):
         recorder = Recorder(run=False)
@@ -215,7 +215,7 @@ def test_a_large_forward_takes_at_most_three_launches_and_a_backward_six(R0, dty
         packs = ["pack_adapter"] * (dtypes == HALF)
         assert recorder.names == [*packs, "fused_forward", "finish_balance"]
         run_triton(problem, device, KNOWN_TARGETS["sm_90"], needs=("x", "lora_A", "lora_B", "router"), **options)
-        assert len(recorder.names) - 2 * len([*packs, 1, 1]) <= 6
+        assert len(recorder.names) - 2 * len([*packs, 1, 1]) <= 4 + bool(dropout_p)
         assert recorder.of("fused_hidden_gradient")
 
 

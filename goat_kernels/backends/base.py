@@ -92,6 +92,9 @@ class HiddenGradient(Protocol):
     logits_ET: Tensor
     partial_B: Tensor | None
 
+    def _replace(self, **changes: Tensor | None) -> HiddenGradient:
+        """The same with other fields, as of a named tuple."""
+
 
 class Backend(Protocol):
     """Where a set of passes can run; asked before the passes are loaded."""

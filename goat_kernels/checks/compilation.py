@@ -72,6 +72,8 @@ class Compiled:
         shared_bytes: per program.
         occupancy: share of the multiprocessor's warps that registers and shared memory let run, 0 to 1.
         matrix_instruction: the best that was found, or "".
+        loops: instructions of each loop in the machine code, in its order: what a warp issues for a step of it. A step
+            of few bytes and many instructions cannot keep up with the memory.
         multiplies_halves: whether it multiplies half-precision matrices, and so must use one.
         limit_shared_bytes: what the target has per program.
     """
@@ -85,6 +87,7 @@ class Compiled:
     shared_bytes: int
     occupancy: float
     matrix_instruction: str
+    loops: tuple[int, ...]
     multiplies_halves: bool
     limit_shared_bytes: int
 
@@ -144,7 +147,7 @@ def compile_case(case: Case) -> Compiled:
     compiled = triton.compile(source_of(launch), target=_COMPILER_TARGETS[case.target], options=options)
     is_amd = "amdgcn" in compiled.asm
     text = compiled.asm["amdgcn" if is_amd else "ptx"]
-    registers, spilled = _amd_resources(text) if is_amd else _nvidia_resources(compiled.asm["cubin"])
+    registers, spilled, loops = _amd_resources(text) if is_amd else _nvidia_resources(compiled.asm["cubin"])
     shared, target = compiled.metadata.shared, KNOWN_TARGETS[case.target]
     found = [name for name in _MATRIX_INSTRUCTIONS if name in text]
     return Compiled(
@@ -157,6 +160,7 @@ def compile_case(case: Case) -> Compiled:
         shared_bytes=shared,
         occupancy=_occupancy(registers, shared, launch.tile.warps, case.target),
         matrix_instruction=found[0] if found else "",
+        loops=loops,
         multiplies_halves=_multiplies(launch) and case.layer.dtype.itemsize == 2,
         limit_shared_bytes=target.shared_bytes,
     )
@@ -166,8 +170,8 @@ def _multiplies(launch: Launch) -> bool:
     return "PRECISION" in launch.constants and launch.constants.get("WITH_PREFILL", True)
 
 
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of the stack that spilled registers go to) from a cubin.
+def _nvidia_resources(cubin: bytes) -> tuple[int, int, tuple[int, ...]]:
+    """(registers, bytes of the stack that spilled registers go to, instructions of the loops) from a cubin.
 
     The assembler often reserves 8 or 16 bytes of stack that no instruction touches; those are not spilled.
     """
@@ -175,9 +179,19 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         found = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("--dump-resource-usage", path))
-        registers, stack = int(found.group(1)), int(found.group(2))
-        is_touched = stack and re.search(r"\b(LDL|STL)\b", _cuobjdump("--dump-sass", path))
-    return registers, stack if is_touched else 0
+        machine_code = _cuobjdump("--dump-sass", path)
+    registers, stack = int(found.group(1)), int(found.group(2))
+    is_touched = stack and re.search(r"\b(LDL|STL)\b", machine_code)
+    return registers, stack if is_touched else 0, _nvidia_loops(machine_code)
+
+
+def _nvidia_loops(machine_code: str) -> tuple[int, ...]:
+    """From ``/*0a10*/  @P0 BRA 0x8f0 ;``: the distance of each branch back."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", machine_code)
+    places = {int(address, 16): place for place, (address, _) in enumerate(code)}
+    targets = [re.search(r"\bBRA\b.* 0x([0-9a-f]+)", instruction) for _, instruction in code]
+    back = [place - places[int(to.group(1), 16)] for place, to in enumerate(targets) if to]
+    return tuple(length + 1 for length in back if length > 0)  # the last instruction of all branches to itself
 
 
 def _cuobjdump(option: str, path: Path) -> str:
@@ -185,13 +199,31 @@ def _cuobjdump(option: str, path: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _amd_resources(assembly: str) -> tuple[int, int]:
-    """(vector registers, bytes of private memory): what is spilled, in 4-byte registers, or kept in scratch."""
+def _amd_resources(assembly: str) -> tuple[int, int, tuple[int, ...]]:
+    """(vector registers, bytes of private memory, instructions of the loops): what is spilled, in 4-byte registers, or
+    kept in scratch."""
     values = {
         name: int(re.search(rf"\.{name}:?\s+(\d+)", assembly).group(1))
         for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     }
-    return values["vgpr_count"], max(4 * values["vgpr_spill_count"], values["private_segment_fixed_size"])
+    spilled = max(4 * values["vgpr_spill_count"], values["private_segment_fixed_size"])
+    return values["vgpr_count"], spilled, _amd_loops(assembly)
+
+
+def _amd_loops(assembly: str) -> tuple[int, ...]:
+    """From a label ``.LBB0_2:`` and ``s_cbranch_vccnz .LBB0_2`` behind it."""
+    labels: dict[str, int] = {}
+    instructions, loops = 0, []
+    for line in assembly.splitlines():
+        label = re.match(r"(\.LBB\w+):", line)
+        if label:
+            labels[label.group(1)] = instructions
+        elif re.match(r"\s+[a-z]+_\w+", line):
+            instructions += 1
+            branch = re.search(r"_branch\w* (\.LBB\w+)", line)
+            if branch and branch.group(1) in labels:
+                loops.append(instructions - labels[branch.group(1)])
+    return tuple(loops)
 
 
 def _occupancy(registers: int, shared_bytes: int, warps: int, target: str) -> float:
@@ -230,7 +262,12 @@ def layers(*, everything: bool) -> Iterator[LayerCase]:
         yield square(8192, R=R, dtype=fp16)
         yield square(8192, R=R, adapter_dtype=bf16)
         yield LayerCase(8192, N=4100, M=4098, R=R, onto_base=True)
+        yield LayerCase(16384, N=4112, M=4144, R=R)  # no multiples of a step
     yield square(8192, R=15, E=5, K=3)
+    for dtype in (bf16, fp32):
+        yield LayerCase(16384, N=1000, M=1003, R=64, dtype=dtype, dropout_p=0.05)
+    yield square(16384, R=60, E=6)
+    yield square(16384, R=100, E=4, path=False)
     yield square(8192, R=1, E=1, K=1)
 
 

@@ -156,7 +156,7 @@ def run_passes(
         needs = dict.fromkeys(("needs_A", "needs_B", "needs_router"), True)
         passes.weight_gradients(problem.x_TN, problem.grad_y_TM, adapter, routing, gradient, **needs)
     with around("input_prefill"):
-        passes.input_prefill(adapter, routing, gradient)
+        passes.input_prefill(adapter, routing, gradient._replace(partial_B=None))
 
 
 def dropout_masks(problem: Problem, seed: Tensor) -> Tensor:

@@ -139,13 +139,14 @@ def _finish_hidden_gradient(v) -> dict:
 
 def _weight_gradient(v) -> dict:
     R, splits = v.E * v.D, blocks(v.T, v.split_T)
-    rank_blocks = blocks(R, v.BC) if v.weighted_bytes or v.hidden_bytes else 1
+    rank_blocks = blocks(R, v.BC)
+    blocks_of_x = rank_blocks if v.hidden_bytes else 1
     per_block = _FLOAT * v.E * bool(v.logits_bytes) + v.E * v.gate_bytes  # dlogits; gates that slots are of
-    of_y, of_x = R * v.weighted_bytes, (R * v.hidden_bytes + rank_blocks * per_block) * bool(v.x_bytes)
+    of_y, of_x = R * v.weighted_bytes, (R * v.hidden_bytes + blocks_of_x * per_block) * bool(v.x_bytes)
     out_B, out_A = R * v.out_B_bytes, R * v.out_A_bytes + v.E * v.out_router_bytes
     return {
         "dY": (rank_blocks * v.T * v.M * v.grad_y_bytes, 0),
-        "x": (rank_blocks * v.T * v.N * v.x_bytes, 0),
+        "x": (blocks_of_x * v.T * v.N * v.x_bytes, 0),
         "hidden": (v.T * (v.blocks_M * of_y + blocks(v.N, v.BN) * of_x), 0),
         "gradient": (0, splits * (out_B * v.M + out_A * v.N)),
     }

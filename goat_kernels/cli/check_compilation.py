@@ -20,7 +20,7 @@ def compilation(everything: bool) -> tuple[list[dict], list[str]]:
     print(f"{len(chosen)} kernels, compiled by Triton {common['triton']} for GPUs that are not here")
     print(
         f"{'kernel':24} {'target':8}{'x':9}{'tile':26}{'registers':>9}{'spilled':>8}{'shared':>8}{'occupancy':>10}  "
-        f"{'matrix instruction':18}"
+        f"{'matrix instruction':19}{'instructions of its loops'}"
     )
     rows: list[dict] = []
     failures: list[str] = []
@@ -49,7 +49,8 @@ def _print(result: Compiled, fault: str | None) -> None:
     print(
         f"{result.kernel:24} {result.target:8}{str(result.layer.dtype).removeprefix('torch.'):9}{described:26}"
         f"{result.registers:9}{result.spilled_bytes:8}{result.shared_bytes:8}{result.occupancy:10.0%}  "
-        f"{result.matrix_instruction or '-':18}{'' if fault is None else 'FAIL: ' + fault}",
+        f"{result.matrix_instruction or '-':19}{' '.join(map(str, result.loops)) or '-'}"
+        f"{'' if fault is None else '  FAIL: ' + fault}",
         flush=True,
     )
 
@@ -66,4 +67,5 @@ def _row(result: Compiled) -> dict:
         "shared_bytes": result.shared_bytes,
         "occupancy": result.occupancy,
         "matrix_instruction": result.matrix_instruction,
+        "loops": list(result.loops),
     }

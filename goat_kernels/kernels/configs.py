@@ -54,7 +54,9 @@ _DIVIDE_TOKENS_ALONE = (
     "fused_forward.dropout",
     "fused_forward.unaligned",
     "fused_hidden_gradient",
+    "fused_hidden_gradient.unaligned",
     "dropped_hidden",
+    "dropped_hidden.unaligned",
 )
 
 

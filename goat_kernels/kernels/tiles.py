@@ -43,8 +43,8 @@ class Entry:
 
     Attributes:
         kernel: its function's name, with ".dropout" where dropout makes another kernel of it, ".alone" where it
-            writes nothing of y, and ".unaligned" where rows of half-precision x or y do not begin at multiples
-            of 16 elements, so that their addresses take more registers.
+            writes nothing of y, and ".unaligned" where the compiler cannot tell that rows of half-precision
+            matrices begin at multiples of 16 bytes, so that their addresses take more registers.
         width: bytes of an element of x: 2 or 4.
         max_columns: the most hidden columns it serves.
         tiles: candidates.
@@ -72,6 +72,11 @@ def _tall_to_low(columns: int, warps: int, stages: int, rows: tuple[int, ...], r
 _PROJECT = _tall_to_low(64, 8, 3, (64, 32), rank=128) + _tall_to_low(64, 8, 3, (16,), rank=64)
 _EXPAND = _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)
 
+#: On Hopper four warps multiply 64 rows as one, eight 128. Eight for 64 would hold half of the columns each, and take
+#: several times the barriers to turn those into rows. Steps of 128 columns: a step's waits are the same for 64.
+_HOPPER_TALL = _tall_to_low(128, 8, 3, (128,))
+_HOPPER_EXPAND = _tall_to_low(128, 8, 2, (128,), rank=128) + _tall_to_low(128, 4, 2, (64, 32, 16), rank=128)
+
 #: For adapters that are read wider than x, in little shared memory.
 _SMALL_EXPAND = _tall_to_low(32, 8, 2, (64, 32, 16), rank=32)
 _SMALL_PROJECT = _tall_to_low(32, 4, 2, (64, 32, 16), rank=32)
@@ -81,7 +86,9 @@ TABLE: tuple[Entry, ...] = (
     # One read of x (dY) by programs of `rows` tokens; every program re-reads the adapter.
     Entry("fused_forward", 2, 32, _tall_to_low(64, 4, 3, (64, 32, 16)), family="sm100"),
     Entry("fused_forward", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
-    Entry("fused_forward", 2, 64, _tall_to_low(64, 4, 5, (64, 32, 16)), family="sm90", min_columns=33),
+    Entry("fused_forward", 2, 32, _HOPPER_TALL + _tall_to_low(128, 4, 3, (64, 32, 16)), family="sm90"),
+    Entry("fused_forward", 2, 64, _HOPPER_TALL + _tall_to_low(128, 4, 4, (64, 32, 16)), family="sm90"),
+    Entry("fused_forward", 2, 128, _HOPPER_TALL + _tall_to_low(128, 4, 3, (64, 32, 16)), family="sm90"),
     Entry("fused_forward", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_forward", 2, 128, _tall_to_low(64, 8, 3, (64, 32, 16))),
     Entry("fused_forward", 4, 64, _tall_to_low(16, 4, 2, (32, 16)), family="sm100"),
@@ -92,9 +99,14 @@ TABLE: tuple[Entry, ...] = (
     Entry("fused_forward.dropout", 4, 64, _tall_to_low(32, 4, 2, (16,))),
     Entry("fused_forward.dropout", 4, 128, _tall_to_low(32, 8, 2, (16,))),
     Entry("fused_hidden_gradient", 2, 32, _tall_to_low(64, 4, 4, (64, 32, 16))),
-    Entry("fused_hidden_gradient", 2, 64, _tall_to_low(64, 4, 5, (64, 32, 16)), family="sm90", min_columns=33),
+    Entry("fused_hidden_gradient", 2, 64, _HOPPER_TALL + _tall_to_low(128, 4, 4, (64, 32, 16)), family="sm90"),
+    Entry("fused_hidden_gradient", 2, 128, _HOPPER_TALL + _tall_to_low(128, 4, 3, (64, 32, 16)), family="sm90"),
+    Entry("fused_hidden_gradient", 2, 256, _tall_to_low(64, 8, 4, (64, 32, 16)), family="sm90"),
     Entry("fused_hidden_gradient", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
     Entry("fused_hidden_gradient", 2, 256, _tall_to_low(64, 8, 3, (64, 32, 16))),
+    Entry("fused_hidden_gradient.unaligned", 2, 64, _tall_to_low(64, 4, 3, (64, 32, 16))),
+    Entry("fused_hidden_gradient.unaligned", 2, 256, _tall_to_low(64, 8, 2, (32, 16)), family="gfx942", min_columns=65),
+    Entry("fused_hidden_gradient.unaligned", 2, 256, _tall_to_low(64, 8, 3, (32, 16))),
     Entry("fused_hidden_gradient", 4, 64, _tall_to_low(32, 4, 2, (32, 16))),
     Entry("fused_hidden_gradient", 4, 128, _tall_to_low(32, 8, 2, (32, 16))),
     # Products in rank blocks and splits.
@@ -103,6 +115,8 @@ TABLE: tuple[Entry, ...] = (
     Entry("project", 2, _ANY, _PROJECT + _SMALL_PROJECT),
     Entry("project", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=32)),
     Entry("dropped_hidden", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32), rank=64)),
+    Entry("dropped_hidden.unaligned", 2, _ANY, _tall_to_low(64, 8, 2, (32,), rank=64)),
+    Entry("dropped_hidden", 4, _ANY, _tall_to_low(32, 4, 2, (16,), rank=32), family="sm100"),
     Entry("dropped_hidden", 4, _ANY, _tall_to_low(32, 4, 2, (32, 16), rank=32)),
     # Elementwise over hidden columns, and a narrow product.
     Entry("route_and_prefill", 2, 128, (Tile(64, 64, 8, 1), Tile(32, 64, 4, 1), Tile(16, 64, 4, 1))),
@@ -131,17 +145,27 @@ TABLE: tuple[Entry, ...] = (
     Entry("weight_gradient", 2, 64, _tall_to_low(128, 8, 4, (64,), rank=64), family="sm100"),
     Entry("weight_gradient", 2, 64, _tall_to_low(128, 4, 3, (64,), rank=64)),
     Entry("weight_gradient", 2, _ANY, _tall_to_low(128, 8, 3, (64,), rank=128)),
+    Entry("weight_gradient.unaligned", 2, 32, _tall_to_low(128, 8, 3, (64,), rank=32)),
+    Entry("weight_gradient.unaligned", 2, 64, _tall_to_low(128, 8, 3, (64,), rank=64)),
+    Entry("weight_gradient.unaligned", 2, _ANY, _tall_to_low(64, 8, 3, (64,), rank=128)),
     Entry("weight_gradient", 4, 64, _tall_to_low(64, 8, 2, (16,), rank=32), family="sm100"),
     Entry("weight_gradient", 4, 64, _tall_to_low(64, 8, 3, (16,), rank=32)),
     Entry("weight_gradient", 4, _ANY, _tall_to_low(32, 8, 2, (16,), rank=32)),
     Entry("weight_gradient.dropout", 2, _ANY, _tall_to_low(64, 4, 2, (32,), rank=32)),
-    Entry("weight_gradient.dropout", 4, _ANY, _tall_to_low(32, 8, 2, (16,), rank=32)),
+    Entry("weight_gradient.dropout", 4, _ANY, _tall_to_low(64, 8, 2, (16,), rank=32)),
     # dX and the staged y: `rows` tokens stay, the walk is over `columns` features a step.
+    Entry("expand_columns", 2, 64, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64), family="sm90"),
+    Entry("expand_columns", 2, 128, _HOPPER_EXPAND + _SMALL_EXPAND, family="sm90"),
+    Entry("expand_columns", 2, 256, _tall_to_low(64, 8, 2, (128,), rank=128) + _EXPAND + _SMALL_EXPAND, family="sm90"),
+    Entry("expand_columns", 2, _ANY, _tall_to_low(128, 8, 2, (128,), rank=64) + _EXPAND + _SMALL_EXPAND, family="sm90"),
     Entry("expand_columns", 2, 64, _tall_to_low(128, 4, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns", 2, _ANY, _EXPAND + _SMALL_EXPAND),
+    Entry("expand_columns.unaligned", 2, 64, _tall_to_low(128, 4, 2, (64, 32, 16), rank=64)),
+    Entry("expand_columns.unaligned", 2, _ANY, _EXPAND + _SMALL_EXPAND),
     Entry("expand_columns", 4, _ANY, _tall_to_low(32, 8, 2, (32, 16), rank=16)),
     Entry("expand_columns.dropout", 2, 96, _tall_to_low(64, 8, 2, (64, 32, 16), rank=64)),
     Entry("expand_columns.dropout", 2, _ANY, _tall_to_low(64, 8, 2, (64, 32, 16), rank=32)),
+    Entry("expand_columns.dropout.unaligned", 2, _ANY, _tall_to_low(64, 8, 2, (32, 16), rank=32)),
     Entry("expand_columns.dropout", 4, _ANY, _tall_to_low(32, 8, 2, (16,), rank=32)),
 )
 

@@ -168,8 +168,11 @@ def weight_gradient(
                 stride_yt, stride_ym, 1, R, keep_threshold, keep_scale,
                 E, D, TOP_K, E_DOT, BT, BN, BC, EVEN_M, PRECISION,
             )  # fmt: skip
-    if x_ptr is not None:  # noqa: SIM102
-        if block >= blocks_M:
+    if x_ptr is not None:
+        reads_x = block >= blocks_M
+        if hidden_ptr is None:  # the router alone: one block along axis 2, whatever lora_B has
+            reads_x = reads_x & (tl.program_id(2) == 0)
+        if reads_x:
             sum_over_tokens(
                 x_ptr, hidden_ptr, logits_ptr, gate_ptr, seed_ptr, out_A_ptr, out_router_ptr, block - blocks_M, T, N,
                 split_T, stride_xt, stride_xn, N, 1, keep_threshold, keep_scale,
@@ -177,7 +180,7 @@ def weight_gradient(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["splits_B", "splits_A"])
+@triton.jit(do_not_specialize=["splits_B", "splits_A", "blocks_B"])
 def add_splits(
     partial_B_ptr,
     partial_A_ptr,
@@ -186,6 +189,7 @@ def add_splits(
     out_router_ptr,
     splits_B,
     splits_A,
+    blocks_B,
     size_B,
     size_A,
     size_router,
@@ -194,12 +198,12 @@ def add_splits(
 ):
     """Sum partial_B float32 [splits_B, size_B] and partial_A [splits_A, size_A + size_router] over their splits.
 
-    Grid: (ceil(size_B / BLOCK) + ceil((size_A + size_router) / BLOCK),). SPLITS at a time, in their order. The sums go
-    to out_B_ptr; to out_A_ptr and what is behind size_A to out_router_ptr; in their dtypes, None where the size is 0.
+    Grid: (blocks_B + ceil((size_A + size_router) / BLOCK),), blocks_B is ceil(size_B / BLOCK). SPLITS at a time, in
+    their order. The sums go to out_B_ptr; to out_A_ptr and what is behind size_A to out_router_ptr; in their dtypes,
+    None where the size is 0.
     """
-    blocks_B = tl.cdiv(size_B, BLOCK)
     block = tl.program_id(0)
-    if out_B_ptr is not None:  # noqa: SIM102 (a constant around a run-time condition)
+    if partial_B_ptr is not None:  # noqa: SIM102 (a constant around a run-time condition)
         if block < blocks_B:
             index, total = sum_block(partial_B_ptr, block, splits_B, size_B, SPLITS, BLOCK)
             tl.store(out_B_ptr + index, cast(total, out_B_ptr.dtype.element_ty), mask=index < size_B)
@@ -217,7 +221,7 @@ def add_splits(
 @triton.jit
 def sum_block(partial_ptr, block, splits, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """(the indices of one block [BLOCK], its sums over the splits of partial_ptr float32 [splits, size])."""
-    index = block * BLOCK + tl.arange(0, BLOCK)
+    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, splits, SPLITS):
         split = start + tl.arange(0, SPLITS)

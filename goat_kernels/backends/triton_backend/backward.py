@@ -18,6 +18,7 @@ from goat_kernels.backends.triton_backend.forward import FUSED_EXPERTS, project_
 from goat_kernels.backends.triton_backend.operands import (
     Widths,
     dropout_arguments,
+    is_unaligned,
     operands,
     precision,
     split_stages,
@@ -73,7 +74,10 @@ def hidden_gradient(
     widths = Widths.of(adapter, with_residual=with_residual)
     matrices = operands(adapter, routing.packed)
     read_width = matrices.read_width(with_router=False)
-    tile = find_tile("fused_hidden_gradient", widths.columns, compute.itemsize, target, T, read_width)
+    kernel = "fused_hidden_gradient"
+    if (widths.D != widths.D_PAD and compute.itemsize == 2) or is_unaligned(compute, (M,), (adapter.rank, widths.R0)):
+        kernel += ".unaligned"
+    tile = find_tile(kernel, widths.columns, compute.itemsize, target, T, read_width)
     is_fused = tile is not None and widths.E <= FUSED_EXPERTS and 2 * blocks(T, tile.rows) >= target.multiprocessors
     partial_B = None
     if needs_B and is_fused and rides(adapter.rank, tile.rows):
@@ -192,13 +196,17 @@ def _sum_over_tokens(
     columns = padded(R, 16) if has_columns else 16
     of_logits = padded(E, 16) if wanted.router_EN is not None else 0
     dropped = adapter.seed is not None and wanted.A_RN is not None
-    kernel = "weight_gradient.dropout" if dropped else "weight_gradient"
+    kernel = "weight_gradient"
+    if dropped:
+        kernel += ".dropout"
+    elif is_unaligned(x_TN.dtype, (M * of_y, N * of_x), (R,)):
+        kernel += ".unaligned"
     tile = choose_tile(kernel, columns + (of_logits if of_logits > 16 else 0), x_TN.dtype.itemsize, target, T)
     rank = min(tile.rank, columns)
     blocks_M, blocks_N = blocks(M, tile.columns) if of_y else 0, blocks(N, tile.columns) if of_x else 0
     rank_blocks = blocks(R, rank) if has_columns else 1
     programs = (blocks_M + blocks_N) * rank_blocks
-    # Between one and two programs a multiprocessor would leave most of a second wave empty.
+    # Where one split would leave most of a second wave empty, two.
     fill = 2 if programs <= target.multiprocessors else 3
     splits, split_steps = splits_of(programs, blocks(T, tile.rows), target, fill=fill)
     partial, to = _Partial(), wanted
@@ -224,14 +232,14 @@ def _sum_over_tokens(
         "out_A_ptr": to.A_RN,
         "out_router_ptr": to.router_EN,
         "T": T,
-        "M": M,
-        "N": N,
+        "M": M if of_y else 0,
+        "N": N if of_x else 0,
         "blocks_M": blocks_M,
         "split_T": split_steps * tile.rows,
-        "stride_yt": grad_y_TM.stride(0),
-        "stride_ym": grad_y_TM.stride(1),
-        "stride_xt": x_TN.stride(0),
-        "stride_xn": x_TN.stride(1),
+        "stride_yt": grad_y_TM.stride(0) if of_y else 0,
+        "stride_ym": grad_y_TM.stride(1) if of_y else 0,
+        "stride_xt": x_TN.stride(0) if of_x else 0,
+        "stride_xn": x_TN.stride(1) if of_x else 0,
         **(dropout_arguments(adapter) if dropped else NO_DROPOUT),
     }
     constants = {
@@ -242,8 +250,8 @@ def _sum_over_tokens(
         "BT": tile.rows,
         "BN": tile.columns,
         "BC": rank,
-        "EVEN_M": M % tile.columns == 0,
-        "EVEN_N": N % tile.columns == 0,
+        "EVEN_M": not of_y or M % tile.columns == 0,
+        "EVEN_N": not of_x or N % tile.columns == 0,
         "PRECISION": precision(x_TN.dtype),
     }
     launch(weight_gradient, (blocks_M + blocks_N, splits, rank_blocks), tile, arguments, constants)
@@ -255,25 +263,27 @@ def _add_splits(partial: _Partial, wanted: _Wanted) -> None:
     of_B, of_A = partial.B is not None, partial.A_router is not None
     if not (of_B or of_A):
         return
-    outputs = {
-        "out_B_ptr": wanted.B_MR if of_B else None,
-        "out_A_ptr": wanted.A_RN if of_A else None,
-        "out_router_ptr": wanted.router_EN if of_A else None,
-    }
     splits_B, splits_A = (0 if sums is None else sums.shape[0] for sums in partial)
-    sizes = [0 if out is None else out.numel() for out in outputs.values()]
+    size_B = wanted.B_MR.numel() if of_B else 0
+    size_A = wanted.A_RN.numel() if of_A and wanted.A_RN is not None else 0
+    size_router = wanted.router_EN.numel() if of_A and wanted.router_EN is not None else 0
+    tile = _SUM if size_B + size_A + size_router > 100 * _SUM.columns else _SMALL_SUM
+    blocks_B = blocks(size_B, tile.columns)
     arguments = {
         "partial_B_ptr": partial.B,
         "partial_A_ptr": partial.A_router,
-        **outputs,
+        "out_B_ptr": wanted.B_MR if of_B else None,
+        "out_A_ptr": wanted.A_RN if of_A else None,
+        "out_router_ptr": wanted.router_EN if of_A else None,
         "splits_B": splits_B,
         "splits_A": splits_A,
-        **dict(zip(("size_B", "size_A", "size_router"), sizes, strict=True)),
+        "blocks_B": blocks_B,
+        "size_B": size_B,
+        "size_A": size_A,
+        "size_router": size_router,
     }
-    tile = _SUM if sum(sizes) > 100 * _SUM.columns else _SMALL_SUM
-    programs = blocks(sizes[0], tile.columns) + blocks(sizes[1] + sizes[2], tile.columns)
     constants = {"SPLITS": min(padded(max(splits_B, splits_A)), tile.rows), "BLOCK": tile.columns}
-    launch(add_splits, (programs,), tile, arguments, constants)
+    launch(add_splits, (blocks_B + blocks(size_A + size_router, tile.columns),), tile, arguments, constants)
 
 
 def input_prefill(adapter: Adapter, routing: Routing, gradient: TritonHiddenGradient) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from goat_kernels.backends.base import Adapter
-from goat_kernels.backends.triton_backend.operands import dropout_arguments, precision
+from goat_kernels.backends.triton_backend.operands import dropout_arguments, is_unaligned, precision
 from goat_kernels.kernels.common import padded
 from goat_kernels.kernels.configs import choose_tile, current_target
 from goat_kernels.kernels.expand import expand_columns
@@ -38,7 +38,11 @@ def expand(
         return
     R, R0 = hidden_TR.shape[1], 0 if residual_TR0 is None else residual_TR0.shape[1]
     target = current_target(out_TN.device)
-    kernel = "expand_columns" if dropped is None else "expand_columns.dropout"
+    kernel = "expand_columns"
+    if dropped is not None:
+        kernel += ".dropout"
+    if is_unaligned(out_TN.dtype, (N,), (R, R0)):
+        kernel += ".unaligned"
     read_width = max(matrix.element_size() for matrix in (W, W0, router) if matrix is not None)
     tile = choose_tile(kernel, R + R0, out_TN.element_size(), target, T, read_width)
     row_blocks, steps = blocks(T, tile.rows), blocks(N, tile.columns)

@@ -19,6 +19,7 @@ from goat_kernels.backends.triton_backend.operands import (
     Widths,
     check_addresses,
     dropout_arguments,
+    is_unaligned,
     onto,
     operands,
     pack,
@@ -115,7 +116,7 @@ def _fused_tile(x_TN: Tensor, M: int, widths: Widths, adapter: Adapter, target: 
     kernel = "fused_forward"
     if adapter.seed is not None:
         kernel += ".dropout"
-    elif width == 2 and (N % 16 or M % 16 or x_TN.stride(0) % 16):
+    elif is_unaligned(x_TN.dtype, (N, M, x_TN.stride(0)), ()):
         kernel += ".unaligned"
     tile = find_tile(kernel, columns, width, target, T)
     if tile is None or (adapter.seed is None and 2 * blocks(T, tile.rows) < target.multiprocessors):
@@ -318,7 +319,10 @@ def project_columns(
 def _dropped(target: Target, x_TN: Tensor, adapter: Adapter, matrices: Operands, kept: Kept) -> None:
     """h~ under dropout, from the gates that ``route_and_prefill`` has written."""
     T, N = x_TN.shape
-    tile = choose_tile("dropped_hidden", adapter.rank, x_TN.dtype.itemsize, target, T)
+    kernel = "dropped_hidden"
+    if is_unaligned(x_TN.dtype, (N, x_TN.stride(0)), ()):
+        kernel += ".unaligned"
+    tile = choose_tile(kernel, adapter.rank, x_TN.dtype.itemsize, target, T)
     arguments = {
         "x_ptr": x_TN,
         "A_ptr": matrices.A,

@@ -167,6 +167,17 @@ def precision(compute: torch.dtype) -> str:
     return "ieee"
 
 
+def is_unaligned(compute: torch.dtype, widths: tuple[int, ...], ranks: tuple[int, ...]) -> bool:
+    """Whether the compiler cannot tell that rows of half-precision matrices begin at multiples of 16 bytes.
+
+    Args:
+        compute: their dtype.
+        widths: N or M of those that a kernel reads or writes: of a run-time number Triton knows whether 16 divides it.
+        ranks: R and R0, which are constants.
+    """
+    return compute.itemsize == 2 and (any(width % 16 for width in widths) or any(rank % 8 for rank in ranks))
+
+
 def splits_of(
     programs: int, steps: int, target: Target, least_steps: int = 4, most_splits: int | None = None, fill: int = 2
 ) -> tuple[int, int]:
