@@ -84,7 +84,7 @@ _SMALL_PROJECT = _tall_to_low(32, 4, 2, (64, 32, 16), rank=32)
 #: In order: of the entries of a kernel that hold the columns, those of the GPU's own family come first, then "any".
 TABLE: tuple[Entry, ...] = (
     # One read of x (dY) by programs of `rows` tokens; every program re-reads the adapter.
-    Entry("fused_forward", 2, 32, _tall_to_low(64, 4, 3, (64, 32, 16)), family="sm100"),
+    Entry("fused_forward", 2, 32, _tall_to_low(64, 8, 3, (64, 32, 16)), family="sm100"),
     Entry("fused_forward", 2, 32, _tall_to_low(128, 4, 3, (64, 32, 16))),
     Entry("fused_forward", 2, 32, _HOPPER_TALL + _tall_to_low(128, 4, 3, (64, 32, 16)), family="sm90"),
     Entry("fused_forward", 2, 64, _HOPPER_TALL + _tall_to_low(128, 4, 4, (64, 32, 16)), family="sm90"),
