@@ -266,7 +266,7 @@ def layers(*, everything: bool) -> Iterator[LayerCase]:
     yield square(8192, R=15, E=5, K=3)
     for dtype in (bf16, fp32):
         yield LayerCase(16384, N=1000, M=1003, R=64, dtype=dtype, dropout_p=0.05)
-    yield square(16384, R=16)  # lora_B rides beside two blocks' worth of columns
+    yield square(16384, R=16)  # 128 tokens a program on sm_90: lora_B rides
     yield square(16384, R=60, E=6)
     yield square(16384, R=100, E=4, path=False)
     yield square(8192, R=1, E=1, K=1)
