@@ -5,14 +5,16 @@
     GoatConfig       for peft.get_peft_model (imports PEFT when first used)
     goat_reference   the plain implementation that the fast ones are tested against
 
-Importing this package needs PyTorch alone: no GPU, Triton, transformers or PEFT. To load a saved GOAT adapter with
-PEFT, import ``goat_kernels.peft`` first, which registers the method.
+Importing this package needs PyTorch alone: no GPU, Triton, transformers or PEFT. It also makes GOAT known to PEFT,
+before or after PEFT is imported, so that ``peft.PeftModel.from_pretrained`` loads a saved adapter.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
+
+from goat_kernels.registration import register_with_peft
 
 if TYPE_CHECKING:
     from goat_kernels.backends import available_backends
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from goat_kernels.reference import ReferenceOutput, goat_reference
     from goat_kernels.settings import AdapterSettings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Public name -> the module it is in, imported when the name is first used: `goat-kernels --help` answers at once, and
 #: PEFT is imported only where GoatConfig is.
@@ -59,3 +61,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
+
+
+register_with_peft()

@@ -1,7 +1,7 @@
 """GOAT as a PEFT method: importing this package registers it, so that ``peft.get_peft_model`` knows ``GoatConfig``.
 
-A process that loads a saved GOAT adapter must import it too (``import goat_kernels.peft``): PEFT looks the method up by
-the name in the adapter's file, and raises ``KeyError: 'GOAT'`` where nobody has registered it.
+``import goat_kernels`` imports it as soon as PEFT is imported. A process that imports neither cannot load a GOAT
+adapter: PEFT looks the method up by the name in the adapter's file and raises ``KeyError: 'GOAT'``.
 """
 
 from __future__ import annotations
