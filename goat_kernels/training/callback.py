@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
+import weakref
+from collections.abc import Callable, Iterator
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from goat_kernels.training.balance import balance_scales
@@ -49,9 +52,12 @@ class GoatCallback(TrainerCallback):
             raise TypeError(f"per_layer must be True or False, got {per_layer!r}")
         self.per_layer = per_layer
         self.history: list[dict] = []
+        self._end_guard: Callable[[], None] = lambda: None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         _log_before_others(self)
+        self._end_guard()
+        self._end_guard = _guard_training(model)
         _set_default(model, 1 / args.gradient_accumulation_steps)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs) -> None:
@@ -59,6 +65,7 @@ class GoatCallback(TrainerCallback):
         _set_default(model, _loss_scale(optimizer) / batches)
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        self._end_guard()
         _set_default(model, 1.0)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
@@ -121,6 +128,34 @@ def _set_default(model, value: float) -> None:
         scale.default = value
 
 
+def _guard_training(model) -> Callable[[], None]:
+    """Put the default back where training ends in an exception, which Trainer tells no callback of.
+
+    A loop of the user's own would otherwise find the scale of a step that never ended. The trainer's method that runs
+    an epoch is wrapped until training ends either way; the function returned unwraps it.
+    """
+    trainer = next((caller for caller in _callers() if isinstance(caller, Trainer)), None)
+    if trainer is None:
+        return lambda: None
+    run_epoch, reference = trainer._run_epoch, weakref.ref(trainer)
+
+    def unwrap() -> None:
+        if reference() is not None:
+            reference().__dict__.pop("_run_epoch", None)
+
+    @functools.wraps(run_epoch)
+    def run_epoch_or_reset(*args, **kwargs):
+        try:
+            return run_epoch(*args, **kwargs)
+        except BaseException:
+            unwrap()
+            _set_default(model, 1.0)
+            raise
+
+    trainer._run_epoch = run_epoch_or_reset
+    return unwrap
+
+
 def _loss_scale(optimizer) -> float:
     """What accelerate multiplies the loss by for float16; 1 without a gradient scaler."""
     scaler = getattr(optimizer, "scaler", None)
@@ -169,10 +204,16 @@ def _handler_that_calls(callback: GoatCallback) -> CallbackHandler | None:
     comes before what TensorBoard's reads. None (the entries then reach the history and later callbacks alone) where
     another caller runs the events.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
+    for caller in _callers():
         if isinstance(caller, CallbackHandler) and any(c is callback for c in caller.callbacks):
             return caller
-        frame = frame.f_back
     return None
+
+
+def _callers() -> Iterator[object]:
+    """The objects whose methods are running, innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if (caller := frame.f_locals.get("self")) is not None:
+            yield caller
+        frame = frame.f_back
