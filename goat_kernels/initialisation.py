@@ -264,7 +264,7 @@ def _adapter_from_triples(
     M, N = weight.shape
     E, D = settings.num_experts, settings.expert_rank
     dtype = dtype or _svd_dtype(weight)
-    router = _kaiming_uniform((E, N), weight.device, dtype, generator)
+    router = draw_router(E, N, weight.device, dtype, generator)
     if triples is None:
         rows = D if settings.init == "hydralora" else settings.r
         return InitialAdapter(
@@ -296,6 +296,17 @@ def _adapter_from_triples(
         residual=residual,
         svd_error=triples.error,
     )
+
+
+def draw_router(
+    num_experts: int,
+    in_features: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A new router [E, N], as nn.Linear draws its weight; ``generator`` as for :func:`initialise_adapter`."""
+    return _kaiming_uniform((num_experts, in_features), device, dtype, generator)
 
 
 def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None) -> float | Tensor:

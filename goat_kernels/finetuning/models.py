@@ -161,7 +161,7 @@ def build(method: str, base: BaseModel, adapter: AdapterOptions, seed: int) -> P
     model = get_peft_model(model, config)
     if getattr(config, "num_experts", None) == 1:  # its gate is always 1, so its router has nothing to learn
         for name, parameter in model.named_parameters():
-            if ".goat_router." in name:
+            if ".goat_adapter." in name and name.endswith(".router"):
                 parameter.requires_grad_(False)
     return model
 

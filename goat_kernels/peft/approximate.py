@@ -52,7 +52,7 @@ def approximate_lora(
     with model.disable_adapter():
         without = _first_output(model, inputs)
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    tensors = {key: tensor for key, tensor in saved.items() if not key.rsplit(".", 1)[-1].startswith("goat_")}
+    tensors = {key: tensor for key, tensor in saved.items() if ".goat_adapter." not in key}
     for name, layer in layers.items():
         settings = layer.settings[adapter_name]
         E = settings.num_experts
@@ -98,7 +98,7 @@ def _mean_gates(layers: dict[str, GoatLinearLayer], adapter_name: str):
 
     def watch(name: str, layer: GoatLinearLayer):
         def hook(module, arguments):
-            router = layer.goat_router[adapter_name].detach()
+            router = layer.goat_adapter[adapter_name].router.detach()
             logits = arguments[0].detach().reshape(-1, layer.in_features).to(router) @ router.T
             chosen = select_top_k(logits, layer.settings[adapter_name].top_k)
             gate = torch.softmax(logits.masked_fill(~chosen, float("-inf")), dim=-1)
@@ -119,17 +119,15 @@ def _mean_gates(layers: dict[str, GoatLinearLayer], adapter_name: str):
 
 
 def _pair(name: str, layer: GoatLinearLayer, adapter_name: str, gate: Tensor) -> dict[str, Tensor]:
-    tensors = layer._adapter_tensors(adapter_name)
-    settings = layer.settings[adapter_name]
-    lora_A, lora_B = tensors["goat_A"].detach(), tensors["goat_B"].detach()
+    adapter, settings = layer.goat_adapter[adapter_name], layer.settings[adapter_name]
+    lora_A, lora_B = adapter.lora_A.detach(), adapter.lora_B.detach()
     if settings.init == "hydralora":
         lora_A = lora_A.repeat(settings.num_experts, 1)
-    s = layer.scaling[adapter_name] if adapter_name in layer.scaling else tensors["goat_scaling"]
-    factor = (s * gate.to(lora_B)).repeat_interleave(settings.expert_rank)
+    factor = (layer.scaling_of(adapter_name) * gate.to(lora_B)).repeat_interleave(settings.expert_rank)
     lora_B = lora_B * factor
-    if "goat_residual_A" in tensors:
-        lora_A = torch.cat([lora_A, tensors["goat_residual_A"].to(lora_A)])
-        lora_B = torch.cat([lora_B, -tensors["goat_residual_B"].to(lora_B)], dim=1)
+    if adapter.residual_A is not None:
+        lora_A = torch.cat([lora_A, adapter.residual_A.to(lora_A)])
+        lora_B = torch.cat([lora_B, -adapter.residual_B.to(lora_B)], dim=1)
     key = f"{PREFIX}{name}"
     return {f"{key}.lora_A.weight": lora_A, f"{key}.lora_B.weight": lora_B}
 

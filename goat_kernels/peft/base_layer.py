@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.quantization_utils import resolve_quantization_backend
@@ -198,10 +199,24 @@ def is_plain(base: nn.Module) -> bool:
         and not base._forward_pre_hooks
         and not base._backward_hooks
         and not base._backward_pre_hooks
-        and "forward" not in base.__dict__
+        and _is_linear_forward(base.__dict__.get("forward"))
         and "_hf_hook" not in base.__dict__
         and has_plain_weight(base)
     )
+
+
+def _is_linear_forward(forward) -> bool:
+    """Whether an instance's own ``forward`` is none, or nn.Linear's, which accelerate leaves when a hook is removed."""
+    return forward is None or getattr(forward, "__func__", None) is nn.Linear.forward
+
+
+def offloading_hook(base: nn.Module) -> AlignDevicesHook | None:
+    """accelerate's hook on an nn.Linear that is plain but for it: the product can run between its two halves."""
+    hook = base.__dict__.get("_hf_hook")
+    if type(base) is not nn.Linear or type(hook) is not AlignDevicesHook:
+        return None
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return hook if _is_linear_forward(base.__dict__.get("_old_forward")) and not hooked else None
 
 
 def has_plain_weight(base: nn.Module) -> bool:

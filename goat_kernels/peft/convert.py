@@ -284,10 +284,10 @@ def _initial(before: dict[str, Tensor], name: str, part: str) -> Tensor:
 
 
 def _put(tensors: dict, name: str, lora_A: Tensor, lora_B: Tensor, router: Tensor, residual) -> None:
-    values = {"goat_A": lora_A, "goat_B": lora_B, "goat_router": router}
+    values = {"lora_A": lora_A, "lora_B": lora_B, "router": router}
     if residual is not None:
-        values |= {"goat_residual_A": residual[0], "goat_residual_B": residual[1]}
-    tensors.update({f"{PREFIX}{name}.{key}": value for key, value in values.items()})
+        values |= {"residual_A": residual[0], "residual_B": residual[1]}
+    tensors.update({f"{PREFIX}{name}.goat_adapter.{key}": value for key, value in values.items()})
 
 
 def _finished(config: GoatConfig, tensors: dict, modules, base_model: nn.Module | None) -> ConvertedAdapter:

@@ -36,7 +36,7 @@ class FoldingLayer:
 
     def active_here(self) -> list[str]:
         """Active adapters that this layer has; none while they are disabled."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.goat_A]
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.goat_adapter]
 
     def is_settled(self) -> bool:
         """Whether every active adapter has its tensors and the weight is in the state that they need."""
@@ -60,7 +60,7 @@ class FoldingLayer:
             base = self.get_base_layer()
             if folding is None or base.weight.is_meta:
                 return
-            A0, B0 = self.goat_residual_A[folding], self.goat_residual_B[folding]
+            A0, B0 = self.goat_adapter[folding].residual_A, self.goat_adapter[folding].residual_B
             self._folded = FoldedWeight(base.weight)
             if isinstance(base, Conv1D):
                 self._folded.fold(B0.T, A0.T)  # its weight is W0^T
@@ -85,4 +85,7 @@ class FoldingLayer:
             )
 
     def _folding_among(self, names: list[str]) -> str | None:
-        return next((n for n in names if self.settings[n].residual == "fold" and n in self.goat_residual_A), None)
+        for name in names:
+            if self.settings[name].residual == "fold" and self.goat_adapter[name].residual_A is not None:
+                return name
+        return None

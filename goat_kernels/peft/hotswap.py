@@ -7,6 +7,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from goat_kernels.initialisation import adapter_scaling
+from goat_kernels.peft.adapter import present_name
 from goat_kernels.peft.config import GoatConfig
 from goat_kernels.peft.layer import GoatLinearLayer
 
@@ -47,6 +48,7 @@ def hotswap_adapter(
         if isinstance(layer, GoatLinearLayer) and adapter_name in layer.settings:
             _check_computes_alike(layer, adapter_name, config, path)
     state = load_peft_weights(path, device=torch_device, **hub_options)
+    state = {present_name(key): tensor for key, tensor in state.items()}
     _check_tensors_alike(get_peft_model_state_dict(model, adapter_name=adapter_name), state, path)
     set_peft_model_state_dict(model, state, adapter_name=adapter_name)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from goat_kernels.peft.adapter import present_name
 from goat_kernels.peft.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, prepared_config_files
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 PICKLE_VARIABLE = "GOAT_KERNELS_ALLOW_PICKLE"
 
 _PREFIX = "base_model.model."
+_ADAPTER = ".goat_adapter."
 
 #: What an adapter's tensors may be, as safetensors calls it; torch would cast anything else without a word.
 _DTYPES = ("F16", "BF16", "F32", "F64")
@@ -33,11 +35,6 @@ def may_unpickle(allow_pickle: bool) -> bool:
 def has_weights(folder: Path) -> bool:
     """Whether an adapter's weights lie in ``folder``, in either format."""
     return (folder / WEIGHTS_FILE).is_file() or (folder / PICKLE_FILE).is_file()
-
-
-def module_name(key: str) -> str:
-    """The module in the base model that a key of an adapter file belongs to: without prefix and tensor name."""
-    return key.removeprefix(_PREFIX).rsplit(".", 1)[0]
 
 
 def check_adapter_folder(folder: Path, config: GoatConfig) -> dict[str, tuple[int, int]]:
@@ -101,7 +98,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             for key, tensor in slices.items():
-                if "goat_" in key.rsplit(".", 1)[-1] and tensor.get_dtype() not in _DTYPES:
+                if _ADAPTER in present_name(key) and tensor.get_dtype() not in _DTYPES:
                     raise ValueError(
                         f"{file}: {key} is of dtype {tensor.get_dtype()}; an adapter's tensors are of one of "
                         f"{', '.join(_DTYPES)}"
@@ -116,22 +113,22 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def _check_shapes(file: Path, shapes: dict[str, tuple[int, ...]], config: GoatConfig) -> dict[str, tuple[int, int]]:
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
-        tensor = key.rsplit(".", 1)[-1]
-        if tensor.startswith("goat_"):
-            modules.setdefault(module_name(key), {})[tensor] = shape
+        module, adapter, tensor = present_name(key).rpartition(_ADAPTER)
+        if adapter:
+            modules.setdefault(module.removeprefix(_PREFIX), {})[tensor] = shape
     found = {}
     for name, tensors in modules.items():
         settings = config.settings(name)
         R, E = settings.r, settings.num_experts
-        N = tensors.get("goat_A", (0, None))[-1]
-        M = tensors.get("goat_B", (None,))[0]
+        N = tensors.get("lora_A", (0, None))[-1]
+        M = tensors.get("lora_B", (None,))[0]
         needed = {
-            "goat_A": (settings.expert_rank if settings.init == "hydralora" else R, N),
-            "goat_B": (M, R),
-            "goat_router": (E, N),
-            "goat_residual_A": (R, N),
-            "goat_residual_B": (M, R),
-            "goat_scaling": (E,),
+            "lora_A": (settings.expert_rank if settings.init == "hydralora" else R, N),
+            "lora_B": (M, R),
+            "router": (E, N),
+            "residual_A": (R, N),
+            "residual_B": (M, R),
+            "scaling": (E,),
         }
         for tensor, shape in tensors.items():
             need = needed.get(tensor, shape)

@@ -1,30 +1,32 @@
 """``GoatLinearLayer``: a linear layer of any kind with GOAT adapters on it, as PEFT's tuner layers are built.
 
-The base layer stays where it is (``base_layer``). Each adapter is three parameters (``goat_A``, ``goat_B``,
-``goat_router``) and up to three buffers (the frozen pair, the per-expert scaling), in dicts keyed by adapter name.
+The base layer stays where it is (``base_layer``). Each adapter is a :class:`GoatAdapter` in ``goat_adapter``, a dict
+keyed by adapter name.
 """
 
 from __future__ import annotations
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.functional import routed_linear
 from goat_kernels.initialisation import initialise_adapter
+from goat_kernels.peft.adapter import AdapterDict, GoatAdapter
 from goat_kernels.peft.base_layer import (
     adapter_device,
     adapter_dtype,
     check_gradient_of_base,
     features,
+    has_plain_weight,
     is_plain,
+    offloading_hook,
     pretrained_weight,
     unpack,
 )
 from goat_kernels.peft.folding import FoldingLayer
-from goat_kernels.peft.tensors import AdapterTensors, Float32BufferDict, pending_tensors
+from goat_kernels.peft.tensors import AdapterTensors, pending_tensors
 from goat_kernels.routed_module import RoutedModule, never_bypass
 from goat_kernels.settings import AdapterSettings
 
@@ -39,13 +41,12 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
 
     "Linear" is in the name because PEFT looks for it when "all-linear" meets a model that has adapters already.
 
-    Parameters (by adapter name, float32; float64 over a float64 base): ``goat_A`` [R, N] ([D, N] for hydralora),
-    ``goat_B`` [M, R], ``goat_router`` [E, N]. Buffers: ``goat_residual_A`` [R, N] and ``goat_residual_B`` [M, R] where
-    there is a residual, ``goat_scaling`` float32 [E] where s differs by expert.
+    ``goat_adapter`` holds the adapters' tensors by adapter name, in float32 (float64 over a float64 base); ``settings``
+    their hyper-parameters, ``r`` their rank and ``scaling`` their s, where it is one number for all experts.
     """
 
-    adapter_layer_names = ("goat_A", "goat_B", "goat_router")
-    other_param_names = ("goat_residual_A", "goat_residual_B", "goat_scaling", "settings", "scaling", "r")
+    adapter_layer_names = ("goat_adapter",)
+    other_param_names = ("settings", "scaling", "r")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         """``name`` is the module's name in the model, for messages."""
@@ -53,12 +54,7 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
         self.base_layer = base_layer
         self.name = name
         self.in_features, self.out_features = features(self.get_base_layer())
-        self.goat_A = nn.ParameterDict()
-        self.goat_B = nn.ParameterDict()
-        self.goat_router = nn.ParameterDict()
-        self.goat_residual_A = BufferDict(persistent=True)
-        self.goat_residual_B = BufferDict(persistent=True)
-        self.goat_scaling = Float32BufferDict(persistent=True)
+        self.goat_adapter = AdapterDict()
         self.settings: dict[str, AdapterSettings] = {}
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
@@ -73,7 +69,13 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
     # --- adapters -------------------------------------------------------------------------------------------------
 
     def update_layer(
-        self, adapter_name: str, settings: AdapterSettings, tensors: AdapterTensors | None, *, has_residual: bool
+        self,
+        adapter_name: str,
+        settings: AdapterSettings,
+        tensors: AdapterTensors | None,
+        *,
+        has_residual: bool,
+        may_start: bool = True,
     ) -> None:
         """Add an adapter.
 
@@ -82,49 +84,54 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
             settings: its hyper-parameters on this module.
             tensors: what it starts from; None for an adapter whose tensors are to be loaded.
             has_residual: whether it will carry the frozen pair.
+            may_start: whether an adapter whose tensors never come starts afresh; otherwise its first forward raises.
         """
         base = self.get_base_layer()
         device, dtype = adapter_device(base), adapter_dtype(base)
-        if tensors is None:
+        pending = tensors is None
+        if pending:
             tensors = pending_tensors(
                 settings, self.in_features, self.out_features, has_residual=has_residual, device=device, dtype=dtype
             )
             self._pending.add(adapter_name)
         self.settings[adapter_name] = settings
         self.r[adapter_name] = settings.r
-        self.goat_A[adapter_name] = nn.Parameter(tensors.lora_A)
-        self.goat_B[adapter_name] = nn.Parameter(tensors.lora_B)
-        self.goat_router[adapter_name] = nn.Parameter(tensors.router)
-        if isinstance(tensors.scaling, Tensor):
-            self.goat_scaling[adapter_name] = tensors.scaling
-        else:
+        self.goat_adapter[adapter_name] = GoatAdapter(tensors, pending=pending)
+        self.goat_adapter[adapter_name].may_start = may_start
+        if not isinstance(tensors.scaling, Tensor):
             self.scaling[adapter_name] = tensors.scaling
-        if tensors.residual is not None:
-            self.goat_residual_A[adapter_name], self.goat_residual_B[adapter_name] = tensors.residual
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def _adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        names = ("goat_A", "goat_B", "goat_router", "goat_residual_A", "goat_residual_B", "goat_scaling")
-        return {n: getattr(self, n)[adapter_name] for n in names if adapter_name in getattr(self, n)}
+    def scaling_of(self, adapter_name: str) -> float | Tensor:
+        """s of one adapter: a float, or float32 [E] where it differs by expert."""
+        per_expert = self.goat_adapter[adapter_name].scaling
+        return self.scaling[adapter_name] if per_expert is None else per_expert
 
     @torch.no_grad()
     def initialise_pending(self, adapter_name: str) -> None:
         """Settle an adapter that was to be loaded: nothing to do if its tensors have come, else start it afresh.
 
         Raises:
-            RuntimeError: some of its tensors came and others did not.
+            RuntimeError: some of its tensors came and others did not; or none, though they are in a file.
         """
         if adapter_name not in self._pending:
             return
-        tensors = self._adapter_tensors(adapter_name)
-        if any(tensor.device.type == "meta" for tensor in tensors.values()):
+        adapter = self.goat_adapter[adapter_name]
+        if any(tensor.device.type == "meta" for tensor in adapter.tensors().values()):
             return
-        missing = [name for name, tensor in tensors.items() if bool(torch.isnan(tensor).all())]
-        if missing and len(missing) < len(tensors):
+        missing = adapter.missing()
+        if adapter.loaded_in_part:
             raise RuntimeError(
                 f"adapter {adapter_name!r} on {self.name} was loaded in part: {', '.join(missing)} did not come. "
                 "Load a complete adapter, as save_pretrained writes it"
+            )
+        if missing and not adapter.may_start:
+            raise RuntimeError(
+                f"adapter {adapter_name!r} on {self.name} was not loaded: its configuration is that of a saved "
+                "adapter, and none of its tensors came. Load it with peft.PeftModel.from_pretrained (transformers' "
+                "load_adapter cannot read adapters that were saved before version 0.2: load and save them once with "
+                "PEFT). For a new adapter with these settings, set initialised=False in the configuration"
             )
         if missing:
             # Every process of a distributed run lands here on its own, so the draws may not depend on the process.
@@ -135,11 +142,7 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
                 generator=torch.Generator().manual_seed(settings.seed),
                 name=self.name,
             )
-            source = (initial.lora_A, initial.lora_B, initial.router, *(initial.residual or ()))
-            if isinstance(initial.scaling, Tensor):
-                source = (*source, initial.scaling)
-            for target, value in zip(tensors.values(), source, strict=True):
-                target.copy_(value)
+            adapter.start(AdapterTensors.of(initial).named())
         self._pending.discard(adapter_name)
 
     def pretrained_weight(self) -> Tensor:
@@ -149,8 +152,8 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
 
     @property
     def routing_device(self) -> torch.device | None:
-        router = next(iter(self.goat_router.values()), None)
-        return None if router is None else router.device
+        adapter = next(iter(self.goat_adapter.values()), None)
+        return None if adapter is None else adapter.router.device
 
     # --- forward --------------------------------------------------------------------------------------------------
 
@@ -164,7 +167,11 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
 
         base = self.base_layer
         weight = bias = output = None
-        if not args and not kwargs and is_plain(base) and _takes(base.weight, x):
+        hook = None if args or kwargs else offloading_hook(base)
+        if hook is not None:
+            (x,), _ = hook.pre_forward(base, x)
+        plain = has_plain_weight(base) if hook is not None else not args and not kwargs and is_plain(base)
+        if plain and _takes(base.weight, x):
             weight, bias = base.weight, base.bias
         else:
             if x.requires_grad and torch.is_grad_enabled():
@@ -177,27 +184,27 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
             weight, bias, output = None, None, routed.output
             balance_loss = routed.balance_loss if balance_loss is None else balance_loss + routed.balance_loss
         self._remember(balance_loss, routed.load)
-        return output
+        return output if hook is None else hook.post_forward(base, output)
 
     def _routed(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, output: Tensor | None):
         """One adapter, on the base product (``weight``) or on what has been computed so far (``output``)."""
         settings = self.settings[name]
-        lora_A, router = self.goat_A[name], self.goat_router[name]
+        lora_A, lora_B, router, residual_A, residual_B, scaling_E = self.goat_adapter[name].fetched()
         if settings.init == "hydralora":
             lora_A = lora_A.repeat(settings.num_experts, 1)
         residual = None
-        if name in self.goat_residual_A and settings.residual == "path":
-            residual = (self.goat_residual_A[name], self.goat_residual_B[name])
+        if residual_A is not None and settings.residual == "path":
+            residual = (residual_A, residual_B)
         injects = self.training and router.requires_grad and torch.is_grad_enabled()
         return routed_linear(
             x,
             lora_A,
-            self.goat_B[name],
+            lora_B,
             router,
             weight=weight,
             bias=bias,
             base_output=output,
-            scaling=self.scaling[name] if name in self.scaling else self.goat_scaling[name],
+            scaling=self.scaling[name] if scaling_E is None else scaling_E,
             top_k=settings.top_k,
             dropout_p=settings.dropout if self.training else 0.0,
             residual=residual,
@@ -247,18 +254,17 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter, without PEFT's cast to the base's dtype: that would round float32 masters to bfloat16."""
         device = adapter_device(self.get_base_layer()) if device is None else device
-        for name in (*self.adapter_layer_names, "goat_residual_A", "goat_residual_B", "goat_scaling"):
-            tensors = getattr(self, name)
-            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
-                tensors[adapter_name] = tensors[adapter_name].to(device)
+        if adapter_name not in self.goat_adapter:
+            return
+        adapter = self.goat_adapter[adapter_name]
+        if all(tensor.device.type != "meta" for tensor in adapter.tensors().values()):
+            adapter.to(device)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Give an adapter's trainable parameters another dtype."""
-        for name in self.adapter_layer_names:
-            tensors = getattr(self, name)
-            if adapter_name in tensors and tensors[adapter_name].dtype != dtype:
-                old = tensors[adapter_name]
-                tensors[adapter_name] = nn.Parameter(old.detach().to(dtype), requires_grad=old.requires_grad)
+        if adapter_name in self.goat_adapter:
+            for parameter in self.goat_adapter[adapter_name].parameters():
+                parameter.data = parameter.data.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NO_MERGE)
@@ -289,7 +295,8 @@ def _pretrained_weight_into_state_dict(layer: GoatLinearLayer, state_dict: dict,
 def _check_loaded(layer: GoatLinearLayer, incompatible_keys) -> None:
     """Note which adapters have come, and settle, so that a compiled first forward need not."""
     for name in list(layer._pending):
-        tensors = layer._adapter_tensors(name).values()
-        if all(t.device.type != "meta" and not bool(torch.isnan(t).all()) for t in tensors):
+        adapter = layer.goat_adapter[name]
+        on_meta = any(tensor.device.type == "meta" for tensor in adapter.tensors().values())
+        if not on_meta and not adapter.missing():
             layer._pending.discard(name)
     layer._settle_unless_waiting()

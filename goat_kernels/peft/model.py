@@ -12,6 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from goat_kernels.initialisation import InitialisationTask, check_weight, initialise_adapters
+from goat_kernels.peft.adapter import present_name
 from goat_kernels.peft.base_check import check_base, fingerprint
 from goat_kernels.peft.base_layer import (
     adapter_device,
@@ -26,7 +27,7 @@ from goat_kernels.peft.base_layer import (
 from goat_kernels.peft.config import GoatConfig
 from goat_kernels.peft.layer import NO_MERGE, GoatLinearLayer
 from goat_kernels.peft.saving import save_whole
-from goat_kernels.peft.tensors import AdapterTensors, random_tensors
+from goat_kernels.peft.tensors import AdapterTensors, random_tensors, start_from_pair
 from goat_kernels.rules import ZERO_RULES
 from goat_kernels.training.balance import attach_balance_scale, detach_balance_scale
 
@@ -67,7 +68,11 @@ class GoatModel(BaseTuner):
         """Add the adapter's layers: checked first, initialised second, and only then put into the model."""
         config = self.peft_config[adapter_name]
         self._initial: dict[str, AdapterTensors] = {}
-        self._loads = low_cpu_mem_usage or config.initialised or _parameters_go_to_meta()
+        self._twin = next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
+        )
+        on_meta = low_cpu_mem_usage or _parameters_go_to_meta()
+        self._loads = on_meta or (config.initialised and self._twin is None)
         try:
             super().inject_adapter(
                 model,
@@ -77,7 +82,7 @@ class GoatModel(BaseTuner):
                 state_dict=state_dict,
             )
         finally:
-            del self._initial, self._loads
+            del self._initial, self._loads, self._twin
         attach_balance_scale(model)
 
     def _prepare_model(self, peft_config: GoatConfig, model: nn.Module) -> None:
@@ -103,6 +108,7 @@ class GoatModel(BaseTuner):
                     dtype=adapter_dtype(base),
                 )
             return
+        self._start_like_twin(peft_config, targets, model)
         tasks = [
             InitialisationTask(
                 name=name,
@@ -112,10 +118,26 @@ class GoatModel(BaseTuner):
                 dtype=adapter_dtype(base),
             )
             for name, base in targets.items()
-            if not is_meta(base)
+            if not is_meta(base) and name not in self._initial
         ]
         for task, initial in initialise_adapters(tasks):
             self._initial[task.name] = AdapterTensors.of(initial)
+
+    def _start_like_twin(self, peft_config: GoatConfig, targets: dict[str, nn.Module], model: nn.Module) -> None:
+        """Start the layers of an adapter that shares its configuration object with one that is there from that one's
+        frozen pair: no SVD is run, and the pairs are the same bit for bit.
+
+        TRL adds its reference adapter so, and copies the policy's parameters onto it, but not its buffers.
+        """
+        for name in targets:
+            module = model.get_submodule(name)
+            if not isinstance(module, GoatLinearLayer) or self._twin not in module.goat_adapter:
+                continue
+            twin = module.goat_adapter[self._twin]
+            if twin.residual_A is not None and not twin.residual_A.is_meta and not twin.missing():
+                self._initial[name] = start_from_pair(
+                    peft_config.settings(name), twin.residual_A, twin.residual_B, module.scaling_of(self._twin)
+                )
 
     def _check_base(self, peft_config: GoatConfig, targets: dict[str, nn.Module], model: nn.Module) -> None:
         """Hold a loaded adapter's fingerprint of its base weights against the model's; note that of a new one."""
@@ -146,14 +168,16 @@ class GoatModel(BaseTuner):
     ) -> None:
         settings = peft_config.settings(current_key)
         tensors = self._initial.pop(current_key, None)
+        saved = peft_config.initialised and peft_config.weights_sha256 is not None
+        options = {"has_residual": peft_config.has_residual, "may_start": not saved}
         if isinstance(target, GoatLinearLayer):
-            target.update_layer(adapter_name, settings, tensors, has_residual=peft_config.has_residual)
+            target.update_layer(adapter_name, settings, tensors, **options)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_base_layer(base, current_key)  # again: targets named by a state_dict come unchecked
         layer = GoatLinearLayer(target, current_key)
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, settings, tensors, has_residual=peft_config.has_residual)
+        layer.update_layer(adapter_name, settings, tensors, **options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -199,12 +223,16 @@ class GoatModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # torch copies what fits before it complains about the rest; an adapter is loaded whole or not at all.
         remapped = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict={present_name(key): tensor for key, tensor in state_dict.items()},
         )
         for name, module in model.named_modules():
-            tensors = module._adapter_tensors(adapter_name) if isinstance(module, GoatLinearLayer) else {}
-            for tensor, old in tensors.items():
-                new = remapped.get(f"{name}.{tensor}.{adapter_name}")
+            if not isinstance(module, GoatLinearLayer) or adapter_name not in module.goat_adapter:
+                continue
+            for tensor, old in module.goat_adapter[adapter_name].tensors().items():
+                new = remapped.get(f"{name}.goat_adapter.{adapter_name}.{tensor}")
                 if new is not None and old.numel() and new.shape != old.shape:
                     raise ValueError(
                         f"{module.name}.{tensor} of adapter {adapter_name!r} has shape {list(old.shape)}, and the "

@@ -1,12 +1,12 @@
-"""Saving that a full disk cannot spoil: PEFT's files are written beside the old ones, then renamed onto them.
+"""``PeftModel.save_pretrained`` for models with a GOAT adapter: all files or none, and a card that says how to load.
 
-``PeftModel.save_pretrained`` writes into the folder it is given, and offers a tuner no place to step in: a disk that
-fills up there leaves half a file where a whole one was. So a ``PeftModel`` that holds a :class:`GoatModel` gets a
-``save_pretrained`` of its own, as an attribute of that one object. It calls the class's with a temporary folder. The
-object is met when it takes the tuner as its ``base_model``, through torch's hook on module registration, which is
-there from the tuner's creation until then. No class and no module of PEFT is changed, and models with other adapters
-are not affected. Trainer's checkpoints go through it too; transformers' own ``model.save_pretrained`` (adapters that
-were added without PEFT's wrapper) and ``state_dict``s that users write themselves do not.
+PEFT writes into the folder that it is given and offers a tuner no place to step in, so a disk that fills up leaves half
+a file where a whole one was. A ``PeftModel`` that takes a :class:`GoatModel` as its ``base_model`` therefore becomes an
+object of a subclass under the same name, which saves into a temporary folder first. The object is met through torch's
+hook on module registration, which is there from the tuner's creation until then. No class and no module of PEFT is
+changed, and models with other adapters are not affected. Trainer's checkpoints go through it too; transformers' own
+``model.save_pretrained`` (adapters that were added without PEFT's wrapper) and ``state_dict``s that users write
+themselves do not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import inspect
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from peft import PeftModel
@@ -23,6 +24,20 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from goat_kernels.peft.files import CONFIG_FILE, written_whole
 from goat_kernels.peft.integrity import stamp
+
+MODEL_CARD = "README.md"
+
+_HOW_TO_LOAD = """## How to load this adapter
+
+It is a GOAT adapter, which PEFT knows once `goat_kernels` is imported (`pip install goat-kernels`):
+
+```python
+import goat_kernels  # without it, PEFT raises KeyError: 'GOAT'
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder or its id on the hub")
+```
+"""
 
 
 def save_whole(tuner: nn.Module) -> None:
@@ -34,23 +49,54 @@ def save_whole(tuner: nn.Module) -> None:
             return
         handle.remove()
         if isinstance(module, PeftModel):
-            module.__dict__["save_pretrained"] = functools.partial(_save_pretrained, module)
+            module.__class__ = _saving_whole(type(module))
 
     handle = register_module_module_registration_hook(on_registration)
     weakref.finalize(tuner, handle.remove)  # a tuner that no PeftModel takes: peft.inject_adapter_in_model
 
 
-def _save_pretrained(model: PeftModel, save_directory: str, *args, **kwargs) -> None:
-    """``PeftModel.save_pretrained`` with the same arguments; when it raises, ``save_directory`` is as it was."""
-    save = type(model).save_pretrained
-    arguments = inspect.signature(save).bind(model, save_directory, *args, **kwargs).arguments
+@functools.cache
+def _saving_whole(kind: type[PeftModel]) -> type[PeftModel]:
+    """A subclass of ``kind``, under its name, whose ``save_pretrained`` writes all or nothing."""
+
+    @functools.wraps(kind.save_pretrained)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        _save(super(whole, self).save_pretrained, save_directory, *args, **kwargs)
+
+    def reduce_ex(self, protocol):
+        # Pickle and copy look a class up by its name, and would find ``kind``.
+        return (_new, (kind,), *super(whole, self).__reduce_ex__(protocol)[2:])
+
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    whole = type(kind.__name__, (kind,), {**names, "save_pretrained": save_pretrained, "__reduce_ex__": reduce_ex})
+    return whole
+
+
+def _new(kind: type[PeftModel]) -> PeftModel:
+    whole = _saving_whole(kind)
+    return whole.__new__(whole)
+
+
+def _save(save: Callable[..., None], save_directory: str, *args, **kwargs) -> None:
+    """``save``, PEFT's own, with the same arguments; when it raises, ``save_directory`` is as it was."""
+    arguments = inspect.signature(save).bind(save_directory, *args, **kwargs).arguments
     folder = Path(save_directory)
     if not arguments.get("is_main_process", True) or folder.is_file():
-        save(model, save_directory, *args, **kwargs)
+        save(save_directory, *args, **kwargs)
         return
     with written_whole(folder) as temporary:
-        if (folder / "README.md").is_file():
-            shutil.copy(folder / "README.md", temporary)  # PEFT updates a model card that is there
-        save(model, str(temporary), *args, **kwargs)
+        if (folder / MODEL_CARD).is_file():
+            shutil.copy(folder / MODEL_CARD, temporary)  # PEFT updates a model card that is there
+        save(str(temporary), *args, **kwargs)
         for config in temporary.rglob(CONFIG_FILE):
             stamp(config.parent)
+        _say_how_to_load(temporary / MODEL_CARD)
+
+
+def _say_how_to_load(card: Path) -> None:
+    """Add to the model card what a process needs that has never heard of GOAT: PEFT alone raises KeyError 'GOAT'."""
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    if _HOW_TO_LOAD.splitlines()[0] not in text:
+        card.write_text(f"{text.rstrip()}\n\n{_HOW_TO_LOAD}", encoding="utf-8")

@@ -7,23 +7,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
-from goat_kernels.initialisation import InitialAdapter, adapter_scaling
+from goat_kernels.initialisation import InitialAdapter, adapter_scaling, draw_router
 from goat_kernels.settings import AdapterSettings
-
-
-class Float32BufferDict(BufferDict):
-    """Buffers that move with the module but stay float32: rounding s to bfloat16 would shift every output."""
-
-    def _apply(self, fn, recurse=True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in self._buffers.items():
-            if buffer.dtype != torch.float32:
-                self._buffers[name] = before[name].to(buffer.device)
-        return self
 
 
 @dataclass(frozen=True)
@@ -44,11 +31,18 @@ class AdapterTensors:
     def of(cls, initial: InitialAdapter) -> AdapterTensors:
         return cls(initial.lora_A, initial.lora_B, initial.router, initial.scaling, initial.residual)
 
+    def named(self) -> dict[str, Tensor]:
+        """Name -> tensor, of those that there are."""
+        residual_A, residual_B = self.residual or (None, None)
+        named = {"lora_A": self.lora_A, "lora_B": self.lora_B, "router": self.router}
+        named |= {"residual_A": residual_A, "residual_B": residual_B, "scaling": self.scaling}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
 
 def pending_tensors(
     settings: AdapterSettings, N: int, M: int, *, has_residual: bool, device: torch.device, dtype: torch.dtype
 ) -> AdapterTensors:
-    """Tensors of the right shapes that wait to be loaded: NaN, which no adapter worth loading has."""
+    """Placeholders of the right shapes, for tensors that are to be loaded: NaN, so that none goes unnoticed."""
 
     def nan(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.full(shape, math.nan, device=device, dtype=dtype)
@@ -60,6 +54,29 @@ def pending_tensors(
         router=nan(settings.num_experts, N),
         scaling=nan(settings.num_experts, dtype=torch.float32) if per_expert else adapter_scaling(settings, N, None),
         residual=(nan(settings.r, N), nan(M, settings.r)) if has_residual else None,
+    )
+
+
+def start_from_pair(
+    settings: AdapterSettings, residual_A: Tensor, residual_B: Tensor, scaling: float | Tensor
+) -> AdapterTensors:
+    """Where an adapter with this frozen pair started, without a second SVD: A0 is in the pair, and so is
+    coefficient * s_i * B0_i; the router is drawn anew.
+
+    Args:
+        settings: of both adapters.
+        residual_A, residual_B: [R, N] and [M, R], copied into the new adapter.
+        scaling: s, a float or float32 [E].
+    """
+    E = settings.num_experts
+    s_E = scaling if isinstance(scaling, Tensor) else torch.full((E,), scaling)
+    factor_R = (settings.w_res_coefficient * s_E.to(residual_B)).repeat_interleave(settings.expert_rank)
+    return AdapterTensors(
+        lora_A=residual_A.clone(),
+        lora_B=residual_B / factor_R,
+        router=draw_router(E, residual_A.shape[1], residual_A.device, residual_A.dtype),
+        scaling=scaling.clone() if isinstance(scaling, Tensor) else scaling,
+        residual=(residual_A.clone(), residual_B.clone()),
     )
 
 

@@ -116,7 +116,7 @@ def test_the_stacked_layout_and_the_pickled_file(tmp_path):
     source = official(tmp_path / "in", stacked=True, init_type="mole")
     adapter = from_goat_peft(tmp_path / "in")
     key = f"{PREFIX}{NAMES[0]}"
-    assert torch.equal(adapter.tensors[f"{key}.goat_B"], source[f"{key}.lora_B.weight"])
+    assert torch.equal(adapter.tensors[f"{key}.goat_adapter.lora_B"], source[f"{key}.lora_B.weight"])
     (tmp_path / "in" / "adapter_model.safetensors").unlink()
     torch.save(source, tmp_path / "in" / "adapter_model.bin")
     with pytest.raises(ValueError, match="is a pickle"):
@@ -266,7 +266,7 @@ def trained_goat(folder, **changes):
     model = get_peft_model(tiny_llama(), config)
     with torch.no_grad():
         for layer in (m for m in model.modules() if isinstance(m, GoatLinearLayer)):
-            layer.goat_B["default"].add_(0.05 * torch.randn_like(layer.goat_B["default"]))
+            layer.goat_adapter["default"].lora_B.add_(0.05 * torch.randn_like(layer.goat_adapter["default"].lora_B))
     model.save_pretrained(folder)
     return model.eval()
 
@@ -293,7 +293,7 @@ def test_where_all_experts_are_used_alike_the_approximation_is_exact(gates, tmp_
     model = trained_goat(tmp_path / "in", top_k=4)
     with torch.no_grad():
         for layer in (m for m in model.modules() if isinstance(m, GoatLinearLayer)):
-            layer.goat_router["default"].zero_()
+            layer.goat_adapter["default"].router.zero_()
     report = export_approximate_lora(model, {"input_ids": tokens()}, tmp_path / "out", gates=gates)
     assert report["relative_error"] < BOUND
 

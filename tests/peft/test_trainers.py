@@ -81,7 +81,7 @@ class ByHand:
         return self
 
     def _record(self, layer, args):
-        self.losses.append(balance_loss(args[0], layer.goat_router["default"]))
+        self.losses.append(balance_loss(args[0], layer.goat_adapter["default"].router))
 
     def __exit__(self, *exception):
         for handle in self.handles:
@@ -225,7 +225,7 @@ def test_the_gradient_is_exact(kind, accumulation, checkpointing, tmp_path):
     trainer.train()
     assert_equal_gradients(capture.steps[0], expected)
     assert len({name.rpartition(".goat_")[0] for name in expected}) == 14
-    assert any("goat_router" in name for name in expected)
+    assert any("goat_adapter.default.router" in name for name in expected)
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

@@ -59,7 +59,7 @@ def adapted(model, name: str, **changes):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])  # nn.Linear; Conv1D with biases
 def test_the_start_is_that_of_the_whole_weights(name, gathered):
     model = adapted(partitioned(MODELS[name]()), name)
-    layers = [module for module in model.modules() if hasattr(module, "goat_A")]
+    layers = [module for module in model.modules() if hasattr(module, "goat_adapter")]
     parameters = [p for layer in layers for p in layer.get_base_layer().parameters()]
     assert sorted(gathered) == sorted(p.ds_id for p in parameters)
     assert all(p.numel() == 0 for p in parameters)
@@ -78,9 +78,9 @@ def test_what_the_caller_has_gathered_is_left_alone(gathered):
         model = adapted(base, "llama")
         assert len(gathered) == before
         assert torch.equal(
-            model.state_dict()["base_model.model.model.layers.0.mlp.up_proj.goat_A.default"],
+            model.state_dict()["base_model.model.model.layers.0.mlp.up_proj.goat_adapter.default.lora_A"],
             adapted(MODELS["llama"](), "llama").state_dict()[
-                "base_model.model.model.layers.0.mlp.up_proj.goat_A.default"
+                "base_model.model.model.layers.0.mlp.up_proj.goat_adapter.default.lora_A"
             ],
         )
 
