@@ -9,11 +9,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from test_cli_finetune import finetune, tiny_demo
+from test_cli_finetune import TINY, finetune, tiny_demo
 
 from goat_kernels.cli import comparison, figure
 from goat_kernels.cli.report import MethodResult, format_table
 from goat_kernels.files import write_json
+from goat_kernels.finetuning import demo
 from goat_kernels.finetuning.evaluate import evaluate
 from goat_kernels.finetuning.tasks import Task
 
@@ -75,6 +76,21 @@ def test_the_checkpoint_before_the_divergence_stays(tiny_demo, capsys):
     assert int(checkpoint.name.rpartition("-")[2]) == row["diverged_at_step"] - 1
     assert load_file(checkpoint / "adapter_model.safetensors")
     assert checkpoint.name in capsys.readouterr().out
+
+
+def test_no_checkpoint_has_weights_that_are_not_finite(tiny_demo):
+    options = ["--methods", "full", "--learning-rate", "1e39", "--warmup", "0", "--save-steps", "1", "--max-steps", "5"]
+    assert finetune(*options) == 1
+    (row,) = strict_json(tiny_demo / "goat-output" / "results.json")["methods"]
+    assert row["diverged_at_step"] == row["steps"] == 1
+    assert not list((tiny_demo / "goat-output").rglob("checkpoint-*"))
+
+
+def test_a_pretraining_that_diverges_is_not_cached(tiny_demo, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "PRETRAINING", demo.Pretraining(**{**vars(TINY), "learning_rate": 1e39}))
+    assert finetune("--methods", "head") == 2
+    assert "the pretraining of digits-vit diverged at step" in capsys.readouterr().err
+    assert not list((tiny_demo / "cache").iterdir())
 
 
 def test_outputs_that_are_nan_before_and_after_are_bit_equal(tiny_demo, monkeypatch):

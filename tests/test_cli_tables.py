@@ -40,7 +40,7 @@ TABLES = {
     "tabs under a wrong name": ("t.csv", "text\tlabel\none, two\tx\nthree\ty\n"),
     "semicolons and quotes": ("t.csv", '"id";"text";"label"\r\n1;"one, two";x\r\n2;"three";y\r\n'),
     "utf-16": ("t.csv", 'text,label\n"one, two",x\nthree,y\n'.encode("utf-16")),
-    "blank lines": ("t.csv", '\ntext,label\n\n"one, two",x\nthree,y\n\n'),
+    "blank lines": ("t.csv", '\ntext,label\n\n"one, two",x\n ,\nthree,y\n,\n  \n'),
     "trailing separators": ("t.csv", 'text,label\n"one, two",x,,\nthree,y,\n'),
     "another column short": ("t.csv", 'text,label,note\n"one, two",x\nthree,y,n\n'),
     "another column twice": ("t.csv", 'id,text,id,label\n1,"one, two",1,x\n2,three,2,y\n'),

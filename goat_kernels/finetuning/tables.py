@@ -57,19 +57,27 @@ def read_columns(argument: str, path: Path, wanted: Sequence[tuple[str, str]]) -
     text = read_file(argument, path)
     if path.suffix.lower() in _SEPARATED:
         header, rows = _separated(source, path, text, [name for _, name in wanted])
-        cells = dict(zip(header, zip(*rows, strict=True), strict=False)) if rows else {}
+
+        def cells(name: str) -> list[str | None]:
+            return [row[header.index(name)] for row in rows]
+
     else:
         rows = list(_objects(source, text))
         header = list(dict.fromkeys(name for row in rows for name in row))
-        cells = {name: [row.get(name) for row in rows] for name in header}
+
+        def cells(name: str) -> list:
+            return [row.get(name) for row in rows]
+
     if not rows:
         raise CommandError(f"{source} has no rows; it needs at least a few examples")
     for option, name in wanted:
         if name not in header:
-            raise CommandError(f"{option} {name!r} is not a column of {source}; it has {header}")
+            raise CommandError(f"{option} {name!r} is not a column of {source}; it has {header!s:.300}")
         if header.count(name) > 1:
-            raise CommandError(f"{option} {name!r} is {header.count(name)} columns of {source}; it has {header}")
-    return [Column(source, name, cells[name]) for _, name in wanted]
+            raise CommandError(
+                f"{option} {name!r} is {header.count(name)} columns of {source}; it has {header!s:.300}"
+            )
+    return [Column(source, name, cells(name)) for _, name in wanted]
 
 
 def _separated(source: str, path: Path, text: str, wanted: Sequence[str]) -> tuple[list[str], list[list[str | None]]]:
@@ -80,7 +88,7 @@ def _separated(source: str, path: Path, text: str, wanted: Sequence[str]) -> tup
     separator = next((one for one in separators if set(wanted) <= _header(text, one)), usual)
     if separator != usual:
         print(f"{source} separates its cells by {separator!r}")
-    rows = [row for row in _parsed(source, text, separator) if row]
+    rows = [row for row in _parsed(source, text, separator) if any(cell.strip() for cell in row)]
     if not rows:
         return [], []
     header = [name.strip() for name in rows[0]]
@@ -93,7 +101,7 @@ def _header(text: str, separator: str) -> set[str]:
     """The names of the columns, were the cells separated by ``separator``."""
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
-        return {name.strip() for name in next((row for row in rows if row), [])}
+        return {name.strip() for name in next((row for row in rows if any(cell.strip() for cell in row)), [])}
     except csv.Error:
         return set()
 

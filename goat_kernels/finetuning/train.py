@@ -246,7 +246,9 @@ class _StopWhereItDiverges(TrainerCallback):
     def __init__(self, trainer: _Trainer) -> None:
         self._trainer = trainer
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save and not _finite_parameters(model):
+            self._trainer.diverged_at_step = self._trainer.diverged_at_step or state.global_step
         if self._trainer.diverged_at_step is not None:
             control.should_training_stop = control.should_log = True
             control.should_save = False
