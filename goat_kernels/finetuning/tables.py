@@ -74,9 +74,7 @@ def read_columns(argument: str, path: Path, wanted: Sequence[tuple[str, str]]) -
         if name not in header:
             raise CommandError(f"{option} {name!r} is not a column of {source}; it has {header!s:.300}")
         if header.count(name) > 1:
-            raise CommandError(
-                f"{option} {name!r} is {header.count(name)} columns of {source}; it has {header!s:.300}"
-            )
+            raise CommandError(f"{option} {name!r} is {header.count(name)} columns of {source}; it has {header!s:.300}")
     return [Column(source, name, cells(name)) for _, name in wanted]
 
 
