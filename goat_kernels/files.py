@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,9 +29,19 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def write_json(target: Path, content: object) -> None:
-    """Write ``content`` as JSON to ``target``, at once."""
+    """Write ``content`` as JSON to ``target``, at once; NaN and infinity, which JSON does not have, become null."""
     with atomic_path(target) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
 
 
 def remove_temporary(folder: Path) -> None:

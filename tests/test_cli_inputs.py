@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers import BertConfig, GPT2Config, ViTConfig
 
 from goat_kernels.cli import main
@@ -29,6 +30,8 @@ def _inputs(monkeypatch, tmp_path):
     Path("empty").mkdir()
     Path("photos/cats").mkdir(parents=True)
     Path("photos/cats/a.png").touch()
+    Path("pictures/cats").mkdir(parents=True)
+    Image.new("L", (4, 4)).save("pictures/cats/a.png")
     files = {
         "data.csv": "text,label\nhello,a\nworld,b\n",
         "header.csv": "text,label\n",
@@ -77,6 +80,16 @@ CASES = {
     "epochs and steps": (["--epochs", "2", "--max-steps", "5"], ["--epochs 2", "--max-steps 5", "exclude"]),
     "resume and overwrite": (["--resume", "--overwrite"], ["--resume", "--overwrite", "exclude"]),
     "target modules": (["--target-modules", "nothing"], ["--target-modules ('nothing',)", "does not fit"]),
+    "module pattern": (["--target-modules", "q_(proj"], ["--target-modules", "'q_(proj'", "regular expression"]),
+    "excluded pattern": (["--exclude-modules", "[a"], ["--exclude-modules", "'[a'", "regular expression"]),
+    "excluded nothing": (["--exclude-modules", "fc1,sheep"], ["--exclude-modules 'sheep' matches no module"]),
+    "excluded everything": (
+        ["--target-modules", "fc1", "--exclude-modules", ".*fc."],
+        ["--target-modules ('fc1',) without --exclude-modules '.*fc.' does not fit"],
+    ),
+    "skipping texts": ([*TEXT, "--data", "data.csv", "--skip-bad-files"], ["--skip-bad-files is for --task image-c"]),
+    "bad image": ([*IMAGE, "--data", "photos"], ["1 of 1 images cannot be read: cats/a.png", "--skip-bad-files"]),
+    "bad images alone": ([*IMAGE, "--data", "photos", "--skip-bad-files"], ["cats/a.png", "There is no other"]),
     "missing model": ([*TEXT[:3], "./nowhere", "--data", "data.csv"], ["--model './nowhere' does not exist", "folder"]),
     "empty model": ([*TEXT[:3], "empty", "--data", "data.csv"], ["--model 'empty' has no config.json"]),
     "model on the hub": (
@@ -88,7 +101,7 @@ CASES = {
     "missing data": ([*IMAGE, "--data", "./nowhere"], ["--data './nowhere' does not exist", "subfolder"]),
     "file for folder": ([*IMAGE, "--data", "data.csv"], ["--data 'data.csv' is a file", "subfolder"]),
     "empty folder": ([*IMAGE, "--data", "empty"], ["--data 'empty' holds no class subfolders", "one subfolder"]),
-    "one class": ([*IMAGE, "--data", "photos"], ["--data has one class, 'cats'", "at least two"]),
+    "one class": ([*IMAGE, "--data", "pictures"], ["--data has one class, 'cats'", "at least two"]),
 }
 
 #: The same for the reading of texts, which the command reaches only with a tokenizer.
@@ -99,7 +112,10 @@ READING = {
     "a gap": (("gap.csv", "text", "label"), ["row 2", "column 'label'"]),
     "broken line": (("broken.jsonl", "text", "label"), ["'broken.jsonl', line 2, is not JSON"]),
     "not an object": (("list.jsonl", "text", "label"), ["'list.jsonl', line 1", "object"]),
-    "text without classes": (("words.txt", "text", "label"), ["--data 'words.txt' has no columns", "CSV or JSONL"]),
+    "text without classes": (
+        ("words.txt", "text", "label"),
+        ["--data 'words.txt' has no columns", "CSV, TSV, JSON or JSONL"],
+    ),
     "blank text": (("blank.txt", "text", None), ["--data 'blank.txt' holds no text"]),
     "other encoding": (("latin.txt", "text", None), ["--data 'latin.txt'", "UTF-8"]),
     "data on the hub": (("someone/data", "text", None), ["--data 'someone/data'", "network"]),

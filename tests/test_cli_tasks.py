@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -249,6 +250,43 @@ def test_options_reach_the_saved_adapter_and_it_loads_back_in_bfloat16():
     assert {name: saved[name] for name in expected} == expected
     assert set(saved["target_modules"]) == {"q_proj", "down_proj"}
     assert results()["methods"][0]["reload_bit_equal"]
+
+
+@pytest.mark.parametrize(
+    ("excluded", "left"),
+    [
+        ("down_proj,self_attn", {"gate_proj", "up_proj"}),  # a module, and what is in another
+        (r".*\.(q|up)_proj", {"k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"}),
+    ],
+    ids=["names", "pattern"],
+)
+def test_excluded_modules_get_no_adapter_of_any_method(excluded, left):
+    Path("text.txt").write_text(" ".join(["the", "good", "film"] * 100), encoding="utf-8")
+    arguments = ["--task", "causal-lm", "--model", causal_lm("llama"), "--data", "text.txt", "--block-size", "16"]
+    arguments += ["--methods", "lora,goat", "--max-steps", "1", "--exclude-modules", excluded]
+    assert finetune(*arguments) == 0
+    for method in ("lora", "goat"):
+        saved = load_file(f"goat-output/{method}/adapter/adapter_model.safetensors")
+        assert {part for name in saved for part in name.split(".") if part.endswith("_proj")} == left, method
+    given = results()["options"]["exclude_modules"]
+    assert given == (excluded if "*" in excluded else excluded.split(","))
+    assert finetune(*arguments, "--resume") == 0
+    assert finetune(*arguments, "--resume", "--exclude-modules", "down_proj") == 2
+
+
+def test_excluded_modules_come_on_top_of_the_head(bert):
+    data = write_reviews("reviews.csv", reviews())
+    arguments = ["--task", "text-classification", "--model", bert, "--data", data, *COLUMNS, "--max-steps", "1"]
+    assert finetune(*arguments, "--methods", "goat", "--exclude-modules", "query,intermediate") == 0
+    saved = load_file("goat-output/goat/adapter/adapter_model.safetensors")
+    adapted = {name.partition(".goat_")[0] for name in saved if ".goat_" in name}
+    assert {name.rpartition("layer.0.")[2] for name in adapted} == {
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "output.dense",
+    }
+    assert any("classifier" in name for name in saved), "the head is trained in full"
 
 
 @pytest.mark.parametrize(("given", "eta"), [((), 1.0), (("--eta", "0.25"), 0.25)], ids=["default", "given"])

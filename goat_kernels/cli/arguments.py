@@ -51,7 +51,11 @@ def _add_run_arguments(group) -> None:
     group.add_argument(
         "--output", default="goat-output", metavar="FOLDER", help="where results go (default: %(default)s)"
     )
-    group.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --output")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the results of an earlier run in --output; what this command did not write stays",
+    )
     group.add_argument(
         "--resume",
         action="store_true",
@@ -70,9 +74,10 @@ def _add_data_arguments(group) -> None:
     group.add_argument(
         "--data",
         metavar="PATH_OR_ID",
-        help="image-classification: a folder with one subfolder of images per class; text-classification: CSV or "
-        "JSONL; causal-lm: a text file, a folder of .txt files, CSV or JSONL; or a data set's id on the hub, "
-        "ID[:CONFIG][@SPLIT], which needs a network and pip install 'goat-kernels[data]'",
+        help="image-classification: a folder with one subfolder of images per class, or with train/ and test/ (or "
+        "val/) of such folders; text-classification: CSV, TSV, JSON or JSONL; causal-lm: a text file, a folder of .txt "
+        "files, or a table like those; or a data set's id on the hub, ID[:CONFIG][@SPLIT], which needs a network and "
+        "pip install 'goat-kernels[data]'",
     )
     default = DataOptions()
     group.add_argument("--eval-data", metavar="PATH_OR_ID", help="held-out data, in place of a part of --data")
@@ -84,9 +89,16 @@ def _add_data_arguments(group) -> None:
         f"(default: {default.eval_fraction}; the digits hold out half)",
     )
     group.add_argument(
+        "--skip-bad-files",
+        action="store_true",
+        default=None,
+        help="go on without images that cannot be read, instead of refusing them before anything is trained",
+    )
+    group.add_argument(
         "--text-column",
         metavar="NAME[,NAME]",
-        help="column of the text; or of two: a pair to classify, or (causal-lm) a prompt and the response, on which "
+        help="column of the text, or (causal-lm) of chats, lists of messages to which the tokenizer's chat template is "
+        "applied; or of two: a pair to classify, or (causal-lm) a prompt and the response, on which "
         f"alone the loss is taken (default: {default.text_column})",
     )
     group.add_argument("--label-column", metavar="NAME", help=f"column of the class (default: {default.label_column})")
@@ -179,9 +191,16 @@ def _add_adapter_arguments(group) -> None:
     )
     group.add_argument(
         "--target-modules",
-        type=_target_modules,
+        type=_modules,
         metavar="NAMES",
         help="linear layers to adapt: all-linear (all but the head), comma-separated names, or a regular expression",
+    )
+    group.add_argument(
+        "--exclude-modules",
+        type=_modules,
+        metavar="NAMES",
+        help="modules not to adapt, with all that is in them, whatever --target-modules says: comma-separated names, "
+        "or a regular expression. The head is never adapted: it is trained in full",
     )
     group.add_argument(
         "--backend",
@@ -276,9 +295,13 @@ def _name_or_number(text: str) -> str | float:
         return text
 
 
-def _target_modules(text: str) -> str | tuple[str, ...]:
+def _modules(text: str) -> str | tuple[str, ...]:
     """``all-linear`` and regular expressions stay strings; names become a tuple, which PEFT matches by suffix."""
     names = tuple(name.strip() for name in text.split(","))
-    if text == "all-linear" or not all(re.fullmatch(r"[\w.]+", name) for name in names):
-        return text
-    return names
+    if text != "all-linear" and all(re.fullmatch(r"[\w.]+", name) for name in names):
+        return names
+    try:
+        re.compile(f"(?:{text})")  # it may become a part of a longer one
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither names nor a regular expression: {error}") from None
+    return text

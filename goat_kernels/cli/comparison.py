@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -25,8 +26,8 @@ from goat_kernels.cli.figure import write_figure
 from goat_kernels.cli.output import OutputFolder
 from goat_kernels.cli.report import MethodResult, format_table, results_json
 from goat_kernels.command_errors import CommandError, Interrupted
-from goat_kernels.files import atomic_path, write_json
-from goat_kernels.finetuning.evaluate import evaluate
+from goat_kernels.files import write_json
+from goat_kernels.finetuning.evaluate import Evaluation, evaluate
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.models import (
     build,
@@ -40,7 +41,8 @@ from goat_kernels.finetuning.models import (
 )
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.tasks import Task, load_task
-from goat_kernels.finetuning.train import StopSignal, steps_of, train
+from goat_kernels.finetuning.train import StopSignal, last_checkpoint, steps_of, train
+from goat_kernels.peft.files import written_whole
 from goat_kernels.training import GoatCallback
 
 #: What the two stages leave in a method's folder.
@@ -76,9 +78,21 @@ def _run(task: Task, options: FinetuneOptions, folder: OutputFolder) -> list[Met
     write_figure(folder.root / "results.png", results, task.description)
     print(f"\n{format_table(results, task.description)}\n")
     for result in results:
-        print(f"{result.method}: {result.saved_in} loads back with bit-equal outputs: {result.reload_bit_equal}")
+        print(_outcome(result, folder))
     print(f"written to {folder.root}: results.json, results.png")
     return results
+
+
+def _outcome(result: MethodResult, folder: OutputFolder) -> str:
+    """One line about the saved model, or why there is none."""
+    if result.diverged_at_step is None:
+        return f"{result.method}: {result.saved_in} loads back with bit-equal outputs: {result.reload_bit_equal}"
+    checkpoint = last_checkpoint(folder.method(result.method) / "checkpoints")
+    return (
+        f"{result.method}: diverged at step {result.diverged_at_step} (its loss or its weights are NaN or infinite) "
+        "and is not saved; a lower --learning-rate may help"
+        + (f". The last checkpoint is {checkpoint}" if checkpoint is not None else "")
+    )
 
 
 @contextlib.contextmanager
@@ -112,32 +126,40 @@ def _run_method(method: str, task: Task, options: FinetuneOptions, folder: Path)
     result_file, trained_file = folder / RESULT_FILE, folder / TRAINED_FILE
     if result_file.is_file():
         print(f"{method}: done before")
-        return MethodResult(**json.loads(result_file.read_text(encoding="utf-8")))
+        return MethodResult.read(result_file)
     saved = folder / ("model" if METHODS[method].config is None else "adapter")
     model = None
     if not trained_file.is_file():
         model = _train_method(method, task, options, folder, saved, trained_file)
-    device = training_device(options.training)
-    if model is None:
-        model = load_back(method, task.base, saved, device)
-    evaluation = evaluate(model, task, options.training.batch_size, device, f"{method}: evaluating")
-    result = MethodResult(
-        **json.loads(trained_file.read_text(encoding="utf-8")),
-        metric=task.metric,
-        held_out=evaluation.value,
-        held_out_standard_error=evaluation.standard_error,
-        held_out_examples=evaluation.examples,
-        load_by_layer=evaluation.load_by_layer,
-    )
-    write_json(result_file, asdict(result))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return result
+    trained = json.loads(trained_file.read_text(encoding="utf-8"))
+    diverged = trained.get("diverged_at_step") is not None
+    if diverged:
+        evaluation = Evaluation(math.nan, None, 0, {})
+    else:
+        device = training_device(options.training)
+        if model is None:
+            model = load_back(method, task.base, saved, device)
+        evaluation = evaluate(model, task, options.training.batch_size, device, f"{method}: evaluating")
+    measured = {
+        "metric": task.metric,
+        "held_out": evaluation.value,
+        "held_out_standard_error": evaluation.standard_error,
+        "held_out_examples": evaluation.examples,
+        "load_by_layer": evaluation.load_by_layer,
+    }
+    write_json(result_file, {**trained, **measured})
+    if not diverged:  # otherwise the last checkpoint is all there is
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return MethodResult.read(result_file)
 
 
 def _train_method(
     method: str, task: Task, options: FinetuneOptions, folder: Path, saved: Path, trained_file: Path
-) -> nn.Module:
-    """Train, save to ``saved`` and write ``trained_file``; returns the model as loaded back from there."""
+) -> nn.Module | None:
+    """Train, save to ``saved`` and write ``trained_file``; returns the model as loaded back from there.
+
+    A model that diverged is not saved: nobody is to take it for a trained one. Returns None for it.
+    """
     learning_rate = options.training.learning_rates[method]
 
     def build_method() -> nn.Module:
@@ -156,25 +178,29 @@ def _train_method(
             stop=stop,
             callbacks=[GoatCallback()] if METHODS[method].rates_of == "goat" else [],
         )
-        if not record.finished:
+        diverged = record.diverged_at_step is not None
+        if not record.finished and not diverged:
             raise Interrupted(
                 f"{method} stopped after step {record.steps}; a checkpoint is written. {_how_to_go_on(options)}"
             )
         count = trainable_parameters(model)
-        with atomic_path(saved) as temporary:
-            save(model, temporary)
-        reloaded, bit_equal = _load_back_and_compare(method, model, task, options, saved)
+        reloaded, bit_equal = None, None
+        if not diverged:
+            with written_whole(saved) as temporary:  # what a user put beside an earlier run's files stays
+                save(model, temporary)
+            reloaded, bit_equal = _load_back_and_compare(method, model, task, options, saved)
         trained = {
             "method": method,
             "learning_rate": learning_rate,
             "trainable_parameters": count,
-            "saved_in": f"{folder.name}/{saved.name}",
+            "saved_in": None if diverged else f"{folder.name}/{saved.name}",
             "reload_bit_equal": bit_equal,
             **{name: value for name, value in asdict(record).items() if name != "finished"},
         }
         write_json(trained_file, trained)
         if stop.requested:
-            raise Interrupted(f"{method} is trained and saved. {_how_to_go_on(options)}")
+            done = f"diverged at step {record.diverged_at_step}" if diverged else "is trained and saved"
+            raise Interrupted(f"{method} {done}. {_how_to_go_on(options)}")
     return reloaded
 
 
@@ -188,7 +214,9 @@ def _load_back_and_compare(
     batch.pop("labels")
     expected = outputs(model, batch, device)
     reloaded = load_back(method, task.base, saved, device)
-    return reloaded, torch.equal(outputs(reloaded, batch, device), expected)
+    # As torch.equal, to which NaN is not the NaN it was saved as.
+    found = outputs(reloaded, batch, device)
+    return reloaded, torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _how_to_go_on(options: FinetuneOptions) -> str:

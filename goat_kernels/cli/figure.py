@@ -56,7 +56,11 @@ def _draw_losses(axes: Axes, results: Sequence[MethodResult]) -> None:
         colour = COLOURS[result.method]
         smooth = _running_mean(losses, max(5, len(losses) // 25))
         axes.plot(result.loss_steps, losses, color=colour, alpha=0.15, linewidth=0.8)
-        axes.plot(result.loss_steps, smooth, color=colour, linewidth=1.8, label=METHODS[result.method].meaning)
+        label = METHODS[result.method].meaning
+        if result.diverged_at_step is not None:
+            label += f" (diverged at step {result.diverged_at_step})"
+            axes.axvline(result.diverged_at_step, color=colour, linestyle=":", linewidth=1.2)
+        axes.plot(result.loss_steps, smooth, color=colour, linewidth=1.8, label=label)
     finite = [loss for result in results for loss in result.losses if np.isfinite(loss) and loss > 0]
     if finite and max(finite) > 20 * min(finite):
         axes.set_yscale("log")

@@ -9,7 +9,8 @@ about six in ten held-out images come out right; with the model adapted, more th
 The output folder gets the trained models (adapters for lora and goat), results.json and results.png. Every saved model
 is loaded back and must give bit-equal outputs. Ctrl-C while a method trains leaves a checkpoint that --resume
 continues from, exactly; at any other time --resume goes on with the stage that was interrupted, and before the output
-folder is begun (start-up, pretraining) nothing is left behind.
+folder is begun (start-up, pretraining) nothing is left behind. A method whose loss becomes NaN or infinite is stopped
+there and reported as diverged; the others go on, and the exit code is 1.
 
     goat-kernels finetune
     goat-kernels finetune --task image-classification --model google/vit-base-patch16-224 --data photos/
@@ -31,7 +32,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns the exit code, 1 where a saved model did not load back with the same outputs.
+    """Run the command; returns the exit code, 1 where a method diverged or did not load back with the same outputs.
 
     Raises:
         CommandError: input that cannot be used, or a file that cannot be written.
@@ -45,8 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         # transformers reads its own deprecated property when it looks a model over.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+        # Pillow's, about files that it opens all the same; those that it does not open are told before the training.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         results = compare(options)
-    return 0 if all(result.reload_bit_equal for result in results) else 1
+    return 1 if any(result.failed for result in results) else 0
 
 
 def _prepare_environment(options: FinetuneOptions) -> None:

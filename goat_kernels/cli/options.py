@@ -48,6 +48,8 @@ def options_from(arguments: argparse.Namespace) -> FinetuneOptions:
         if task != "digits" and value is None:
             asking = f"--recipe {arguments.recipe}" if arguments.recipe else f"--task {task}"
             raise CommandError(f"{asking} needs --{name}: a path, or an id on the hub")
+    if arguments.skip_bad_files and task != "image-classification":
+        raise CommandError(f"--skip-bad-files is for --task image-classification, not {task}")
     if task == "digits" and data.eval_data is not None:
         raise CommandError(f"--eval-data {data.eval_data!r} needs --task and --data")
     if arguments.epochs is not None and arguments.max_steps is not None:

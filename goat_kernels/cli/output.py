@@ -1,17 +1,46 @@
-"""The output folder: who may write to it, and what of an interrupted run is already there."""
+"""The output folder: who may write to it, what of an interrupted run is already there, and what --overwrite removes."""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import json
-import shutil
+import os
+import re
 from pathlib import Path
 
 from goat_kernels.command_errors import CommandError
 from goat_kernels.files import remove_temporary, write_json
+from goat_kernels.finetuning.data import looks_like_path
+from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.options import FinetuneOptions
 
 #: Marks a folder as this command's, and holds the options of its run.
 RUN_FILE = "run.json"
+
+#: Stand for every method's folder and every checkpoint's; no file can have these names.
+_METHOD, _CHECKPOINT = "<method>/", "checkpoint-<step>/"
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md")
+_MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+_TRAINER_FILES = (
+    *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+    *("trainer_state.json", "training_args.bin"),
+)
+
+#: Every file that this command, PEFT and transformers write: folder, from the output folder on -> names in it.
+_WRITTEN: dict[tuple[str, ...], tuple[str, ...]] = {
+    (): (RUN_FILE, "results.json", "results.png"),
+    (_METHOD,): ("trained.json", "result.json"),
+    (_METHOD, "adapter"): _ADAPTER_FILES,
+    (_METHOD, "model"): _MODEL_FILES,
+    (_METHOD, "checkpoints"): (),
+    (_METHOD, "checkpoints", _CHECKPOINT): (*_ADAPTER_FILES, *_MODEL_FILES, *_TRAINER_FILES),
+}
+
+#: What a killed process leaves of a file or folder that it was writing.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]+\.tmp")
+_SAVING_IN_PLACE = ".goat-save.*.tmp"
 
 
 class OutputFolder:
@@ -35,9 +64,10 @@ class OutputFolder:
         """Raise CommandError unless the run may go ahead; changes nothing.
 
         An existing run needs --resume (with the same options) or --overwrite; another folder with anything in it is
-        never touched.
+        never touched. The model and the data must lie outside the folder, and the folder outside of them.
         """
         root, options = self.root, self._options
+        self._check_apart_from_inputs()
         if root.exists() and not root.is_dir():
             raise CommandError(f"--output {str(root)!r} is a file; it needs a folder, or a name that is free")
         ours = (root / RUN_FILE).is_file()
@@ -55,11 +85,49 @@ class OutputFolder:
                     f"--output {str(root)!r} has results already; it needs --overwrite to replace them, --resume to go "
                     "on with an interrupted run, or another name"
                 )
+            self._check_checkpoints()
+
+    def _check_apart_from_inputs(self) -> None:
+        output = self.root.resolve()
+        data = self._options.data
+        for option, source in (("--data", data.data), ("--eval-data", data.eval_data), ("--model", data.model)):
+            if source is None or not looks_like_path(source):
+                continue
+            path = Path(source).expanduser().resolve()
+            if path == output or output in path.parents:
+                raise CommandError(
+                    f"{option} {source!r} lies in --output {str(self.root)!r}; it needs a place outside of what this "
+                    "command writes"
+                )
+            if path in output.parents:
+                raise CommandError(
+                    f"--output {str(self.root)!r} lies in {option} {source!r}; it needs a place outside of what is read"
+                )
+
+    def _check_checkpoints(self) -> None:
+        """Trainer removes old checkpoints whole, so nothing else may be in them."""
+        foreign = [path for path in self._foreign() if "checkpoints" in path.relative_to(self.root).parts[1:2]]
+        if foreign:
+            raise CommandError(
+                f"--overwrite: {str(foreign[0])!r} was not written by this command and lies where its checkpoints go; "
+                "it needs another place"
+            )
+
+    def _foreign(self) -> list[Path]:
+        """Files and links in the folder that this command did not write."""
+        return [
+            Path(folder, name)
+            for folder, folders, files in os.walk(self.root)
+            for name in (*files, *(name for name in folders if Path(folder, name).is_symlink()))
+            if not _is_ours(Path(folder, name), self.root)
+        ]
 
     def _check_same_options(self) -> None:
         before = json.loads((self.root / RUN_FILE).read_text(encoding="utf-8"))["options"]
         now = self._options.fingerprint()
         for name in now:
+            if name not in before and not now[name]:
+                continue  # an option that is newer than the run, and not used
             if before.get(name) != now[name]:
                 raise CommandError(
                     f"--resume: --{name.replace('_', '-')} is {now[name]!r}, but the run in {str(self.root)!r} was "
@@ -67,7 +135,10 @@ class OutputFolder:
                 )
 
     def claim(self) -> None:
-        """Make the folder this run's: empty but for ``run.json``; or, resumed, without what a killed run half wrote.
+        """Make the folder this run's.
+
+        With --overwrite what an earlier run wrote is removed and what else is there stays, which a line says; resumed,
+        what a killed run half wrote is removed.
 
         Raises:
             CommandError: nothing can be written there.
@@ -77,7 +148,7 @@ class OutputFolder:
                 remove_temporary(self.root)
                 return
             if self._options.overwrite and self.root.is_dir():
-                shutil.rmtree(self.root)
+                self._remove_earlier_run()
             self.root.mkdir(parents=True, exist_ok=True)
             write_json(self.root / RUN_FILE, {"command": "finetune", "options": self._options.fingerprint()})
         except OSError as error:
@@ -85,8 +156,42 @@ class OutputFolder:
                 f"--output {str(self.root)!r} cannot be written to ({error.strerror}); it needs a folder that can"
             ) from None
 
+    def _remove_earlier_run(self) -> None:
+        kept = self._foreign()
+        for folder, folders, files in os.walk(self.root, topdown=False):
+            for path in (Path(folder, name) for name in (*files, *folders)):
+                if not _is_ours(path, self.root):
+                    continue
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink()
+                else:
+                    with contextlib.suppress(OSError):  # not empty: something in it is not ours
+                        path.rmdir()
+        if kept:
+            names = ", ".join(str(path.relative_to(self.root)) for path in kept[:5])
+            more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""
+            print(f"kept in {self.root}, because this command did not write it: {names}{more}")
+
     def method(self, name: str) -> Path:
         """The folder of one method, made if need be."""
         folder = self.root / name
         folder.mkdir(exist_ok=True)
         return folder
+
+
+def _is_ours(path: Path, root: Path) -> bool:
+    """Whether this command writes something of that name at that place; a symbolic link is judged by its own name."""
+    below = path.relative_to(root).parts
+    parts = tuple(_general_name(part) for part in below if not fnmatch.fnmatchcase(part, _SAVING_IN_PLACE))
+    if parts and parts[0] in METHODS:
+        parts = (_METHOD, *parts[1:])
+    if path.is_dir() and parts in _WRITTEN:
+        return True
+    return bool(parts) and any(fnmatch.fnmatchcase(parts[-1], pattern) for pattern in _WRITTEN.get(parts[:-1], ()))
+
+
+def _general_name(name: str) -> str:
+    """Without what a temporary name adds, and without the number of a checkpoint."""
+    temporary = _TEMPORARY.fullmatch(name)
+    name = temporary["name"] if temporary else name
+    return _CHECKPOINT if re.fullmatch(r"(tmp-)?checkpoint-\d+", name) else name

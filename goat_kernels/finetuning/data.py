@@ -1,12 +1,11 @@
-"""Reading and splitting the user's data: image folders, CSV, JSONL, text files and hub data sets.
+"""Where the user's data comes from and how it is split: text files, tables and data sets on the hub; for images see
+``image_folders.py``.
 
 Local files are read with the standard library; only ids on the hub need the ``datasets`` extra.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 import re
 from collections import defaultdict
@@ -15,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from goat_kernels.command_errors import CommandError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-TABLE_SUFFIXES = (".csv", ".jsonl")
+from goat_kernels.finetuning.columns import Column
+from goat_kernels.finetuning.tables import TABLE_SUFFIXES, read_columns, read_file
 
 #: ID[:CONFIG][@SPLIT] of a data set on the hub.
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
@@ -28,7 +26,7 @@ class Examples:
     """Inputs with their classes.
 
     Attributes:
-        items: texts, pairs of texts, image files, or images that a hub data set decodes when they are asked for.
+        items: texts, pairs of texts, chats, image files, or images that a hub data set decodes when asked for.
         labels: the class name of each item; None where the task has no classes.
     """
 
@@ -43,7 +41,7 @@ def looks_like_path(text: str) -> bool:
         path.exists()
         or text.startswith((".", "~", "/"))
         or "\\" in text
-        or path.suffix in (*TABLE_SUFFIXES, ".txt", ".json")
+        or path.suffix.lower() in (*TABLE_SUFFIXES, ".txt")
         or _HUB_ID.fullmatch(text) is None
     )
 
@@ -57,48 +55,58 @@ def local_path(argument: str, text: str, needs: str) -> Path:
 
 
 def read_texts(argument: str, source: str, text_column: str, label_column: str | None) -> Examples:
-    """Texts, or pairs of texts, from CSV or JSONL, from text files (without classes), or from the hub.
+    """Texts, or pairs of texts, from a table, from text files (without classes), or from the hub.
 
     Args:
         argument: the option that named the source, for messages.
         source: a path or an id on the hub.
         text_column: the column of the text; ``"A,B"`` for pairs.
-        label_column: the column of the class; None where the task has no classes.
+        label_column: the column of the class; None where the task has no classes, and a text may be a chat (a list of
+            messages) then, unless it is one of a pair.
     """
-    needs = "a CSV or JSONL file" if label_column else "a text file, a folder of .txt files, a CSV or a JSONL file"
+    needs = "a CSV, TSV, JSON or JSONL file"
+    if label_column is None:
+        needs = f"a text file, a folder of .txt files, or {needs}"
+    wanted = [("--text-column", name.strip()) for name in text_column.split(",")]
+    if label_column is not None:
+        wanted.append(("--label-column", label_column.strip()))
     if not looks_like_path(source):
-        return _read_hub(argument, source, text_column.split(","), "--text-column", label_column)
-    path = local_path(argument, source, needs)
-    if path.suffix in TABLE_SUFFIXES:
-        rows = _read_table(argument, path)
-        texts = _paired([_column(argument, path, rows, "--text-column", name) for name in text_column.split(",")])
-        labels = _column(argument, path, rows, "--label-column", label_column) if label_column else None
-        return Examples(texts, labels)
-    if label_column:
-        raise CommandError(f"{argument} {source!r} has no columns; it needs {needs}")
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    texts = [text for text in (_read_file(argument, file) for file in files) if text.strip()]
+        columns = read_hub(argument, source, wanted)
+    else:
+        path = local_path(argument, source, needs)
+        if path.suffix.lower() not in TABLE_SUFFIXES:
+            if label_column is not None:
+                raise CommandError(f"{argument} {source!r} has no columns; it needs {needs}")
+            return _read_text_files(argument, source, path, needs)
+        columns = read_columns(argument, path, wanted)
+    labels = columns.pop().labels() if label_column is not None else None
+    if len(columns) > 1:
+        return Examples(list(zip(*(column.texts() for column in columns), strict=True)), labels)
+    return Examples(columns[0].texts() if labels is not None else columns[0].texts_or_chats(), labels)
+
+
+def _read_text_files(argument: str, source: str, path: Path, needs: str) -> Examples:
+    files = [path]
+    if path.is_dir():
+        files = [file for file in visible_files(path) if file.suffix.lower() == ".txt"]
+    texts = [text for text in (read_file(argument, file) for file in files) if text.strip()]
     if not texts:
         raise CommandError(f"{argument} {source!r} holds no text; it needs {needs}")
-    return Examples(texts)
+    return Examples([re.sub(r"\r\n?", "\n", text) for text in texts])
 
 
-def read_images(argument: str, source: str, image_column: str, label_column: str) -> Examples:
-    """Images from a folder with one subfolder per class, or from the hub."""
-    needs = "a folder with one subfolder of images per class"
-    if not looks_like_path(source):
-        return _read_hub(argument, source, [image_column], "--image-column", label_column)
-    path = local_path(argument, source, needs)
-    if not path.is_dir():
-        raise CommandError(f"{argument} {source!r} is a file; it needs {needs}")
-    items, labels = [], []
-    for folder in sorted(child for child in path.iterdir() if child.is_dir()):
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        items += files
-        labels += [folder.name] * len(files)
-    if not items:
-        raise CommandError(f"{argument} {source!r} holds no class subfolders with images; it needs {needs}")
-    return Examples(items, labels)
+def visible_files(folder: Path) -> list[Path]:
+    """The files in ``folder`` and below, sorted; without hidden ones, and those that systems put into every folder."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if not path.is_dir() and not any(map(is_hidden, path.relative_to(folder).parts))
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is none of the user's data: ``._a.png``, ``.ipynb_checkpoints``, ..."""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini", "__macosx")
 
 
 def class_names(argument: str, labels: Sequence[str]) -> list[str]:
@@ -107,7 +115,7 @@ def class_names(argument: str, labels: Sequence[str]) -> list[str]:
     numeric = all(re.fullmatch(r"-?\d+", label) for label in distinct)
     names = sorted(distinct, key=(lambda label: (int(label), label)) if numeric else None)
     if len(names) < 2:
-        raise CommandError(f"{argument} has one class, {names[0]!r}; classification needs at least two")
+        raise CommandError(f"{argument} has one class, {names[0]!r:.80}; classification needs at least two")
     return names
 
 
@@ -147,51 +155,14 @@ def split(
     return [i for i in range(count) if i not in chosen], sorted(held_out)
 
 
-def _read_file(argument: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise CommandError(f"{argument} {str(path)!r} is not readable as UTF-8 text: {error}") from None
+def read_hub(argument: str, source: str, wanted: Sequence[tuple[str, str]]) -> list[Column]:
+    """Columns of a data set on the hub, their cells read when they are asked for.
 
-
-def _read_table(argument: str, path: Path) -> list[dict]:
-    text = _read_file(argument, path)
-    if path.suffix == ".csv":
-        # Lines keep their ends, so that a line break inside a quoted cell stays in it.
-        rows = list(csv.DictReader(text.splitlines(keepends=True)))
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CommandError(f"{argument} {str(path)!r}, line {number}, is not JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise CommandError(f"{argument} {str(path)!r}, line {number}, must be a JSON object with the columns")
-            rows.append(row)
-    if not rows:
-        raise CommandError(f"{argument} {str(path)!r} has no rows; it needs at least a few examples")
-    return rows
-
-
-def _column(argument: str, path: Path, rows: list[dict], option: str, name: str) -> list[str]:
-    columns = [column for column in rows[0] if column is not None]
-    if name not in columns:
-        raise CommandError(f"{option} {name!r} is not a column of {argument} {str(path)!r}; it has {columns}")
-    for number, row in enumerate(rows, start=1):
-        if row.get(name) in (None, ""):
-            raise CommandError(f"{argument} {str(path)!r}: row {number} has nothing in column {name!r}")
-    return [str(row[name]) for row in rows]
-
-
-def _paired(columns: list[Sequence]) -> Sequence:
-    """The items of one column, or tuples across several."""
-    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
-
-
-def _read_hub(argument: str, source: str, columns: list[str], option: str, label_column: str | None) -> Examples:
+    Args:
+        argument: the option that named the source, for messages.
+        source: ``ID[:CONFIG][@SPLIT]``.
+        wanted: (option, name) of each column.
+    """
     try:
         import datasets
     except ImportError:
@@ -208,14 +179,19 @@ def _read_hub(argument: str, source: str, columns: list[str], option: str, label
             f"{argument} {source!r} is not a local path, and no data set of that name could be loaded from the hub; "
             f"it needs an existing path, or ID[:CONFIG][@SPLIT] and a network ({type(error).__name__}: {reason:.200})"
         ) from None
-    for name, of in (*((column, option) for column in columns), (label_column, "--label-column")):
-        if name is not None and name not in table.column_names:
-            raise CommandError(f"{of} {name!r} is not a column of {argument} {source!r}; it has {table.column_names}")
+    for option, name in wanted:
+        if name not in table.column_names:
+            raise CommandError(
+                f"{option} {name!r} is not a column of {argument} {source!r}; it has {table.column_names}"
+            )
     if not len(table):
         raise CommandError(f"{argument} {source!r} has no rows; it needs at least a few examples")
-    items = _paired([table[column] for column in columns])
-    if label_column is None:
-        return Examples(items)
-    names = getattr(table.features[label_column], "names", None)
-    labels = [names[label] if names else str(label) for label in table[label_column]]
-    return Examples(items, labels)
+    columns = []
+    for _, name in wanted:
+        feature = table.features[name]
+        values = table[name] if isinstance(feature, datasets.Image) else list(table[name])  # images stay undecoded
+        classes = getattr(feature, "names", None)
+        if classes:  # -1 is a class that is not told, as in test splits
+            values = [None if value is None or value < 0 else classes[value] for value in values]
+        columns.append(Column(f"{argument} {source!r}", name, values))
+    return columns

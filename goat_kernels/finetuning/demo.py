@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, default_data_collator
 
+from goat_kernels.finetuning.columns import describe_classes
 from goat_kernels.finetuning.data import split
 from goat_kernels.finetuning.models import base_model
 from goat_kernels.finetuning.options import FinetuneOptions, TrainingOptions
@@ -76,6 +77,8 @@ def digits_task(options: FinetuneOptions) -> Task:
     images, ids = digits_data()
     folder, train_part, held_out_part = pretrained_digits(options.training.device, PRETRAINING)
     changed = changed_appearance(images)
+    classes = tuple(str(i) for i in range(10))
+    print(describe_classes(classes, ids[train_part].tolist(), ids[held_out_part].tolist()))
     return Task(
         description=(
             f"digits: ViT pretrained on 0-{_PRETRAINING_CLASSES - 1} as they are -> all ten, inverted and rotated; "
@@ -94,7 +97,7 @@ def digits_task(options: FinetuneOptions) -> Task:
             label2id={str(i): i for i in range(10)},
         ),
         metric="accuracy",
-        classes=tuple(str(i) for i in range(10)),
+        classes=classes,
     )
 
 

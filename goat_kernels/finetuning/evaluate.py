@@ -21,7 +21,7 @@ class Evaluation:
     """What the held-out data says.
 
     Attributes:
-        value: accuracy in 0..1, or perplexity.
+        value: accuracy in 0..1 (an output that is NaN counts as wrong), or perplexity, which may be NaN or infinite.
         standard_error: sqrt(p (1 - p) / n) of an accuracy p; of a perplexity, from the spread of the blocks' losses;
             None where there is too little data to tell.
         examples: n.
@@ -55,7 +55,7 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, device: torch.device
 
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(dim=-1) == labels
+    return (logits.argmax(dim=-1) == labels) & ~logits.isnan().any(dim=-1)
 
 
 def _block_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _accuracy(correct: Tensor) -> tuple[float, float]:
 
 def _perplexity(losses: Tensor) -> tuple[float, float | None]:
     """exp of the mean loss, and its standard error: d exp(m) = exp(m) dm."""
-    value = math.exp(losses.mean().item())
+    value = losses.mean().exp().item()
     if len(losses) < 2:
         return value, None
     return value, value * losses.std().item() / math.sqrt(len(losses))

@@ -8,11 +8,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from goat_kernels.command_errors import CommandError
 
 #: The label of a token that the loss leaves out, in torch and transformers.
 IGNORED = -100
+
+#: Texts that are tokenised in one call, where all are.
+_CHUNK = 1000
 
 
 class Selection(Sequence):
@@ -29,23 +33,27 @@ class Selection(Sequence):
 
 
 class Images(Dataset):
-    """Images (files, or PIL images) with class ids."""
+    """Images with class ids; ``read`` makes an RGB image of an item, and ``transform`` the model's input of that."""
 
-    def __init__(self, items: Sequence, ids: list[int], transform: Callable[[Image.Image], Tensor]) -> None:
-        self._items, self._ids, self._transform = items, ids, transform
+    def __init__(
+        self,
+        items: Sequence,
+        ids: list[int],
+        read: Callable[[object], Image.Image],
+        transform: Callable[[Image.Image], Tensor],
+    ) -> None:
+        self._items, self._ids, self._read, self._transform = items, ids, read, transform
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def __getitem__(self, i: int) -> dict:
         item = self._items[i]
-        if not isinstance(item, Image.Image):
-            try:
-                with Image.open(item) as file:
-                    item = file.convert("RGB")
-            except OSError as error:
-                raise CommandError(f"--data: {str(item)!r} is not an image that can be read: {error}") from None
-        return {"pixel_values": self._transform(item), "labels": self._ids[i]}
+        try:
+            image = self._read(item)
+        except OSError as error:  # it was there and whole when it was checked
+            raise CommandError(f"the image {str(item)!r} can no longer be read: {error}") from None
+        return {"pixel_values": self._transform(image), "labels": self._ids[i]}
 
 
 class Texts(Dataset):
@@ -62,6 +70,16 @@ class Texts(Dataset):
         texts = (item,) if isinstance(item, str) else item
         encoded = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
         return {**encoded, "labels": self._ids[i]}
+
+    def count_cut(self) -> int:
+        """How many are longer than ``max_length``; looks at all, with a progress bar."""
+        count = 0
+        for start in tqdm(range(0, len(self), _CHUNK), desc="counting tokens", unit_scale=_CHUNK, leave=False):
+            items = [self._items[i] for i in range(start, min(start + _CHUNK, len(self)))]
+            columns = [items] if isinstance(items[0], str) else [list(column) for column in zip(*items, strict=True)]
+            tokens = self._tokenizer(*columns, verbose=False)["input_ids"]
+            count += sum(len(ids) > self._max_length for ids in tokens)
+        return count
 
 
 class Blocks(Dataset):
@@ -95,15 +113,27 @@ class Responses(Dataset):
         return len(self._items)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        prompt, response = (self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in self._items[i])
-        if self._tokenizer.bos_token_id is not None:
-            prompt = [self._tokenizer.bos_token_id, *prompt]
-        if self._tokenizer.eos_token_id is not None:
-            response = [*response, self._tokenizer.eos_token_id]
+        prompt, response = self._whole(i)
         response = response[: self._max_length - 1]
         prompt = prompt[-(self._max_length - len(response)) :]
         labels = torch.tensor([*[IGNORED] * len(prompt), *response])
         return {"input_ids": torch.tensor([*prompt, *response]), "labels": labels}
+
+    def count_cut(self) -> int:
+        """How many are longer than ``max_length``; looks at all, with a progress bar."""
+        every = tqdm(range(len(self)), desc="counting tokens", leave=False)
+        return sum(sum(map(len, self._whole(i))) > self._max_length for i in every)
+
+    def _whole(self, i: int) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt and of its response."""
+        prompt, response = (
+            self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in self._items[i]
+        )
+        if self._tokenizer.bos_token_id is not None:
+            prompt = [self._tokenizer.bos_token_id, *prompt]
+        if self._tokenizer.eos_token_id is not None:
+            response = [*response, self._tokenizer.eos_token_id]
+        return prompt, response
 
 
 class PadRight:
@@ -118,6 +148,29 @@ class PadRight:
             name: nn.utils.rnn.pad_sequence([one[name] for one in examples], batch_first=True, padding_value=fill)
             for name, fill in self._fill.items()
         }
+
+
+def from_chats(argument: str, chats: Sequence[list[dict]], tokenizer) -> list[str]:
+    """Each chat as one text, by the tokenizer's chat template.
+
+    Raises:
+        CommandError: a tokenizer without a template, or a chat that the template refuses.
+    """
+    if not tokenizer.chat_template:
+        raise CommandError(
+            f"{argument} has chat messages, and the tokenizer of --model has no chat template; it needs a model for "
+            "chats, or texts"
+        )
+    texts = []
+    for number, chat in enumerate(chats, start=1):
+        try:
+            texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
+        except Exception as error:  # a template raises what it likes
+            reason = " ".join(str(error).split())
+            raise CommandError(
+                f"{argument}: row {number} does not fit the tokenizer's chat template ({reason:.200})"
+            ) from None
+    return texts
 
 
 def pack(argument: str, texts: Sequence[str], tokenizer, block: int) -> Tensor:

@@ -41,7 +41,7 @@ _OPTION_OF_SETTING = {
     "lora_alpha": "--lora-alpha",
     "backend": "--backend",
     "rank_pattern": "--rank",
-    "exclude_modules": "--target-modules",
+    "exclude_modules": "--exclude-modules",
 }
 
 
@@ -83,6 +83,22 @@ def load_config(source: str, auto_class) -> PreTrainedConfig:
             "it needs a model of the kind that --task names"
         )
     return config
+
+
+def text_limits(config: PreTrainedConfig, auto_class) -> tuple[int | None, int]:
+    """How many positions a sequence may have (None: as many as it likes), and how many rows the embedding has.
+
+    From a model without weights: RoBERTa and its kin begin to count behind the padding's index, so that they have fewer
+    positions than the configuration says.
+    """
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1
+    # XLNet says -1 for no limit.
+    return positions if positions and positions > 0 else None, model.get_input_embeddings().weight.shape[0]
 
 
 def base_model(source: str, auto_class, seed: int, dtype: str, **config_changes) -> BaseModel:
@@ -136,11 +152,21 @@ def adapter_config(method: str, adapter: AdapterOptions, new_modules: tuple[str,
         "modules_to_save": list(new_modules) or None,
         "lora_dropout": adapter.dropout,
     }
-    if new_modules:
-        # all-linear would adapt the head too, which trains in full.
-        shared["exclude_modules"] = rf"(.*\.)?({'|'.join(map(re.escape, new_modules))})(\..*)?"
+    # all-linear would adapt the head too, which trains in full.
+    excluded = [_inside(name) for name in new_modules]
+    if isinstance(adapter.exclude_modules, tuple):
+        excluded += map(_inside, adapter.exclude_modules)
+    elif adapter.exclude_modules is not None:
+        excluded.append(adapter.exclude_modules)
+    if excluded:
+        shared["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in excluded)
     with options_named():
         return METHODS[method].config(adapter, shared, seed)
+
+
+def _inside(name: str) -> str:
+    """A regular expression for the names of the modules called ``name``, with or without a prefix, and all in them."""
+    return rf"(?:.*\.)?{re.escape(name)}(?:\..*)?"
 
 
 def build(method: str, base: BaseModel, adapter: AdapterOptions, seed: int) -> PreTrainedModel | PeftModel:
@@ -189,12 +215,19 @@ def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
     if ours:
         with options_named():
             resolve_backend(options.adapter.backend, training_device(options.training), torch.float32)
+    model = base.load()
+    excluded = options.adapter.exclude_modules
+    for one in excluded if isinstance(excluded, tuple) else [excluded] if excluded else []:
+        pattern = _inside(one) if isinstance(excluded, tuple) else one
+        if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
+            raise CommandError(f"--exclude-modules {one!r} matches no module of the model")
     try:
-        model = get_peft_model(base.load(), adapter_config("lora", options.adapter, base.new_modules, seed))
+        model = get_peft_model(model, adapter_config("lora", options.adapter, base.new_modules, seed))
     except ValueError as error:
         reason = " ".join(str(error).split())
+        without = f" without --exclude-modules {excluded!r}" if excluded else ""
         raise CommandError(
-            f"--target-modules {options.adapter.target_modules!r} does not fit the model: {reason:.300}"
+            f"--target-modules {options.adapter.target_modules!r}{without} does not fit the model: {reason:.300}"
         ) from None
     for config in ours:
         with options_named():

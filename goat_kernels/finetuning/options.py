@@ -31,8 +31,9 @@ BATCH_SIZES = {"digits": 32, "image-classification": 16, "text-classification": 
 class AdapterOptions:
     """Hyper-parameters of the adapters.
 
-    ``rank``, ``lora_alpha`` (None: 2 R), ``target_modules`` and ``dropout`` serve every adapter method; ``eta`` None is
-    the task's (``ETA``); the rest is GOAT's alone.
+    ``rank``, ``lora_alpha`` (None: 2 R), ``target_modules``, ``exclude_modules`` and ``dropout`` serve every adapter
+    method; ``eta`` None is the task's (``ETA``); the rest is GOAT's alone. Names are a tuple, a regular expression is a
+    string.
     """
 
     rank: int = 32
@@ -47,6 +48,7 @@ class AdapterOptions:
     dropout: float = 0.0
     lora_alpha: float | None = None
     target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
     backend: str = "auto"
 
 
@@ -73,12 +75,14 @@ class DataOptions:
     """Where the model and the data come from, and how the data is read.
 
     ``text_column`` may name two columns, ``"A,B"``: a pair to classify, or a prompt and its response.
+    ``skip_bad_files``: leave out images that cannot be read.
     """
 
     model: str | None = None
     data: str | None = None
     eval_data: str | None = None
     eval_fraction: float = 0.2
+    skip_bad_files: bool = False
     text_column: str = "text"
     image_column: str = "image"
     label_column: str = "label"
@@ -105,6 +109,4 @@ class FinetuneOptions:
         flat = {"task": nested["task"], "methods": list(self.methods)}
         for group in ("adapter", "training", "data"):
             flat.update(nested[group])
-        if isinstance(flat["target_modules"], tuple):
-            flat["target_modules"] = list(flat["target_modules"])
-        return flat
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}

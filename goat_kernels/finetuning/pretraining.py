@@ -59,7 +59,7 @@ def pretrained(
         beside: writes what belongs into the folder beside the model, such as a tokenizer.
 
     Raises:
-        CommandError: the cache folder cannot be made.
+        CommandError: the cache folder cannot be made, or the training diverged.
     """
     folder = cache_folder() / f"{name}-{_key(identity, config)}"
     if (folder / "config.json").is_file():
@@ -76,6 +76,8 @@ def pretrained(
         model, record = train(
             build, dataset, collate, plan, learning_rate, Path(scratch), description=f"pretraining {name}"
         )
+    if record.diverged_at_step is not None:
+        raise CommandError(f"the pretraining of {name} diverged at step {record.diverged_at_step}; nothing is cached")
     with atomic_path(folder) as temporary:
         model.cpu().save_pretrained(temporary)
         if beside is not None:

@@ -5,7 +5,6 @@ One function per ``--task``; :func:`load_task` picks it. The digits are in ``dem
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,13 @@ from transformers import (
 )
 
 from goat_kernels.command_errors import CommandError
-from goat_kernels.finetuning.data import Examples, class_ids, class_names, read_images, read_texts, split
-from goat_kernels.finetuning.examples import Blocks, Images, PadRight, Responses, Selection, Texts, pack
-from goat_kernels.finetuning.models import BaseModel, base_model, load_config
-from goat_kernels.finetuning.options import FinetuneOptions
+from goat_kernels.finetuning.columns import describe_classes
+from goat_kernels.finetuning.data import Examples, class_ids, class_names, read_texts, split
+from goat_kernels.finetuning.examples import Blocks, Images, PadRight, Responses, Selection, Texts, from_chats, pack
+from goat_kernels.finetuning.image_folders import read_images, split_folders
+from goat_kernels.finetuning.images import check_images, describe_ranges, merged, reader
+from goat_kernels.finetuning.models import BaseModel, base_model, load_config, text_limits
+from goat_kernels.finetuning.options import DataOptions, FinetuneOptions
 
 
 @dataclass(frozen=True)
@@ -76,27 +78,39 @@ def _image_classification(options: FinetuneOptions) -> Task:
     data = options.data
     config = load_config(data.model, AutoModelForImageClassification)
 
-    def read(argument: str, source: str) -> Examples:
-        return read_images(argument, source, data.image_column, data.label_column)
-
-    parts, names = _classified(options, read)
+    sources = split_folders(data.data, data.eval_data)
+    read, extremes = [], {}
+    for argument, source in zip(("--data", "--eval-data"), sources, strict=True):
+        if source is not None:
+            examples = read_images(argument, source, data.image_column, data.label_column)
+            examples, found = check_images(argument, source, examples, data.skip_bad_files)
+            read.append(examples)
+            extremes = merged(extremes, found)
+    print(*describe_ranges(extremes), sep="\n", end="\n" * bool(extremes))
+    parts, names = _classified(options, *read)
     transform = _image_transform(data.model, config)
-    train, held_out = (Images(part, ids, transform) for part, ids in parts)
+    train, held_out = (Images(part, ids, reader(extremes), transform) for part, ids in parts)
     base = _classifier(options, AutoModelForImageClassification, names)
     return Task(_describe(options), train, held_out, default_data_collator, base, "accuracy", tuple(names))
 
 
 def _text_classification(options: FinetuneOptions) -> Task:
     data = options.data
-    load_config(data.model, AutoModelForSequenceClassification)
+    config = load_config(data.model, AutoModelForSequenceClassification)
     tokenizer = _tokenizer(data.model)
-
-    def read(argument: str, source: str) -> Examples:
-        return read_texts(argument, source, data.text_column, data.label_column)
-
-    parts, names = _classified(options, read)
-    length = min(data.max_length, tokenizer.model_max_length)
+    positions = _checked_positions(data.model, config, AutoModelForSequenceClassification, tokenizer)
+    positions = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
+    length = _max_length(data, positions, 1 + tokenizer.num_special_tokens_to_add(pair="," in data.text_column))
+    parts, names = _classified(
+        options,
+        *(
+            read_texts(argument, source, data.text_column, data.label_column)
+            for argument, source in (("--data", data.data), ("--eval-data", data.eval_data))
+            if source is not None
+        ),
+    )
     train, held_out = (Texts(part, ids, tokenizer, length) for part, ids in parts)
+    _report_cut([train, held_out], length, data)
     base = _classifier(options, AutoModelForSequenceClassification, names, pad_token_id=tokenizer.pad_token_id)
     collate = DataCollatorWithPadding(tokenizer)
     return Task(_describe(options), train, held_out, collate, base, "accuracy", tuple(names))
@@ -106,19 +120,24 @@ def _causal_lm(options: FinetuneOptions) -> Task:
     data = options.data
     config = load_config(data.model, AutoModelForCausalLM)
     tokenizer = _tokenizer(data.model)
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    positions = _checked_positions(data.model, config, AutoModelForCausalLM, tokenizer)
     prompted = "," in data.text_column
+    length = _max_length(data, positions, 2)
 
     def read(argument: str, source: str) -> Tensor | Responses:
         items = read_texts(argument, source, data.text_column, None).items
         if prompted:
-            return Responses(argument, items, tokenizer, min(data.max_length, positions))
-        return pack(argument, items, tokenizer, min(data.block_size, positions))
+            return Responses(argument, items, tokenizer, length)
+        if not isinstance(items[0], str):
+            items = from_chats(argument, items, tokenizer)
+        return pack(argument, items, tokenizer, min(data.block_size, positions or data.block_size))
 
     whole = read("--data", data.data)
     if data.eval_data is not None:
         train, held_out = whole, read("--eval-data", data.eval_data)
-    else:
+    if prompted:
+        _report_cut([whole] if data.eval_data is None else [train, held_out], length, data)
+    if data.eval_data is None:
         parts = split(len(whole), None, data.eval_fraction, options.training.seed, "--data")
         train, held_out = (Subset(whole, part) if prompted else whole[part] for part in parts)
     base = base_model(data.model, AutoModelForCausalLM, options.training.seed, options.training.dtype)
@@ -133,19 +152,50 @@ def _describe(options: FinetuneOptions) -> str:
     return f"{options.task}: {options.data.model} on {options.data.data}"
 
 
+def _checked_positions(source: str, config, auto_class, tokenizer) -> int | None:
+    """How many tokens the model takes, None for no limit.
+
+    Raises:
+        CommandError: the tokenizer has a token that the model's embedding has no row for.
+    """
+    positions, rows = text_limits(config, auto_class)
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise CommandError(
+            f"--model {source!r}: its tokenizer has tokens up to number {highest}, but its embedding only {rows} rows; "
+            "it needs its own tokenizer, or model.resize_token_embeddings(len(tokenizer)) and save_pretrained"
+        )
+    return positions
+
+
+def _max_length(data: DataOptions, positions: int | None, least: int) -> int:
+    if data.max_length < least:
+        raise CommandError(f"--max-length {data.max_length} leaves no room for a text; it needs at least {least}")
+    return min(data.max_length, positions or data.max_length)
+
+
+def _report_cut(parts: list[Texts] | list[Responses], length: int, data: DataOptions) -> None:
+    """Say how many texts do not fit."""
+    cut = sum(part.count_cut() for part in parts)
+    if cut:
+        reason = f"--max-length {length}" if length == data.max_length else "the model takes no more"
+        print(f"{cut} of {sum(map(len, parts))} texts are cut to {length} tokens ({reason})")
+
+
 def _classified(
-    options: FinetuneOptions, read: Callable[[str, str], Examples]
+    options: FinetuneOptions, examples: Examples, held_out: Examples | None = None
 ) -> tuple[list[tuple[Sequence, list[int]]], list[str]]:
-    """[(items, class ids) for training, the same for held out], and the class names."""
+    """[(items, class ids) for training, the same for held out], and the class names; prints how many of each."""
     data = options.data
-    examples = read("--data", data.data)
     names = class_names("--data", examples.labels)
     ids = class_ids("--data", examples.labels, names)
-    if data.eval_data is not None:
-        held_out = read("--eval-data", data.eval_data)
-        return [(examples.items, ids), (held_out.items, class_ids("--eval-data", held_out.labels, names))], names
-    parts = split(len(ids), ids, data.eval_fraction, options.training.seed, "--data")
-    return [(Selection(examples.items, part), [ids[i] for i in part]) for part in parts], names
+    if held_out is not None:
+        parts = [(examples.items, ids), (held_out.items, class_ids("--eval-data", held_out.labels, names))]
+    else:
+        halves = split(len(ids), ids, data.eval_fraction, options.training.seed, "--data")
+        parts = [(Selection(examples.items, half), [ids[i] for i in half]) for half in halves]
+    print(describe_classes(names, *(ids for _, ids in parts)))
+    return parts, names
 
 
 def _classifier(options: FinetuneOptions, auto_class, names: list[str], **config_changes) -> BaseModel:

@@ -1,4 +1,4 @@
-"""One training run through ``transformers.Trainer``: progress bar, timing, checkpoints, Ctrl-C between two steps."""
+"""One training run through ``transformers.Trainer``: progress, timing, checkpoints, Ctrl-C, divergence."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -31,8 +32,10 @@ class TrainingRecord:
     """What a run leaves behind.
 
     Attributes:
-        steps: optimiser steps done; fewer than planned after an interruption.
+        steps: optimiser steps done; fewer than planned after an interruption, or where the run diverged.
         finished: whether all planned steps were done.
+        diverged_at_step: the step whose loss was NaN or infinite, after which the run was stopped, or that left
+            trained parameters so; None where all is finite.
         loss_steps: the steps at which ``losses`` were taken.
         losses: training loss, the mean since the previous entry.
         time_per_step_ms: median over the steps since the run was started or resumed, from the batch being there
@@ -43,6 +46,7 @@ class TrainingRecord:
 
     steps: int
     finished: bool
+    diverged_at_step: int | None
     loss_steps: list[int] = field(repr=False)
     losses: list[float] = field(repr=False)
     time_per_step_ms: float
@@ -111,13 +115,15 @@ def train(
         model = build_model()
         if checkpoint is not None and not isinstance(model, PeftModel):
             _load_weights(model, checkpoint)
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=dataset,
             data_collator=collate,
             callbacks=[timing, *callbacks, Progress(description), StopCallback(stop)],
         )
+        # Last: it takes back the checkpoint that another callback asked for.
+        trainer.add_callback(_StopWhereItDiverges(trainer))
         trainer.remove_callback(PrinterCallback)
         state = _final_state(checkpoint, arguments.max_steps)
         if state is None:
@@ -125,10 +131,14 @@ def train(
             state = trainer.state
         elif isinstance(model, PeftModel):
             model.load_adapter(str(checkpoint), model.active_adapter)
+    diverged_at_step = trainer.diverged_at_step
+    if diverged_at_step is None and not _finite_parameters(model):
+        diverged_at_step = state.global_step
     logged = [entry for entry in state.log_history if "loss" in entry]
     record = TrainingRecord(
         steps=state.global_step,
         finished=state.global_step >= state.max_steps,
+        diverged_at_step=diverged_at_step,
         loss_steps=[entry["step"] for entry in logged],
         losses=[entry["loss"] for entry in logged],
         time_per_step_ms=statistics.median(timing.steps_ms) if timing.steps_ms else math.nan,
@@ -207,6 +217,42 @@ def _training_arguments(
         # Trainer would wrap the model in DataParallel, whose replicas are not what this command measures.
         arguments._n_gpu = 1
     return arguments
+
+
+def _finite_parameters(model: PreTrainedModel | PeftModel) -> bool:
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return all(bool(torch.isfinite(parameter).all()) for parameter in trained)
+
+
+class _Trainer(Trainer):
+    """Looks at the loss of every batch: what is logged is a mean, of many steps in a long run.
+
+    Attributes:
+        diverged_at_step: the first step with a loss that is NaN or infinite, or None.
+    """
+
+    diverged_at_step: int | None = None
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.diverged_at_step is None and not torch.isfinite(loss).all():
+            self.diverged_at_step = self.state.global_step + 1
+        return loss
+
+
+class _StopWhereItDiverges(TrainerCallback):
+    """Ends a diverged run after the running step, without a checkpoint: that would replace one that is finite."""
+
+    def __init__(self, trainer: _Trainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save and not _finite_parameters(model):
+            self._trainer.diverged_at_step = self._trainer.diverged_at_step or state.global_step
+        if self._trainer.diverged_at_step is not None:
+            control.should_training_stop = control.should_log = True
+            control.should_save = False
+        return control
 
 
 class StepTiming(TrainerCallback):
