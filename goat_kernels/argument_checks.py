@@ -1,4 +1,4 @@
-"""The checks of goat_linear's arguments, and of the layer that a GoatLinear is made on: every message names the argument, what came and what is needed."""
+"""The checks of goat_linear's arguments and of a GoatLinear's base: messages name the argument, what came, the need."""
 
 from __future__ import annotations
 

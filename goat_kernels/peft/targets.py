@@ -118,8 +118,8 @@ def _warn_about_left_out(problems: dict[str, Exception], asked: str) -> None:
         for pattern, names in groups.items()
     ]
     warnings.warn(
-        f"{asked} matches {len(problems)} layers that GOAT cannot adapt as configured; they are left out and stay "
-        "frozen. Each with the reason and what would include it:\n  " + "\n  ".join(lines) + "\n"
+        f"{asked} stands for layers that GOAT cannot adapt as configured. Left out and frozen ({len(problems)}), with "
+        "the reason and what would include them:\n  " + "\n  ".join(lines) + "\n"
         f"exclude_modules={sorted({name.rpartition('.')[2] for name in problems})} says that this is meant, without "
         "this warning",
         stacklevel=2,

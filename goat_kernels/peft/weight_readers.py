@@ -117,7 +117,9 @@ def _collect(node: ast.AST, self_name: str, conditions: tuple, found: list[_Read
     if isinstance(node, ast.Compare) and all(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops):
         return
     if isinstance(node, ast.Call) and _name(node.func) in _ASKING:
-        node = node.func  # its arguments are asked about; what a method is called on may be a product
+        node = node.func  # its arguments are asked about; what a method is called on may be computed with
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _name(node.value.func).endswith("_"):
+        return  # changed in place, as Gemma 3n clamps a weight before it calls the layer
     if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
         path = _path(node.value, self_name)
         if path:
