@@ -27,8 +27,6 @@ def check_base_layer(base: nn.Module, name: str) -> None:
             f"{name} is the output projection inside an nn.MultiheadAttention, which reads its weight without calling "
             f"it, so an adapter there would have no effect; {_INSTEAD}"
         )
-    if _is_quantised_linear(base):
-        return
     if isinstance(base, nn.Linear | Conv1D):
         instead = _instead_of_a_product(base)
         if instead is not None:
@@ -36,6 +34,8 @@ def check_base_layer(base: nn.Module, name: str) -> None:
                 f"{name} is a {kind} whose forward {instead}, so there is no [..., {base.out_features}] to add an "
                 f"adapter's output to; {_INSTEAD}"
             )
+        return
+    if _is_quantised_linear(base):
         return
     raise TypeError(
         f"{name} is a {kind}, but GOAT adapts linear layers alone (torch.nn.Linear, transformers' Conv1D and their "
