@@ -42,8 +42,9 @@ class GoatModel(BaseTuner):
 
     Raises:
         TypeError: a targeted module that is no linear layer.
-        ValueError: a targeted module that is too small for its rank, or that cannot take ``residual="fold"``. Either
-            way the model is as it was.
+        ValueError: a targeted module that is too small for its rank, whose weight the model reads without calling it,
+            or that cannot take ``residual="fold"``. Either way the model is as it was. Layers that "all-linear" or
+            PEFT's default stands for are left out with a warning instead, but for "fold".
     """
 
     prefix: str = "goat_"

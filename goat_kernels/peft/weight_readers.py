@@ -28,6 +28,9 @@ _DESCRIPTIONS = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "el
 _ASKING = {"isinstance", "hasattr", "getattr", "len", "id", "to", "type_as"}
 _NOT_FORWARD = re.compile(r"init|reset|load|save|tie|resize|quanti|convert|prune|__")
 
+#: Classes with no forward of a model, and many methods to read.
+_NO_MODELS = ("torch.", "transformers.modeling_utils", "transformers.generation.")
+
 #: Reads in code that nothing reaches, which no attribute tells: (class, layer).
 _NEVER_REACHED = {("DisentangledSelfAttention", "in_proj")}  # DeBERTa: query_states is None in all of its models
 
@@ -74,7 +77,7 @@ def _methods(module: nn.Module) -> Iterator[tuple[str, list[_Read]]]:
     overridden = set()
     own = vars(module).get("forward")  # a forward that somebody put into this one module
     classes = [{"forward": inspect.unwrap(own)}] if callable(own) else []
-    classes += [vars(c) for c in type(module).__mro__ if not c.__module__.startswith("torch.")]
+    classes += [vars(c) for c in type(module).__mro__ if not c.__module__.startswith(_NO_MODELS)]
     for attributes in classes:
         for name, function in attributes.items():
             function = getattr(function, "__func__", function)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import re
 import warnings
 
@@ -105,6 +106,18 @@ def test_experts_are_spoken_of_where_target_modules_ask_for_them(family, changes
     found = {leaf for text in texts for leaf in re.findall(r"experts\.(?:mlp\.)?(\w+)", text.split("parameters)")[0])}
     assert len(texts) == bool(named)
     assert found == named
+
+
+def test_experts_are_spoken_of_when_an_adapter_is_made_and_not_when_it_is_loaded(tmp_path):
+    settings = config(target_modules=["o_proj", "up_proj"])
+    with ours() as texts:
+        get_peft_model(tiny_moe("Olmoe"), settings).save_pretrained(tmp_path)
+    assert len(texts) == 1
+    with ours() as texts:
+        model = PeftModel.from_pretrained(tiny_moe("Olmoe"), tmp_path, low_cpu_mem_usage=True)
+        model.load_adapter(tmp_path, "second")
+        tiny_moe("Olmoe").load_adapter(str(tmp_path))
+    assert not texts
 
 
 def test_models_without_experts_are_not_spoken_of():
@@ -218,6 +231,9 @@ def test_adapters_on_some_of_the_layers_are_saved_and_loaded_by_every_route(tmp_
         ]
         loaded[2].load_adapter(str(tmp_path))
         loaded[0].load_adapter(tmp_path, "again")
+        edit = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**edit, "target_modules": "all-linear"}))
+        loaded.append(PeftModel.from_pretrained(tiny_moe("Qwen2Moe"), tmp_path))  # somebody wrote it by hand
     assert not texts
     for other in loaded:
         with torch.no_grad():
