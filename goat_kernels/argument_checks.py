@@ -1,8 +1,8 @@
-"""The checks of goat_linear's arguments: every message names the argument, what came and what is needed."""
+"""The checks of goat_linear's arguments and of a GoatLinear's base: messages name the argument, what came, the need."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.settings import check_dropout, check_number
@@ -98,3 +98,32 @@ def check_scalars(x: Tensor, router: Tensor, scaling, top_k, dropout_p) -> None:
         raise ValueError(f"scaling is on {scaling.device} but x is on {x.device}; all tensors must share one device")
     if scaling.requires_grad:
         raise ValueError("scaling requires grad, but it is a derived constant (Thm 3.5); pass scaling.detach()")
+
+
+def check_pretrained_linear(linear: nn.Linear) -> None:
+    """Raise unless a GoatLinear on the weight and bias of ``linear`` would compute what ``linear`` does.
+
+    Raises:
+        TypeError: no nn.Linear, one without an ordinary weight, or one with another forward than nn.Linear's.
+        ValueError: it has hooks.
+    """
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+    if not isinstance(linear.weight, nn.Parameter):
+        raise TypeError(
+            f"linear must have an ordinary weight, got a {type(linear.weight).__name__}; remove its parametrisation"
+        )
+    kind = type(linear).__qualname__
+    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"linear is a {kind}, the output projection of an nn.MultiheadAttention, which reads its weight without "
+            "calling it, so an adapter would have no effect; adapt other layers"
+        )
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        whose = f"is a {kind}, whose own forward" if "forward" not in vars(linear) else "has a replaced forward, which"
+        raise TypeError(
+            f"linear {whose} a GoatLinear in its place would not call; give a plain nn.Linear (of the same weight, if "
+            "that is what it computes), or adapt it by peft.get_peft_model with a GoatConfig, which calls it as it is"
+        )
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        raise ValueError("linear has hooks, which a GoatLinear in its place would not call; remove them first")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from goat_kernels.argument_checks import check_pretrained_linear
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import BACKEND_NAMES
 from goat_kernels.functional import routed_linear
@@ -128,22 +129,16 @@ class GoatLinear(RoutedModule, nn.Module):
         With ``residual="fold"`` the weight is copied, because it will be overwritten.
 
         Args:
-            linear: the pretrained layer, of a floating dtype, without hooks or parametrisations.
+            linear: the pretrained layer, of a floating dtype, without hooks, parametrisations or a forward of its own.
             backend, generator: as for the class.
             **settings: the fields of :class:`goat_kernels.AdapterSettings`.
 
         Raises:
-            TypeError: ``linear`` is not an nn.Linear with an ordinary weight, or a keyword is unknown.
+            TypeError: ``linear`` is not an nn.Linear with an ordinary weight and nn.Linear's forward, or is the output
+                projection of an nn.MultiheadAttention, which would not call it; or a keyword is unknown.
             ValueError: a bad setting, a weight with too few singular values for the rule, or hooks on ``linear``.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        if not isinstance(linear.weight, nn.Parameter):
-            raise TypeError(
-                f"linear must have an ordinary weight, got a {type(linear.weight).__name__}; remove its parametrisation"
-            )
-        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
-            raise ValueError("linear has hooks, which a GoatLinear in its place would not call; remove them first")
+        check_pretrained_linear(linear)
         adapter_settings = AdapterSettings(**settings)
         check_weight(linear.weight, adapter_settings)
         weight = linear.weight

@@ -88,6 +88,51 @@ def test_a_state_dict_of_other_settings_is_refused(other):
         different.load_state_dict(layer.state_dict())
 
 
+class _Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class _Labelled(nn.Linear):
+    """A subclass that computes what nn.Linear does."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.label = "query"
+
+    def extra_repr(self):
+        return f"{self.label}, {super().extra_repr()}"
+
+
+def _replaced(forward):
+    linear = nn.Linear(16, 16)
+    linear.forward = forward
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("linear", "message"),
+    [
+        (_Shifted(16, 16), r"linear is a _Shifted, whose own forward .* would not call.*get_peft_model"),
+        (_replaced(lambda x: x), r"linear has a replaced forward, which .* would not call"),
+        (nn.MultiheadAttention(16, 2).out_proj, "linear is a NonDynamicallyQuantizableLinear.*without calling it"),
+    ],
+    ids=["subclass", "replaced", "attention"],
+)
+def test_a_linear_that_computes_something_else_or_is_not_called_is_refused(linear, message):
+    with pytest.raises(TypeError, match=message):
+        GoatLinear.from_linear(linear, r=8)
+    assert linear.weight.requires_grad
+
+
+def test_a_subclass_with_the_forward_of_linear_is_adapted():
+    linear, x = _Labelled(16, 16), torch.randn(3, 16)
+    layer = GoatLinear.from_linear(linear, r=8)
+    assert layer.weight is linear.weight
+    with layer.disable_adapter():
+        assert torch.equal(layer(x), linear(x))
+
+
 def test_a_linear_with_hooks_or_a_parametrisation_is_refused():
     hooked = nn.Linear(16, 16)
     hooked.register_forward_hook(lambda module, args, output: output * 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 from collections.abc import Iterable
 
@@ -27,12 +28,54 @@ def check_base_layer(base: nn.Module, name: str) -> None:
             f"{name} is the output projection inside an nn.MultiheadAttention, which reads its weight without calling "
             f"it, so an adapter there would have no effect; {_INSTEAD}"
         )
-    if isinstance(base, nn.Linear | Conv1D) or _is_quantised_linear(base):
+    if isinstance(base, nn.Linear | Conv1D):
+        instead = _instead_of_a_product(base)
+        if instead is not None:
+            raise TypeError(
+                f"{name} is a {kind} whose forward {instead}, so there is no [..., {base.out_features}] to add an "
+                f"adapter's output to; {_INSTEAD}"
+            )
+        return
+    if _is_quantised_linear(base):
         return
     raise TypeError(
         f"{name} is a {kind}, but GOAT adapts linear layers alone (torch.nn.Linear, transformers' Conv1D and their "
         f"quantised forms); {_INSTEAD}"
     )
+
+
+def _instead_of_a_product(base: nn.Linear | Conv1D) -> str | None:
+    """What a subclass's own forward does instead of [..., N] -> [..., M], as Llama 4's router does; None if nothing.
+
+    It is tried with an input and parameters on the meta device, so that nothing is computed, fetched or moved.
+    """
+    if not isinstance(base, nn.Linear) or type(base).forward is nn.Linear.forward:
+        return None
+    if not has_plain_weight(base) and not is_meta(base):
+        return None  # a format of its own, which the meta device may not know
+    shape, tensors = (2, 3, base.in_features), itertools.chain(base.named_parameters(), base.named_buffers())
+    on_meta = {f"base.{name}": torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    try:
+        with torch.no_grad():
+            x = torch.empty(shape, dtype=base.weight.dtype, device="meta")
+            output = torch.func.functional_call(_OwnForward(base), on_meta, (x,))
+    except Exception as error:
+        return f"fails on an input of shape {list(shape)} ({type(error).__name__}: {str(error).splitlines()[0]})"
+    if not isinstance(output, Tensor):
+        return f"gives a {type(output).__name__}"
+    expected = [*shape[:-1], base.out_features]
+    return None if list(output.shape) == expected else f"gives {list(output.shape)} from an input of {list(shape)}"
+
+
+class _OwnForward(nn.Module):
+    """Calls what the class of ``base`` computes, without the hooks of the object."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor):
+        return type(self.base).forward(self.base, x)
 
 
 def _is_quantised_linear(base: nn.Module) -> bool:

@@ -7,18 +7,17 @@ import functools
 import warnings
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from goat_kernels.initialisation import InitialisationTask, check_weight, initialise_adapters
+from goat_kernels.initialisation import InitialisationTask, initialise_adapters
 from goat_kernels.peft.adapter import present_name
 from goat_kernels.peft.base_check import check_base, fingerprint
 from goat_kernels.peft.base_layer import (
     adapter_device,
     adapter_dtype,
     check_base_layer,
-    check_foldable,
     check_loading_of_base,
     features,
     is_meta,
@@ -27,6 +26,7 @@ from goat_kernels.peft.base_layer import (
 from goat_kernels.peft.config import GoatConfig
 from goat_kernels.peft.layer import NO_MERGE, GoatLinearLayer
 from goat_kernels.peft.saving import save_whole
+from goat_kernels.peft.targets import choose_targets
 from goat_kernels.peft.tensors import AdapterTensors, random_tensors, start_from_pair
 from goat_kernels.rules import ZERO_RULES
 from goat_kernels.training.balance import attach_balance_scale, detach_balance_scale
@@ -43,8 +43,9 @@ class GoatModel(BaseTuner):
 
     Raises:
         TypeError: a targeted module that is no linear layer.
-        ValueError: a targeted module that is too small for its rank, or that cannot take ``residual="fold"``. Either
-            way the model is as it was.
+        ValueError: a targeted module that is too small for its rank, whose weight the model reads without calling it,
+            or that cannot take ``residual="fold"``. Either way the model is as it was. Layers that "all-linear" or
+            PEFT's default stands for are left out with a warning instead, but for "fold".
     """
 
     prefix: str = "goat_"
@@ -68,6 +69,7 @@ class GoatModel(BaseTuner):
         """Add the adapter's layers: checked first, initialised second, and only then put into the model."""
         config = self.peft_config[adapter_name]
         self._initial: dict[str, AdapterTensors] = {}
+        self._asked = config.target_modules
         self._twin = next(
             (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
         )
@@ -81,8 +83,11 @@ class GoatModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+        except Exception:
+            config.target_modules = self._asked  # the configuration can be corrected and used again
+            raise
         finally:
-            del self._initial, self._loads, self._twin
+            del self._initial, self._loads, self._asked, self._twin
         attach_balance_scale(model)
 
     def _prepare_model(self, peft_config: GoatConfig, model: nn.Module) -> None:
@@ -90,9 +95,7 @@ class GoatModel(BaseTuner):
         _warn_about_top_1(peft_config)
         if peft_config.has_residual or peft_config.settings().per_expert_scaling:
             check_loading_of_base(model)
-        targets = self._targets(_maybe_include_all_linear_layers(peft_config, model), model)
-        for name, base in targets.items():
-            _check_target(peft_config, name, base, model)
+        targets = choose_targets(peft_config, model, self._asked)
         self._check_base(peft_config, targets, model)
         if self._loads:
             return
@@ -149,19 +152,6 @@ class GoatModel(BaseTuner):
             check_base(peft_config, targets, model)
         else:
             peft_config.base_weights = fingerprint(targets)
-
-    def _targets(self, peft_config: GoatConfig, model: nn.Module) -> dict[str, nn.Module]:
-        """Name -> base layer of every module that PEFT will replace."""
-        targets, adapted = {}, ()
-        for name, module in model.named_modules():
-            if not name or name.startswith(adapted):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                adapted = (*adapted, name + ".")
-            matched = self._check_target_module_exists(peft_config, name)
-            if matched and not isinstance(matched, _ExcludedModule):
-                targets[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        return targets
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -267,11 +257,6 @@ class GoatModel(BaseTuner):
         yield
 
 
-#: An adapter of so many numbers for each of its weight, and of more than a gigabyte, is a mistake or an attack.
-_MOST_PER_WEIGHT = 64
-_ALWAYS_ALLOWED = 2**28
-
-
 def _parameters_go_to_meta() -> bool:
     """Whether a context that creates parameters on the meta device is active: PEFT's low_cpu_mem_usage is one."""
     probe = nn.Module()
@@ -286,29 +271,6 @@ def _weight_for_initialisation(config: GoatConfig, module: nn.Module, name: str)
         # Only shape and device matter: nothing is dequantised, and what cannot be dequantised can be adapted.
         return torch.zeros((), device=adapter_device(base)).expand(features(base)[::-1])
     return module.pretrained_weight() if isinstance(module, GoatLinearLayer) else pretrained_weight(base, name)
-
-
-def _check_target(config: GoatConfig, name: str, base: nn.Module, model: nn.Module) -> None:
-    check_base_layer(base, name)
-    N, M = features(base)
-    settings = config.settings(name)
-    if config.init_weights:
-        check_weight(torch.empty(M, N, device="meta"), settings, name)  # the shape decides
-    numbers = settings.r * (N + M) + settings.num_experts * N
-    if numbers > max(_MOST_PER_WEIGHT * N * M, _ALWAYS_ALLOWED):
-        raise ValueError(
-            f"r={settings.r} and num_experts={settings.num_experts} give {name}, a weight of shape [{M}, {N}], an "
-            f"adapter of {numbers:,} numbers, {numbers // max(N * M, 1):,} times its own; that is no adapter any more, "
-            "and was not made"
-        )
-    if settings.residual == "fold" and config.has_residual and not is_meta(base):
-        check_foldable(base, name)
-        sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if p is base.weight]
-        if len(sharing) > 1:
-            raise ValueError(
-                f"residual='fold' would change a weight that is shared by {', '.join(sharing)}; use residual='path', "
-                f"or leave {name} out (exclude_modules)"
-            )
 
 
 def _warn_about_top_1(config: GoatConfig) -> None:

@@ -1,0 +1,146 @@
+"""Which layers are adapted: those that ``target_modules`` match, checked before the model is touched.
+
+A layer that the user named and GOAT cannot adapt is refused. Where "all-linear" or PEFT's default for the architecture
+named it, it is left out, with one warning that lists all of them. Then ``target_modules`` become the names of what is
+adapted, so that a saved adapter is loaded onto the same layers by PEFT's own rules.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from goat_kernels.initialisation import check_weight
+from goat_kernels.peft.base_layer import check_base_layer, check_foldable, features, is_meta
+from goat_kernels.peft.config import GoatConfig
+from goat_kernels.peft.experts import patterns, warn_about_experts
+from goat_kernels.peft.weight_readers import weight_readers
+
+#: An adapter of so many numbers for each of its weight, and of more than a gigabyte, is a mistake or an attack.
+_MOST_PER_WEIGHT = 64
+_ALWAYS_ALLOWED = 2**28
+
+
+def choose_targets(config: GoatConfig, model: nn.Module, asked: object) -> dict[str, nn.Module]:
+    """Name -> base layer of every module that PEFT will replace.
+
+    Args:
+        config: its ``target_modules`` are filled in, and may be "all-linear"; they become a set of names where they
+            are, or where layers are left out.
+        model: the model that is to be adapted; it is not changed.
+        asked: the ``target_modules`` that the user gave, None for PEFT's default.
+
+    Raises:
+        TypeError, ValueError: a layer that the user named, by target_modules or rank_pattern, cannot be adapted; or
+            none of the others can; or a setting fits no layer.
+    """
+    all_linear = isinstance(asked, str) and asked.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    if not config.initialised:
+        warn_about_experts(config, model, all_linear=all_linear)
+    _maybe_include_all_linear_layers(config, model)
+    targets = matched_layers(config, model)
+    problems = _problems(config, targets, model)
+    for name, problem in problems.items():
+        ranked = get_pattern_key(config.rank_pattern.keys(), name) in config.rank_pattern
+        if ranked or not (all_linear or asked is None):
+            raise problem
+    if problems:
+        if len(problems) == len(targets):
+            raise next(iter(problems.values()))
+        targets = {name: base for name, base in targets.items() if name not in problems}
+        config.target_modules = set(targets)
+        if matched_layers(config, model).keys() != targets.keys():  # a name may be the end of another
+            config.target_modules = "|".join(map(re.escape, sorted(targets)))
+        if not config.initialised:
+            _warn_about_left_out(problems, "'all-linear'" if all_linear else "PEFT's default for this architecture")
+    for name, base in targets.items():
+        _check_settings(config, name, base, model)
+    return targets
+
+
+def matched_layers(config: GoatConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> base layer of the modules that ``config`` matches, by PEFT's rules."""
+    found, adapted = {}, ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(adapted):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            adapted = (*adapted, name + ".")
+        matched = check_target_module_exists(config, name)
+        if matched and not isinstance(matched, _ExcludedModule):
+            found[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return found
+
+
+def _problems(config: GoatConfig, targets: dict[str, nn.Module], model: nn.Module) -> dict[str, Exception]:
+    """Name -> why GOAT cannot adapt the layer, of those that it cannot."""
+    problems: dict[str, Exception] = {}
+    modules = {name: model.get_submodule(name) for name in targets}
+    readers = weight_readers(model, modules.values())
+    for name, base in targets.items():
+        try:
+            check_base_layer(base, name)
+            if id(modules[name]) in readers:
+                _refuse_read_layer(config, name, readers[id(modules[name])])
+            if config.init_weights:
+                N, M = features(base)
+                check_weight(torch.empty(M, N, device="meta"), config.settings(name), name)  # the shape decides
+        except (TypeError, ValueError) as problem:
+            problems[name] = problem
+    return problems
+
+
+def _refuse_read_layer(config: GoatConfig, name: str, reader: str) -> None:
+    message = f"{reader} computes with the weight of {name} without calling it, so an adapter there has no effect"
+    if config.initialised:  # saved before this was refused; on some paths it may have been called, and trained
+        warnings.warn(message, stacklevel=2)
+        return
+    raise ValueError(f"{message}; name other modules in target_modules, or leave this one out with exclude_modules")
+
+
+def _warn_about_left_out(problems: dict[str, Exception], asked: str) -> None:
+    groups: dict[str, list[str]] = {}
+    for name in problems:
+        groups.setdefault(patterns([name])[0], []).append(name)
+    lines = [
+        f"{pattern}{f' ({len(names)} layers)' if len(names) > 1 else ''}: {problems[names[0]]}"
+        for pattern, names in groups.items()
+    ]
+    warnings.warn(
+        f"{asked} stands for layers that GOAT cannot adapt as configured. Left out and frozen ({len(problems)}), with "
+        "the reason and what would include them:\n  " + "\n  ".join(lines) + "\n"
+        f"exclude_modules={sorted({name.rpartition('.')[2] for name in problems})} says that this is meant, without "
+        "this warning",
+        stacklevel=2,
+    )
+
+
+def _check_settings(config: GoatConfig, name: str, base: nn.Module, model: nn.Module) -> None:
+    N, M = features(base)
+    settings = config.settings(name)
+    numbers = settings.r * (N + M) + settings.num_experts * N
+    if numbers > max(_MOST_PER_WEIGHT * N * M, _ALWAYS_ALLOWED):
+        raise ValueError(
+            f"r={settings.r} and num_experts={settings.num_experts} give {name}, a weight of shape [{M}, {N}], an "
+            f"adapter of {numbers:,} numbers, {numbers // max(N * M, 1):,} times its own; that is no adapter any more, "
+            "and was not made"
+        )
+    if settings.residual == "fold" and config.has_residual and not is_meta(base):
+        check_foldable(base, name)
+        sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if p is base.weight]
+        if len(sharing) > 1:
+            raise ValueError(
+                f"residual='fold' would change a weight that is shared by {', '.join(sharing)}; use residual='path', "
+                f"or leave {name} out (exclude_modules)"
+            )

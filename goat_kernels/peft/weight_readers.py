@@ -1,0 +1,200 @@
+"""Which linear layers does a model compute with without calling them? An adapter there would have no effect.
+
+Mamba's fused kernels take ``self.out_proj.weight``, WavLM hands ``self.q_proj.weight`` to a functional attention, the
+mask head of DETR convolves with ``self.k_proj.weight``. The models' own code says so: an expression
+``self.name.weight`` in a method of a module is such a read, unless it asks for no more than dtype, device or shape, or
+stands in a branch that the module's attributes rule out (``if self.pretraining_tp > 1``). Methods that initialise or
+load weights do not count. Code without source is taken to call its layers.
+
+torch.nn's own classes are left out: check_base_layer knows the output projection of nn.MultiheadAttention, and
+nn.TransformerEncoderLayer calls its layers where one of them has a hook, as every GOAT layer has.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+#: What may be asked of a weight without computing with it.
+_DESCRIPTIONS = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "element_size", "is_meta", "requires_grad"}
+_ASKING = {"isinstance", "hasattr", "getattr", "len", "id", "to", "type_as"}
+_NOT_FORWARD = re.compile(r"init|reset|load|save|tie|resize|quanti|convert|prune|__")
+
+#: Classes with no forward of a model, and many methods to read.
+_NO_MODELS = ("torch.", "transformers.modeling_utils", "transformers.generation.")
+
+#: Reads in code that nothing reaches, which no attribute tells: (class, layer).
+_NEVER_REACHED = {("DisentangledSelfAttention", "in_proj")}  # DeBERTa: query_states is None in all of its models
+
+
+class _Read(NamedTuple):
+    """``self.<path>.weight`` in a method; ``[]`` in the path is an index."""
+
+    path: tuple[str, ...]
+    conditions: tuple[tuple[ast.expr, bool], ...]  # the tests around it, and how they must come out
+
+
+def weight_readers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, str]:
+    """id of a layer -> where the model reads its weight, such as ``"MambaMixer.forward"``; of ``layers`` alone.
+
+    Args:
+        model: the model, with or without adapters.
+        layers: modules in it that are to be adapted, or are adapted already.
+    """
+    wanted = {id(layer) for layer in layers}
+    found: dict[int, str] = {}
+    for module in _modules_outside_adapters(model):
+        for method, reads in _methods(module):
+            for read in reads:
+                if (type(module).__name__, read.path[-1]) in _NEVER_REACHED:
+                    continue
+                if any(_truth(test, module) is (not outcome) for test, outcome in read.conditions):
+                    continue
+                for layer in _resolve(module, read.path):
+                    if id(layer) in wanted:
+                        found.setdefault(id(layer), f"{type(module).__name__}.{method}")
+    return found
+
+
+def _modules_outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, BaseTunerLayer):
+        return
+    yield module
+    for child in module.children():
+        yield from _modules_outside_adapters(child)
+
+
+def _methods(module: nn.Module) -> Iterator[tuple[str, list[_Read]]]:
+    """(name, reads) of the methods that ``module`` has, the inherited ones that super() may call included."""
+    overridden = set()
+    own = vars(module).get("forward")  # a forward that somebody put into this one module
+    classes = [{"forward": inspect.unwrap(own)}] if callable(own) else []
+    classes += [vars(c) for c in type(module).__mro__ if not c.__module__.startswith(_NO_MODELS)]
+    for attributes in classes:
+        for name, function in attributes.items():
+            function = getattr(function, "__func__", function)
+            if name in overridden or not inspect.isfunction(function) or _NOT_FORWARD.search(name):
+                continue
+            reads, calls_super = _reads(inspect.unwrap(function))
+            if not calls_super:
+                overridden.add(name)
+            if reads:
+                yield name, reads
+
+
+@functools.lru_cache(maxsize=4096)
+def _reads(function: Callable) -> tuple[list[_Read], bool]:
+    """The weights that a function reads of its first argument's children, and whether it mentions super()."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+        definition = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return [], False
+    arguments = getattr(definition, "args", None)
+    first = (arguments.posonlyargs + arguments.args)[:1] if arguments else []
+    if not first:
+        return [], False
+    found: list[_Read] = []
+    _collect(definition, first[0].arg, (), found)
+    return found, "super()" in source
+
+
+def _collect(node: ast.AST, self_name: str, conditions: tuple, found: list[_Read]) -> None:
+    if isinstance(node, ast.If | ast.IfExp):
+        branches = [(node.body, True), (node.orelse, False)]
+        _collect(node.test, self_name, conditions, found)
+        for branch, outcome in branches:
+            for child in branch if isinstance(branch, list) else [branch]:
+                _collect(child, self_name, (*conditions, (node.test, outcome)), found)
+        return
+    if isinstance(node, ast.Attribute) and node.attr in _DESCRIPTIONS:
+        return
+    if isinstance(node, ast.Compare) and all(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops):
+        return
+    if isinstance(node, ast.Call) and _name(node.func) in _ASKING:
+        node = node.func  # its arguments are asked about; what a method is called on may be computed with
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _name(node.value.func).endswith("_"):
+        return  # changed in place, as Gemma 3n clamps a weight before it calls the layer
+    if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
+        path = _path(node.value, self_name)
+        if path:
+            found.append(_Read(path, conditions))
+            return
+    for child in ast.iter_child_nodes(node):
+        _collect(child, self_name, conditions, found)
+
+
+def _name(function: ast.expr) -> str:
+    return getattr(function, "id", getattr(function, "attr", ""))
+
+
+def _path(node: ast.expr, self_name: str) -> tuple[str, ...]:
+    """("a", "[]", "b") of ``self.a[i].b``; empty where the expression is another."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        parts.append(node.attr if isinstance(node, ast.Attribute) else "[]")
+        node = node.value
+    return tuple(reversed(parts)) if isinstance(node, ast.Name) and node.id == self_name else ()
+
+
+def _resolve(module: nn.Module, path: tuple[str, ...]) -> list[nn.Module]:
+    modules = [module]
+    for part in path:
+        if part == "[]":
+            modules = [child for parent in modules for child in parent.children()]
+        else:
+            modules = [parent._modules[part] for parent in modules if parent._modules.get(part) is not None]
+    return modules
+
+
+def _truth(test: ast.expr, module: nn.Module) -> bool | None:
+    """What ``test`` comes to where ``module``'s attributes and constants decide it; None where they do not."""
+    if isinstance(test, ast.BoolOp):
+        decides = isinstance(test.op, ast.Or)  # one true part decides an "or", one false part an "and"
+        parts = [_truth(part, module) for part in test.values]
+        if decides in parts:
+            return decides
+        return None if None in parts else not decides
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        inner = _truth(test.operand, module)
+        return None if inner is None else not inner
+    if isinstance(test, ast.Compare) and len(test.ops) == 1:
+        try:
+            left, right = _value(test.left, module), _value(test.comparators[0], module)
+            compare = _COMPARISONS[type(test.ops[0])]
+            return bool(compare(left, right))
+        except (LookupError, AttributeError, TypeError, ValueError):
+            return None
+    try:
+        return bool(_value(test, module))
+    except (LookupError, AttributeError, TypeError, ValueError):
+        return None
+
+
+_COMPARISONS: dict[type, Callable] = {
+    ast.Eq: lambda a, b: a == b,
+    ast.NotEq: lambda a, b: a != b,
+    ast.Gt: lambda a, b: a > b,
+    ast.GtE: lambda a, b: a >= b,
+    ast.Lt: lambda a, b: a < b,
+    ast.LtE: lambda a, b: a <= b,
+    ast.Is: lambda a, b: a is b,
+    ast.IsNot: lambda a, b: a is not b,
+}
+
+
+def _value(node: ast.expr, module: nn.Module):
+    if isinstance(node, ast.Constant):
+        return node.value
+    path = _path(node, "self")
+    if not path or "[]" in path or "training" in path or "gradient_checkpointing" in path:
+        raise LookupError("not decided by the module's attributes")
+    return functools.reduce(getattr, path, module)
