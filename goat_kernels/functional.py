@@ -17,6 +17,7 @@ from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import resolve_backend
 from goat_kernels.backends.dropout import draw_seed
 from goat_kernels.operators import backward_operator, forward_operator, run_backward, run_forward
+from goat_kernels.plain import is_transformed, plain_forward
 
 
 class GoatOutput(NamedTuple):
@@ -32,11 +33,14 @@ class GoatOutput(NamedTuple):
 
 
 class RoutedOutput(NamedTuple):
-    """What :func:`routed_linear` returns: :class:`GoatOutput` and ``load`` [E], the share of tokens per expert."""
+    """What :func:`routed_linear` returns: :class:`GoatOutput` and ``load`` [E], the share of tokens per expert.
+
+    ``load`` is None in a function transform or an exporter, whose tensors mean nothing once the call is over.
+    """
 
     output: Tensor
     balance_loss: Tensor
-    load: Tensor
+    load: Tensor | None
 
 
 def goat_linear(
@@ -77,7 +81,7 @@ def goat_linear(
     Returns:
         output [..., M] in x's dtype (the autocast dtype under autocast), and the balance loss
         E * sum_i f_i P_i (f_i the share of tokens that use expert i, P_i its mean probability; f carries no gradient).
-        NaN logits count as the largest. Second derivatives raise.
+        NaN logits count as the largest. Second derivatives raise, except within the transforms of torch.func.
 
     Raises:
         TypeError: a tensor of an integer dtype, x and weight of different dtypes, a number that is not one.
@@ -164,6 +168,8 @@ def routed_linear(
         balance_coefficient,
         backend,
     )
+    if is_transformed():
+        return RoutedOutput(*plain_forward(*arguments), None)
     # A compiler sees the operator, whose autograd is registered below; both run the same code.
     run = forward_operator if torch.compiler.is_compiling() else _GoatFunction.apply
     output, balance_loss, load, *_ = run(*arguments)
@@ -256,7 +262,8 @@ class _GoatFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, grad_balance, *_):
-        return _backward_with(run_backward, ctx, grad_y, grad_balance)
+        observed = torch._C._len_torch_dispatch_stack() > 0  # see operators.py
+        return _backward_with(backward_operator if observed else run_backward, ctx, grad_y, grad_balance)
 
 
 def _backward_of_operator(ctx, grad_y, grad_balance, *_):
@@ -270,8 +277,8 @@ torch.library.register_autograd(
 
 def _refuse_second_derivative(ctx, *_):
     raise RuntimeError(
-        "goat_linear has no second derivative: its backward is fused. Use goat_kernels.reference.goat_reference "
-        "where create_graph=True must be differentiated again"
+        "goat_linear has no second derivative: its backward is fused. Where create_graph=True must be differentiated "
+        "again, use the transforms of torch.func (torch.func.hessian, nested torch.func.grad)"
     )
 
 

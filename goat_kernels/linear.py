@@ -183,6 +183,7 @@ class GoatLinear(RoutedModule, nn.Module):
             self.register_buffer("scaling", torch.ones(E, device=weight.device))
         else:
             self.scaling = adapter_scaling(settings, N, None)
+        self._place_statistics()
 
     # --- values ---------------------------------------------------------------------------------------------------
 
@@ -284,13 +285,8 @@ class GoatLinear(RoutedModule, nn.Module):
 
         There is no merged form: routing is per token, so no single weight computes what this layer does.
         """
-        linear = nn.Linear(
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, **like)
         with torch.no_grad():
             linear.weight.copy_(self._pretrained_weight())
             if self.bias is not None:

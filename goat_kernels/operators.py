@@ -5,10 +5,16 @@ two are registered as custom operators, ``goat_kernels::forward`` and ``goat_ker
 torch.compile sees one node per direction, and the in-place accumulation of the base product onto the prefilled output
 survives. Each operator has a fake (shapes and dtypes alone) and a FLOP count.
 
+Where a TorchDispatchMode watches an eager call (selective checkpointing, fake tensors, FLOP counters), it sees the
+passes as ``goat_kernels::prefill`` and ``goat_kernels::folded_weight``, and the base product as ``aten::addmm``. Such a
+mode may keep a tensor and give it back later, so in its sight none is written after it was returned.
+
 Everything about the order of passes, and about which gradients are computed, is here and nowhere else.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +38,11 @@ _library.define(
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
+    f"prefill(Tensor x_TN, Tensor? base_output_TM, Tensor? bias, {_ADAPTER}, float scaling, int top_k, "
+    "float dropout_p, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define("folded_weight(Tensor weight, Tensor residual_A, Tensor residual_B) -> Tensor")
+_library.define(
     f"backward(Tensor? grad_y, Tensor? grad_balance, Tensor x, Tensor? weight, {_ADAPTER}, Tensor? balance_scale, "
     f"Tensor weighted, Tensor gate, Tensor probs, Tensor load, Tensor packed, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
@@ -41,13 +52,16 @@ GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B", "router")
 
 
 def _fold_if_cheaper(
-    passes: Passes, x_TN: Tensor, weight: Tensor | None, residual_A: Tensor | None, residual_B: Tensor | None
+    passes: Passes,
+    fold: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_TN: Tensor,
+    weight: Tensor | None,
+    residual_A: Tensor | None,
+    residual_B: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(weight, residual_A, residual_B), with W0 - B0 A0 and no pair where the backend forms it for this call."""
-    if weight is not None and residual_A is not None:
-        folded = passes.folded_weight(x_TN, weight, residual_A, residual_B)
-        if folded is not None:
-            return folded, None, None
+    """(weight, residual_A, residual_B), with W0 - B0 A0 from ``fold`` and no pair where that is cheaper here."""
+    if weight is not None and residual_A is not None and passes.folds(x_TN, weight, residual_A):
+        return fold(weight, residual_A, residual_B), None, None
     return weight, residual_A, residual_B
 
 
@@ -75,26 +89,20 @@ def run_forward(
     Exactly one of ``weight`` (the base product runs here) and ``base_output`` [..., M] (it has run elsewhere) is
     given. ``balance_scale`` and ``balance_coefficient`` matter to the backward alone.
     """
+    observed = torch._C._len_torch_dispatch_stack() > 0
     with autocast_disabled(x.device.type):  # its casts have been done
         passes = get_backend(backend)
         x_TN = _flattened(x)
-        weight, residual_A, residual_B = _fold_if_cheaper(passes, x_TN, weight, residual_A, residual_B)
-        adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
+        fold, prefill = (folding_operator, prefill_operator) if observed else (passes.folded_weight, _run_prefill)
+        weight, residual_A, residual_B = _fold_if_cheaper(passes, fold, x_TN, weight, residual_A, residual_B)
         base_output_TM = None if base_output is None else _flattened(base_output)
-        y_TM, balance_loss, routing = passes.call(_prefill, x_TN, adapter, bias, base_output_TM)
+        adapter = (lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed)
+        y_TM, *kept = prefill(x_TN, base_output_TM, bias, *adapter, scaling, top_k, dropout_p, backend)
         if weight is not None:
-            torch.addmm(y_TM, x_TN, weight.t(), out=y_TM)
+            y_TM = torch.addmm(y_TM, x_TN, weight.t(), out=None if observed else y_TM)
         # Not a view for autograd's eyes (as in torch's own linear), so that the caller may modify y in place.
         y = y_TM if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y_TM, (*x.shape[:-1], y_TM.shape[1]))
-        return (
-            y,
-            balance_loss,
-            routing.load_E,
-            routing.weighted_TR,
-            routing.gate_ET,
-            routing.probs_ET,
-            routing.packed,
-        )
+        return (y, *kept)
 
 
 def _flattened(tensor: Tensor) -> Tensor:
@@ -102,10 +110,38 @@ def _flattened(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def _run_prefill(
+    x_TN: Tensor,
+    base_output_TM: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    router: Tensor,
+    residual_A: Tensor | None,
+    residual_B: Tensor | None,
+    scaling_E: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    top_k: int,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`run_forward` returns, of flattened tokens and without the base product."""
+    adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
+    y_TM, balance_loss, routing = get_backend(backend).call(_prefill, x_TN, adapter, bias, base_output_TM)
+    weighted, gate, probs, load, packed = routing
+    return y_TM, balance_loss, load, weighted, gate, probs, packed
+
+
 def _prefill(
     passes: Passes, x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
 ) -> tuple[Tensor, Tensor, Routing]:
     return passes.prefill(x_TN, adapter, bias_M, base_output_TM)
+
+
+def _folded_weight(weight: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor:
+    """W0 - B0 A0 [M, N] as a tensor of its own; the bits are those of a backend's ``folded_weight``."""
+    return torch.addmm(weight, residual_B.to(weight.dtype), residual_A.to(weight.dtype), alpha=-1)
 
 
 def run_backward(
@@ -143,7 +179,8 @@ def run_backward(
         passes = get_backend(backend)
         x_TN = _flattened(x)
         if needs_x:
-            weight, residual_A, residual_B = _fold_if_cheaper(passes, x_TN, weight, residual_A, residual_B)
+            fold = passes.folded_weight
+            weight, residual_A, residual_B = _fold_if_cheaper(passes, fold, x_TN, weight, residual_A, residual_B)
         adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
         routing = Routing(weighted, gate, probs, load, packed)
         if grad_y is None:  # only the balance loss was differentiated
@@ -225,17 +262,26 @@ def _forward_fake(
     scaling, top_k, dropout_p, balance_coefficient, backend,
 ):  # fmt: skip
     T = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    E = router.shape[0]
-    stats = stats_dtype(x)
+    adapter = (lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed)
+    x_TN = x.new_empty(T, x.shape[-1])
+    _, *kept = _prefill_fake(x_TN, None, None, *adapter, scaling, top_k, dropout_p, backend)
+    return (x.new_empty(*x.shape[:-1], lora_B.shape[0]), *kept)
+
+
+def _prefill_fake(
+    x_TN, base_output_TM, bias, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed,
+    scaling, top_k, dropout_p, backend,
+):  # fmt: skip
+    (T, _), E, stats = x_TN.shape, router.shape[0], stats_dtype(x_TN)
     adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
     return (
-        x.new_empty(*x.shape[:-1], lora_B.shape[0]),
-        x.new_empty((), dtype=stats),
-        x.new_empty(E, dtype=stats),
-        x.new_empty(T, lora_A.shape[0]),
-        x.new_empty(E, T, dtype=stats),
-        x.new_empty(E, T, dtype=stats),
-        x.new_empty(get_backend(backend).packed_numel(adapter, x.dtype, T)),
+        x_TN.new_empty(T, lora_B.shape[0]),
+        x_TN.new_empty((), dtype=stats),
+        x_TN.new_empty(E, dtype=stats),
+        x_TN.new_empty(T, lora_A.shape[0]),
+        x_TN.new_empty(E, T, dtype=stats),
+        x_TN.new_empty(E, T, dtype=stats),
+        x_TN.new_empty(get_backend(backend).packed_numel(adapter, x_TN.dtype, T)),
     )
 
 
@@ -255,11 +301,17 @@ def _backward_fake(grad_y, grad_balance, x, weight, lora_A, lora_B, router, *res
 
 _library.impl("forward", run_forward, "CompositeExplicitAutograd")
 _library.impl("backward", run_backward, "CompositeExplicitAutograd")
+_library.impl("prefill", _run_prefill, "CompositeExplicitAutograd")
+_library.impl("folded_weight", _folded_weight, "CompositeExplicitAutograd")
 torch.library.register_fake("goat_kernels::forward", _forward_fake, lib=_library)
 torch.library.register_fake("goat_kernels::backward", _backward_fake, lib=_library)
+torch.library.register_fake("goat_kernels::prefill", _prefill_fake, lib=_library)
+torch.library.register_fake("goat_kernels::folded_weight", _folded_weight, lib=_library)
 
 forward_operator = torch.ops.goat_kernels.forward.default
 backward_operator = torch.ops.goat_kernels.backward.default
+prefill_operator = torch.ops.goat_kernels.prefill.default
+folding_operator = torch.ops.goat_kernels.folded_weight.default
 
 
 def _tokens(x_shape: torch.Size) -> int:
@@ -267,11 +319,21 @@ def _tokens(x_shape: torch.Size) -> int:
 
 
 @register_flop_formula(torch.ops.goat_kernels.forward)
-def _forward_flops(x_shape, weight_shape, base_shape, bias_shape, A_shape, B_shape, router_shape, A0_shape, *rest, **_):
+def _forward_flops(x_shape, weight_shape, base_shape, bias_shape, A_shape, B_shape, *rest, **_):
+    base = 0 if weight_shape is None else 2 * _tokens(torch.Size(x_shape)) * A_shape[1] * B_shape[0]
+    return base + _prefill_flops(x_shape, base_shape, bias_shape, A_shape, B_shape, *rest)
+
+
+@register_flop_formula(torch.ops.goat_kernels.prefill)
+def _prefill_flops(x_shape, base_shape, bias_shape, A_shape, B_shape, router_shape, A0_shape, *rest, **_):
     (R, N), M, E = A_shape, B_shape[0], router_shape[0]
     R0 = A0_shape[0] if A0_shape else 0
-    base = M * N if weight_shape is not None else 0
-    return 2 * _tokens(torch.Size(x_shape)) * (base + (R + E + R0) * N + (R + R0) * M)
+    return 2 * _tokens(torch.Size(x_shape)) * ((R + E + R0) * N + (R + R0) * M)
+
+
+@register_flop_formula(torch.ops.goat_kernels.folded_weight)
+def _folded_weight_flops(weight_shape, A0_shape, B0_shape, **_):
+    return 2 * A0_shape[0] * weight_shape[0] * weight_shape[1]
 
 
 @register_flop_formula(torch.ops.goat_kernels.backward)

@@ -23,27 +23,91 @@ def _be_present(module: nn.Module, args: tuple) -> None:
 
 
 class RoutedModule:
-    """Mixin of the modules that route tokens to experts.
+    """Mixin of the modules that route tokens to experts; it comes before nn.Module among their bases.
 
     Attributes:
         balance_coefficient: weight of the balance loss that the layer injects in backward while training.
         balance_scale: 0-d float32 tensor read in backward, what the trainer scales its loss by; None is 1
             (``goat_kernels.training`` attaches it).
-        balance_loss: the last forward's balance loss, detached, 0-d float32 (float64 for float64 input); None before.
-        expert_load: the last forward's share of tokens per expert [E], summing to K, detached; None before.
+
+    An eager forward keeps its statistics by binding new tensors. Compiled code writes them into the tensors that are
+    bound then, because within a checkpoint a traced forward may write tensors but bind no attributes. So there is
+    always a pair to write into; before the first forward its load is negative, which no load is.
     """
 
     balance_coefficient: float = 0.0
     balance_scale: Tensor | None = None
-    balance_loss: Tensor | None = None
-    expert_load: Tensor | None = None
+    _balance_loss: Tensor | None = None
+    _expert_load: Tensor | None = None
+    _may_be_unused = True  # that pair may be the one of before the first forward
 
-    def _remember(self, balance_loss: Tensor, load: Tensor) -> None:
-        """Keep a forward's statistics; ``load`` has no gradient.
+    @property
+    def balance_loss(self) -> Tensor | None:
+        """The last forward's balance loss, detached, 0-d float32 (float64 for float64 input); None before."""
+        return self._balance_loss.clone() if self._has_statistics() else None
 
-        Past nn.Module's __setattr__, whose questions are felt in a small layer.
+    @property
+    def expert_load(self) -> Tensor | None:
+        """The last forward's share of tokens per expert [E], summing to K, detached; None before."""
+        return self._expert_load.clone() if self._has_statistics() else None
+
+    def _has_statistics(self) -> bool:
+        load = self._expert_load
+        if load is None or load.is_meta:
+            return False
+        if self._may_be_unused:  # asked of the device until it says no
+            self._may_be_unused = bool(load[0] < 0)
+        return not self._may_be_unused
+
+    def _remember(self, balance_loss: Tensor, load: Tensor | None) -> None:
+        """Keep a forward's statistics, unless there are none or they are no ordinary tensors (fake ones, for example).
+
+        ``load`` has no gradient.
         """
-        self.__dict__.update(balance_loss=balance_loss.detach(), expert_load=load)
+        if load is None:
+            return
+        if torch.compiler.is_compiling():
+            if self._can_hold(balance_loss, load):
+                self._balance_loss.copy_(balance_loss.detach())
+                self._expert_load.copy_(load)
+                return
+        elif type(load) is not Tensor:
+            return
+        elif load.is_inference():  # compiled code could not write into these outside inference mode
+            with torch.inference_mode(False):
+                balance_loss, load = balance_loss.clone(), load.clone()
+        # Past nn.Module's __setattr__, whose questions cost noticeable time in a small layer.
+        self.__dict__.update(_balance_loss=balance_loss.detach(), _expert_load=load)
+
+    def _can_hold(self, *statistics: Tensor) -> bool:
+        return all(
+            kept is not None and (kept.shape, kept.dtype, kept.device) == (new.shape, new.dtype, new.device)
+            for kept, new in zip((self._balance_loss, self._expert_load), statistics, strict=True)
+        )
+
+    def _place_statistics(self) -> None:
+        """See to a pair of the right size, where and in what dtype the next forward computes its own."""
+        router, load = self._last_router(), self._expert_load
+        if router is None:
+            return
+        dtype = torch.float64 if router.dtype == torch.float64 else torch.float32
+        with torch.no_grad(), torch.inference_mode(False):
+            if load is None or load.is_meta or len(load) != len(router):
+                self._balance_loss = torch.zeros((), dtype=dtype, device=router.device)
+                self._expert_load = torch.full((len(router),), -1.0, dtype=dtype, device=router.device)
+                self._may_be_unused = True
+            elif not router.is_meta:
+                self._balance_loss = self._balance_loss.to(router.device, dtype)
+                self._expert_load = load.to(router.device, dtype)
+
+    def _last_router(self) -> Tensor | None:
+        """The router [E, N] whose load is kept; None while there is none."""
+        return getattr(self, "router", None)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._place_statistics()
+        return self
 
     @property
     def routing_device(self) -> torch.device | None:

@@ -19,7 +19,7 @@ LAYERS = (
     ("settings", "numerics"),
     ("argument_checks", "initialisation", "kernels"),
     ("backends",),
-    ("operators",),
+    ("operators", "plain"),
     ("functional",),
     ("linear",),
     ("checks",),

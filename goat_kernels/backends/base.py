@@ -127,10 +127,16 @@ class Passes(Protocol):
     def packed_numel(self, adapter: Adapter, compute: torch.dtype, T: int) -> int:
         """Elements of ``Routing.packed`` for T tokens of dtype ``compute``; looks at shapes and dtypes alone."""
 
-    def folded_weight(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor | None:
-        """W0 - B0 A0 where forming it for one product is cheaper than R' more hidden columns (and loses no bits).
+    def folds(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor) -> bool:
+        """Whether forming W0 - B0 A0 for one product with x is cheaper than R' more hidden columns, and loses no bits.
 
-        The result may live in a workspace: it is valid until the next call in the same thread. None: use the columns.
+        Looks at shapes, dtypes, devices and types alone.
+        """
+
+    def folded_weight(self, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor:
+        """W0 - B0 A0, asked for where :meth:`folds` says so.
+
+        The result may live in a workspace: it is valid until the next call in the same thread.
         """
 
     def prefill(

@@ -72,49 +72,23 @@ class TorchPasses:
     def packed_numel(self, adapter: Adapter, compute: torch.dtype, T: int) -> int:
         return 0  # the matrices are cast where they are used
 
-    def folded_weight(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor | None:
+    def folds(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor) -> bool:
         if x_TN.device.type != "cpu" or type(weight_MN) not in (Tensor, torch.nn.Parameter):
-            return None  # the costs below are a CPU's; a tracer's fake tensors may not meet the workspace
+            return False  # the costs below are a CPU's; a tracer's fake tensors may not meet the workspace
         if x_TN.dtype not in (torch.float32, torch.float64):
-            return None  # in half precision the subtraction would round W_res away
+            return False  # in half precision the subtraction would round W_res away
         T, (M, N), R0 = x_TN.shape[0], weight_MN.shape, residual_A.shape[0]
         forming = M * N * (2 * R0 + _OPERATIONS_PER_COPIED_ELEMENT)
-        if forming >= _COLUMN_PENALTY * 2 * T * R0 * (M + N):
-            return None
+        return forming < _COLUMN_PENALTY * 2 * T * R0 * (M + N)
+
+    def folded_weight(self, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor:
         folded = _workspace_like(weight_MN).copy_(weight_MN)
         return folded.addmm_(residual_B.to(folded.dtype), residual_A.to(folded.dtype), alpha=-1)
 
     def prefill(
         self, x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
     ) -> tuple[Tensor, Tensor, Routing]:
-        R, E, R0 = adapter.rank, adapter.num_experts, adapter.residual_rank
-        compute, stats = x_TN.dtype, stats_dtype(x_TN)
-
-        # 1. Hidden columns and logits, from one product wherever the dtypes and the dropout allow it.
-        in_product = {
-            "hidden": (adapter.lora_A, R if adapter.seed is None else 0),
-            "logits": (adapter.router, E if compute == stats else 0),
-            "residual": (adapter.residual_A, R0),
-        }
-        widths = [width for _, width in in_product.values()]
-        columns = _times_transposed(x_TN, [matrix for matrix, width in in_product.values() if width])
-        hidden_TR, logits_TE, residual_hidden = columns.split(widths, dim=1)
-        if not widths[1]:
-            logits_TE = x_TN.to(stats) @ adapter.router.to(stats).t()
-
-        # 2. Gate and balance loss.
-        gate_ET, probs_ET, load_E, balance_loss = _route(logits_TE.t().contiguous(), adapter.top_k)
-        if adapter.seed is not None:
-            hidden_TR = _dropped_hidden(x_TN, adapter, gate_ET)
-        weighted_TR = torch.mul(hidden_TR, _factor(adapter, gate_ET), out=x_TN.new_empty(x_TN.shape[0], R))
-
-        # 3. The adapter's share of y, onto the bias or the base's output.
-        onto = bias_M if base_output_TM is None else base_output_TM
-        lora_B_t = adapter.lora_B.to(compute).t()
-        y0_TM = weighted_TR @ lora_B_t if onto is None else torch.addmm(onto, weighted_TR, lora_B_t)
-        if R0:
-            y0_TM.addmm_(residual_hidden, adapter.residual_B.to(compute).t(), alpha=-1)
-        return y0_TM, balance_loss, Routing(weighted_TR, gate_ET, probs_ET, load_E, x_TN.new_empty(0))
+        return _prefill(x_TN, adapter, bias_M, base_output_TM, in_place=True)
 
     def hidden_gradient(
         self,
@@ -209,6 +183,53 @@ class TorchPasses:
         return grad_x_TN
 
 
+def plain_prefill(
+    x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(y0 [T, M], balance loss []) of ``prefill``, from torch calls that autograd, vmap and exporters understand."""
+    y0_TM, balance_loss, _ = _prefill(x_TN, adapter, bias_M, base_output_TM, in_place=False)
+    return y0_TM, balance_loss
+
+
+def _prefill(
+    x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None, *, in_place: bool
+) -> tuple[Tensor, Tensor, Routing]:
+    """``prefill`` of :class:`goat_kernels.backends.base.Passes`.
+
+    ``in_place``: whether y0 may be written twice and constants kept for later calls, which only tensors of an ordinary
+    eager call without autograd allow.
+    """
+    R, E, R0 = adapter.rank, adapter.num_experts, adapter.residual_rank
+    compute, stats = x_TN.dtype, stats_dtype(x_TN)
+
+    # 1. Hidden columns and logits, from one product wherever the dtypes and the dropout allow it.
+    in_product = {
+        "hidden": (adapter.lora_A, R if adapter.seed is None else 0),
+        "logits": (adapter.router, E if compute == stats else 0),
+        "residual": (adapter.residual_A, R0),
+    }
+    widths = [width for _, width in in_product.values()]
+    columns = _times_transposed(x_TN, [matrix for matrix, width in in_product.values() if width])
+    hidden_TR, logits_TE, residual_hidden = columns.split(widths, dim=1)
+    if not widths[1]:
+        logits_TE = x_TN.to(stats) @ adapter.router.to(stats).t()
+
+    # 2. Gate and balance loss.
+    gate_ET, probs_ET, load_E, balance_loss = _route(logits_TE.t().contiguous(), adapter.top_k)
+    if adapter.seed is not None:
+        hidden_TR = _dropped_hidden(x_TN, adapter, gate_ET)
+    weighted_TR = (hidden_TR * (_factor if in_place else _plain_factor)(adapter, gate_ET)).to(compute)
+
+    # 3. The adapter's share of y, onto the bias or the base's output.
+    onto = bias_M if base_output_TM is None else base_output_TM
+    lora_B_t = adapter.lora_B.to(compute).t()
+    y0_TM = weighted_TR @ lora_B_t if onto is None else torch.addmm(onto, weighted_TR, lora_B_t)
+    if R0:
+        out = y0_TM if in_place else None
+        y0_TM = torch.addmm(y0_TM, residual_hidden, adapter.residual_B.to(compute).t(), alpha=-1, out=out)
+    return y0_TM, balance_loss, Routing(weighted_TR, gate_ET, probs_ET, load_E, x_TN.new_empty(0))
+
+
 def _route(logits_ET: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(gate [E, T], probs [E, T], load [E], balance loss 0-d) from the logits.
 
@@ -261,13 +282,16 @@ def _factor(adapter: Adapter, gate_ET: Tensor) -> Tensor:
     return gate_ET.t() @ expansion_ER
 
 
+def _plain_factor(adapter: Adapter, gate_ET: Tensor) -> Tensor:
+    """The same numbers without a matrix that is kept from call to call."""
+    factor_TE = gate_ET.t() * (adapter.scaling if adapter.scaling_E is None else adapter.scaling_E)
+    return factor_TE.repeat_interleave(adapter.expert_rank, dim=1)
+
+
 def _dropped_hidden(x_TN: Tensor, adapter: Adapter, gate_ET: Tensor) -> Tensor:
     """h [T, R] with each expert's x dropped by the mask of its slot; zero for experts the token does not use."""
-    hidden_TR = x_TN.new_zeros(x_TN.shape[0], adapter.rank)
     lora_A_t = (adapter.lora_A.to(x_TN.dtype) * keep_scale(adapter.dropout_p)).t()
-    for keep_TN, in_slot_TR in _slots(x_TN, adapter, gate_ET):
-        hidden_TR += ((x_TN * keep_TN) @ lora_A_t).mul_(in_slot_TR)
-    return hidden_TR
+    return sum(((x_TN * keep_TN) @ lora_A_t) * in_slot_TR for keep_TN, in_slot_TR in _slots(x_TN, adapter, gate_ET))
 
 
 def _slots(like_TN: Tensor, adapter: Adapter, gate_ET: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -36,7 +36,7 @@ NO_MERGE = (
 )
 
 
-class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
+class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
     """GOAT adapters on one base layer.
 
     "Linear" is in the name because PEFT looks for it when "all-linear" meets a model that has adapters already.
@@ -155,6 +155,10 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
         adapter = next(iter(self.goat_adapter.values()), None)
         return None if adapter is None else adapter.router.device
 
+    def _last_router(self) -> Tensor | None:
+        active = self.active_here()
+        return self.goat_router[active[-1]] if active else None
+
     # --- forward --------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -226,6 +230,7 @@ class GoatLinearLayer(nn.Module, BaseTunerLayer, RoutedModule, FoldingLayer):
         if self._folded_adapter not in names:
             self.unfold()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._place_statistics()
         self._settle_unless_waiting()
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from goat_kernels.plain import is_transformed
 from goat_kernels.routed_module import RoutedModule
 from goat_kernels.training.statistics import routed_modules
 
@@ -40,7 +41,6 @@ class BalanceScale:
         self._tensors: dict[torch.device, Tensor] = {}
         self._modules: list[RoutedModule] = []
         self._handles: list = []
-        self._share: Tensor | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Hook ``model``'s forward; its routed modules read this scale from now on."""
@@ -49,7 +49,7 @@ class BalanceScale:
         if not self._handles:
             self._handles = [
                 model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                model.register_forward_hook(self._after_forward),
+                model.register_forward_hook(self._after_forward, with_kwargs=True),
             ]
 
     def detach(self) -> None:
@@ -87,8 +87,10 @@ class BalanceScale:
                 module.balance_scale = self._tensors[device]
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._share = None
         if not torch.is_grad_enabled():
+            return
+        if is_transformed():
+            self._reset_beneath_transforms()
             return
         if not torch.compiler.is_compiling():
             # A checkpoint around the whole model runs it again inside backward, where the scale is already right.
@@ -96,12 +98,21 @@ class BalanceScale:
                 return
             self._place()
         self.publish(self.default)
-        self._share = _batch_share(model, kwargs)
 
-    def _after_forward(self, model: nn.Module, args: tuple, outputs):
-        if not torch.is_grad_enabled():
+    def _reset_beneath_transforms(self) -> None:
+        """Write the default past torch.func's transforms, in which a tensor of the outside may not be written.
+
+        For the same reason no loss is tapped there: the default is the scale. An exporter's program has no scale.
+        """
+        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+            with torch._C._DisableFuncTorch():
+                self._place()
+                self.publish(self.default)
+
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
+        if not torch.is_grad_enabled() or is_transformed():
             return None
-        share, self._share = self._share, None
+        share = _batch_share(model, kwargs)
         if _is_loss(outputs):
             return self._tap(outputs, share)
         if isinstance(outputs, tuple):

@@ -24,8 +24,11 @@ class TritonPasses:
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Hashable) -> Any:
         return self.plans.run(function, self, arguments, options)
 
-    def folded_weight(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> None:
-        return None  # the residual's columns ride in reads that happen anyway
+    def folds(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor) -> bool:
+        return False  # the residual's columns ride in reads that happen anyway
+
+    def folded_weight(self, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor:
+        raise NotImplementedError("this backend never folds")
 
     def packed_numel(self, adapter: Adapter, compute: torch.dtype, T: int) -> int:
         return packed_numel(adapter, compute, T)
