@@ -157,7 +157,7 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
 
     def _last_router(self) -> Tensor | None:
         active = self.active_here()
-        return self.goat_router[active[-1]] if active else None
+        return self.goat_adapter[active[-1]].router if active else None
 
     # --- forward --------------------------------------------------------------------------------------------------
 
