@@ -59,9 +59,13 @@ def patterns(names) -> list[str]:
 
 def _experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> weight of everything called an expert that is a parameter of its own; quantised weights included."""
-    found = {}
+    found, adapted = {}, ()
     for owner_name, owner in model.named_modules():
-        if isinstance(owner, BaseTunerLayer) or type(owner).__module__.startswith("torch.nn."):
+        if isinstance(owner, BaseTunerLayer):
+            adapted = (*adapted, owner_name + ".")
+        if owner_name.startswith(adapted) or isinstance(owner, BaseTunerLayer):
+            continue
+        if type(owner).__module__.startswith("torch.nn."):
             continue
         if "expert" not in owner_name.lower() and "expert" not in type(owner).__name__.lower():
             continue
