@@ -277,7 +277,8 @@ def test_excluded_modules_get_no_adapter_of_any_method(excluded, left):
 def test_excluded_modules_come_on_top_of_the_head(bert):
     data = write_reviews("reviews.csv", reviews())
     arguments = ["--task", "text-classification", "--model", bert, "--data", data, *COLUMNS, "--max-steps", "1"]
-    assert finetune(*arguments, "--methods", "goat", "--exclude-modules", "query,intermediate") == 0
+    arguments += ["--target-modules", "query,key,value,dense,classifier", "--exclude-modules", "query,intermediate"]
+    assert finetune(*arguments, "--methods", "goat") == 0
     saved = load_file("goat-output/goat/adapter/adapter_model.safetensors")
     adapted = {name.partition(".goat_")[0] for name in saved if ".goat_" in name}
     assert {name.rpartition("layer.0.")[2] for name in adapted} == {
