@@ -39,7 +39,7 @@ def perturb(model: nn.Module, adapter: str = "default") -> None:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(f".{adapter}") and "goat_" in name:
+            if f".goat_adapter.{adapter}." in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
