@@ -192,7 +192,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
         residual = None
         if name in self.goat_residual_A and settings.residual == "path":
             residual = (self.goat_residual_A[name], self.goat_residual_B[name])
-        injects = self.training and router.requires_grad and torch.is_grad_enabled()
         return routed_linear(
             x,
             lora_A,
@@ -205,7 +204,7 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
             top_k=settings.top_k,
             dropout_p=settings.dropout if self.training else 0.0,
             residual=residual,
-            balance_coefficient=settings.balance_coefficient if injects else 0.0,
+            balance_coefficient=self._injected(settings.balance_coefficient, router),
             balance_scale=self.balance_scale,
         )
 
