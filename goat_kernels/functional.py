@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import _get_proxies
 
 from goat_kernels.argument_checks import check_scalars, check_tensors, unpack_residual
 from goat_kernels.autocast import autocast_dtype
@@ -208,6 +209,11 @@ def _setup_context(ctx, inputs, output) -> None:
 def _setup_context_of_operator(ctx, inputs, output) -> None:
     _setup_context(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[2:])
+    if ctx.balance_scale is not None and torch.compiler.is_compiling():
+        # AOTAutograd saves it, and would refuse what another graph of the same model writes to it before the backward.
+        # This is how it knows a tensor that is not saved but lies on ctx.
+        for proxy in _get_proxies(ctx.balance_scale):
+            proxy.node.meta["saved_tensor_with_no_vc_check"] = True
 
 
 def _backward_with(run, ctx, grad_y, grad_balance):
@@ -263,7 +269,16 @@ class _GoatFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_balance, *_):
         observed = torch._C._len_torch_dispatch_stack() > 0  # see operators.py
-        return _backward_with(backward_operator if observed else run_backward, ctx, grad_y, grad_balance)
+        try:
+            return _backward_with(backward_operator if observed else run_backward, ctx, grad_y, grad_balance)
+        except RuntimeError as error:
+            gradients = [gradient for gradient in (grad_y, grad_balance) if gradient is not None]
+            if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
+                raise RuntimeError(
+                    "the fused backward of goat_linear takes no batch of gradients (is_grads_batched=True, "
+                    "vectorize=True); use torch.func.vmap, jacrev or jacfwd around the forward"
+                ) from error
+            raise
 
 
 def _backward_of_operator(ctx, grad_y, grad_balance, *_):

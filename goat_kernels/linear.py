@@ -261,7 +261,7 @@ class GoatLinear(RoutedModule, nn.Module):
             top_k=settings.top_k,
             dropout_p=settings.dropout if self.training else 0.0,
             residual=residual,
-            balance_coefficient=self.balance_coefficient if self.training and router.requires_grad else 0.0,
+            balance_coefficient=self._injected(self.balance_coefficient, router),
             balance_scale=self.balance_scale,
             backend=self.backend,
         )

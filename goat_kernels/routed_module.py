@@ -100,6 +100,24 @@ class RoutedModule:
                 self._balance_loss = self._balance_loss.to(router.device, dtype)
                 self._expert_load = load.to(router.device, dtype)
 
+    def _injected(self, coefficient: float, router: Tensor) -> float:
+        """``coefficient`` where a forward is to inject the balance loss: in training, where the router learns.
+
+        Raises:
+            RuntimeError: torch.compile traces a transform of torch.func, and would lose it without a word.
+        """
+        if not (coefficient and self.training and torch.is_grad_enabled()):
+            return 0.0
+        if router.requires_grad:
+            return coefficient
+        # In a transform that is compiled the router seems to require no gradient.
+        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "torch.compile would lose the balance loss within a transform of torch.func, because it does not trace "
+                "a backward there: compile in eval mode or with balance_coefficient=0, or leave the transform eager"
+            )
+        return 0.0
+
     def _last_router(self) -> Tensor | None:
         """The router [E, N] whose load is kept; None while there is none."""
         return getattr(self, "router", None)

@@ -22,9 +22,11 @@ from goat_problems import (
 )
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from goat_kernels import GoatLinear, goat_linear
 from goat_kernels.functional import routed_linear
+from goat_kernels.training import attach_balance_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
 
@@ -169,6 +171,109 @@ def test_a_compiled_layer_follows_train_eval_and_the_balance_scale():
             torch.manual_seed(4)
             runs.append(gradients_of(model, run, x))
         assert_runs_agree(runs[1], runs[0], torch.float32)
+
+
+# --- checkpoints, statistics and the balance scale ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"scaling": "goat_s"}, {"init": "hydralora"}], ids=str)
+@pytest.mark.parametrize("use_twice", [False, True])
+def test_a_checkpointed_model_compiles_whole(options, use_twice):
+    model = Model(balance_coefficient=0.1, **options)
+    fresh = copy.deepcopy(model)
+
+    def checkpointed(x):
+        y = checkpoint(fresh, x, use_reentrant=False)
+        return checkpoint(lambda y: fresh.second(torch.tanh(y)), y, use_reentrant=False) if use_twice else y
+
+    def plain(x):
+        y = model(x)
+        return model.second(torch.tanh(y)) if use_twice else y
+
+    x = torch.randn(6, 16)
+    runs = []
+    for module, run in ((model, plain), (fresh, compiled(checkpointed))):
+        torch.manual_seed(5)
+        runs.append(gradients_of(module, run, x))
+    assert_runs_agree(runs[1], runs[0], torch.float32)
+    for name in ("first", "second"):
+        mine, theirs = getattr(fresh, name), getattr(model, name)
+        assert torch.equal(mine.expert_load, theirs.expert_load)
+        assert torch.equal(mine.balance_loss, theirs.balance_loss)
+
+
+def test_a_checkpointed_layer_compiles_with_inductor_and_repeats_its_dropout():
+    layer = GoatLinear(16, 12, r=8, num_experts=4, dropout=0.4, init="lora", bias=False)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x, weights = torch.randn(30, 16), torch.randn(30, 12)
+    with torch._inductor.config.patch(compile_threads=1):
+        function = compiled(lambda x: checkpoint(layer, torch.relu(x), use_reentrant=False), "inductor")
+        output = function(x.requires_grad_())
+        (output * weights).sum().backward()
+    # The adapter's share is linear in lora_B and in lora_A, so its gradient gives it back, if the masks are the same.
+    share = ((output - torch.relu(x) @ layer.weight.T) * weights).sum().detach()
+    for parameter in (layer.lora_A, layer.lora_B):
+        torch.testing.assert_close((parameter.grad * parameter).sum().detach(), share, rtol=1e-4, atol=1e-3)
+
+
+class Loss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model(balance_coefficient=0.4)
+
+    def forward(self, x):
+        return self.model(x).square().mean()
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 0.125])
+def test_compiled_code_injects_with_the_scale_of_the_trainer_exactly_once(factor, is_checkpointed):
+    eager = Loss()
+    attach_balance_scale(eager)
+    fresh = copy.deepcopy(eager)
+    attach_balance_scale(fresh)
+    # A compiled module runs its own hooks in graphs of their own: the scale is written outside of the layers' graph.
+    function = compiled(fresh)
+    if is_checkpointed:
+        function = compiled(lambda x: checkpoint(fresh, x, use_reentrant=False))
+    x = torch.randn(6, 16)
+    for other in (3.0, factor):  # what the step before left behind counts for nothing
+        for loss in (eager, fresh):
+            loss.zero_grad()
+        (other * eager(x)).backward()
+        (other * function(x)).backward()
+    for (name, expected), found in zip(eager.named_parameters(), fresh.parameters(), strict=True):
+        if expected.requires_grad:
+            assert_close(name, found.grad, expected.grad, torch.float32)
+    assert float(fresh.model.first.balance_scale) == factor
+
+
+def test_statistics_are_those_of_the_last_forward_compiled_or_not():
+    layer = GoatLinear(16, 12, r=8, num_experts=4)
+    function = compiled(lambda x: checkpoint(layer, x, use_reentrant=False))
+    kept = []
+    for T, run in ((5, function), (7, layer), (3, function), (4, layer), (9, function)):
+        x = torch.randn(T, 16)
+        run(x).sum().backward()
+        load = layer.expert_load
+        kept.append((load, load.clone()))
+        assert torch.equal(load * T, (load * T).round()), "shares of T tokens"
+        twin = copy.deepcopy(layer)
+        twin(x)
+        assert torch.equal(twin.expert_load, load) and torch.equal(twin.balance_loss, layer.balance_loss)
+    assert all(torch.equal(load, then) for load, then in kept), "what was read does not change with the next forward"
+
+
+@pytest.mark.parametrize("first", ["eager", "compiled"])
+def test_training_compiles_after_an_evaluation_in_inference_mode(first):
+    layer = GoatLinear(16, 12, r=8, num_experts=4)
+    function = compiled(lambda x: checkpoint(layer, x, use_reentrant=False))
+    with torch.inference_mode():
+        (layer if first == "eager" else compiled(layer))(torch.randn(5, 16))
+    assert not layer.expert_load.is_inference() and float(layer.expert_load.sum()) == pytest.approx(2.0)
+    function(torch.randn(3, 16)).sum().backward()
+    assert float((layer.expert_load * 3).sum()) == pytest.approx(6.0)
 
 
 def test_injection_in_compiled_code_reads_the_scale_at_backward():

@@ -103,6 +103,33 @@ def test_the_layer_is_the_oracle_on_its_own_tensors(init, residual, bias):
     assert not layer.balance_loss.requires_grad and not layer.expert_load.requires_grad
 
 
+def test_statistics_live_outside_the_state_and_follow_the_layer():
+    layer = GoatLinear(N, M, device="meta", **SMALL)
+    assert layer.balance_loss is None and layer.expert_load is None
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.balance_loss is None and layer.expert_load is None
+    assert not [
+        name for name in [*layer.state_dict(), *dict(layer.named_buffers())] if "load" in name or "loss" in name
+    ]
+    layer(torch.randn(6, N))
+    balance_loss, load = layer.balance_loss, layer.expert_load
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    copies = (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(saved, weights_only=False),
+        copy.deepcopy(layer).double(),
+        copy.deepcopy(layer).bfloat16(),
+    )
+    for twin in copies:
+        assert torch.equal(twin.expert_load.float(), load) and torch.equal(twin.balance_loss.float(), balance_loss)
+        assert twin.expert_load.dtype == (torch.float64 if twin.weight.dtype == torch.float64 else torch.float32)
+    assert twin is not layer and torch.equal(layer.expert_load, load), "a copy's statistics are its own"
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_attributes_shapes_and_what_trains(init):
     layer = GoatLinear(N, M, init=init, **SMALL)

@@ -215,7 +215,7 @@ def _prefill(
         logits_TE = x_TN.to(stats) @ adapter.router.to(stats).t()
 
     # 2. Gate and balance loss.
-    gate_ET, probs_ET, load_E, balance_loss = _route(logits_TE.t().contiguous(), adapter.top_k)
+    gate_ET, probs_ET, load_E, balance_loss = _route(logits_TE.t().contiguous(), adapter.top_k, in_place=in_place)
     if adapter.seed is not None:
         hidden_TR = _dropped_hidden(x_TN, adapter, gate_ET)
     weighted_TR = (hidden_TR * (_factor if in_place else _plain_factor)(adapter, gate_ET)).to(compute)
@@ -230,7 +230,7 @@ def _prefill(
     return y0_TM, balance_loss, Routing(weighted_TR, gate_ET, probs_ET, load_E, x_TN.new_empty(0))
 
 
-def _route(logits_ET: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _route(logits_ET: Tensor, top_k: int, *, in_place: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(gate [E, T], probs [E, T], load [E], balance loss 0-d) from the logits.
 
     K rounds of "largest, then set aside". torch.max takes the first of equal entries and NaN above every number;
@@ -243,7 +243,8 @@ def _route(logits_ET: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     else:
         left_ET = logits_ET.clamp(min=torch.finfo(logits_ET.dtype).min)
         for _ in range(top_k):
-            left_ET.scatter_(0, left_ET.max(dim=0, keepdim=True).indices, float("-inf"))
+            scatter = left_ET.scatter_ if in_place else left_ET.scatter
+            left_ET = scatter(0, left_ET.max(dim=0, keepdim=True).indices, float("-inf"))
         unselected = left_ET != float("-inf")
         gate_ET = torch.softmax(logits_ET.masked_fill(unselected, float("-inf")), dim=0)
         # Subtracted before it is divided: an expert without tokens has a share of exactly 0.

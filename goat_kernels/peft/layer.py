@@ -199,7 +199,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
         residual = None
         if residual_A is not None and settings.residual == "path":
             residual = (residual_A, residual_B)
-        injects = self.training and router.requires_grad and torch.is_grad_enabled()
         return routed_linear(
             x,
             lora_A,
@@ -212,7 +211,7 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
             top_k=settings.top_k,
             dropout_p=settings.dropout if self.training else 0.0,
             residual=residual,
-            balance_coefficient=settings.balance_coefficient if injects else 0.0,
+            balance_coefficient=self._injected(settings.balance_coefficient, router),
             balance_scale=self.balance_scale,
         )
 
