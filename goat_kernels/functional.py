@@ -169,10 +169,11 @@ def routed_linear(
         balance_coefficient,
         backend,
     )
-    if is_transformed():
+    is_compiling = torch.compiler.is_compiling()
+    if is_transformed(is_compiling):
         return RoutedOutput(*plain_forward(*arguments), None)
     # A compiler sees the operator, whose autograd is registered below; both run the same code.
-    run = forward_operator if torch.compiler.is_compiling() else _GoatFunction.apply
+    run = forward_operator if is_compiling else _GoatFunction.apply
     output, balance_loss, load, *_ = run(*arguments)
     return RoutedOutput(output, balance_loss, load)
 

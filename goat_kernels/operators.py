@@ -93,7 +93,7 @@ def run_forward(
     with autocast_disabled(x.device.type):  # its casts have been done
         passes = get_backend(backend)
         x_TN = _flattened(x)
-        fold, prefill = (folding_operator, prefill_operator) if observed else (passes.folded_weight, _run_prefill)
+        fold, prefill = (folding_operator, prefill_operator) if observed else (passes.folded_weight, run_prefill)
         weight, residual_A, residual_B = _fold_if_cheaper(passes, fold, x_TN, weight, residual_A, residual_B)
         base_output_TM = None if base_output is None else _flattened(base_output)
         adapter = (lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed)
@@ -110,7 +110,7 @@ def _flattened(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _run_prefill(
+def run_prefill(
     x_TN: Tensor,
     base_output_TM: Tensor | None,
     bias: Tensor | None,
@@ -301,7 +301,7 @@ def _backward_fake(grad_y, grad_balance, x, weight, lora_A, lora_B, router, *res
 
 _library.impl("forward", run_forward, "CompositeExplicitAutograd")
 _library.impl("backward", run_backward, "CompositeExplicitAutograd")
-_library.impl("prefill", _run_prefill, "CompositeExplicitAutograd")
+_library.impl("prefill", run_prefill, "CompositeExplicitAutograd")
 _library.impl("folded_weight", _folded_weight, "CompositeExplicitAutograd")
 torch.library.register_fake("goat_kernels::forward", _forward_fake, lib=_library)
 torch.library.register_fake("goat_kernels::backward", _backward_fake, lib=_library)

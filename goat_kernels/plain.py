@@ -18,11 +18,14 @@ from goat_kernels.backends.base import Adapter
 from goat_kernels.backends.torch_backend import plain_prefill
 
 
-def is_transformed() -> bool:
-    """Whether a transform of torch.func is active, or an exporter traces."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
-    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+def is_transformed(is_compiling: bool) -> bool:
+    """Whether a transform of torch.func is active, or an exporter traces.
+
+    ``is_compiling``: what ``torch.compiler.is_compiling()`` says, which the caller needs too and which takes time.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return torch.compiler.is_exporting() if is_compiling else torch._C._get_tracing_state() is not None
 
 
 def plain_forward(

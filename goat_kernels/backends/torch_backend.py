@@ -218,7 +218,9 @@ def _prefill(
     gate_ET, probs_ET, load_E, balance_loss = _route(logits_TE.t().contiguous(), adapter.top_k, in_place=in_place)
     if adapter.seed is not None:
         hidden_TR = _dropped_hidden(x_TN, adapter, gate_ET)
-    weighted_TR = (hidden_TR * (_factor if in_place else _plain_factor)(adapter, gate_ET)).to(compute)
+    weighted_TR = hidden_TR * (_factor if in_place else _plain_factor)(adapter, gate_ET)
+    if compute != stats:  # a cast that changes nothing takes as long as the product
+        weighted_TR = weighted_TR.to(compute)
 
     # 3. The adapter's share of y, onto the bias or the base's output.
     onto = bias_M if base_output_TM is None else base_output_TM

@@ -89,7 +89,7 @@ class BalanceScale:
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled():
             return
-        if is_transformed():
+        if is_transformed(torch.compiler.is_compiling()):
             self._reset_beneath_transforms()
             return
         if not torch.compiler.is_compiling():
@@ -110,7 +110,7 @@ class BalanceScale:
                 self.publish(self.default)
 
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
-        if not torch.is_grad_enabled() or is_transformed():
+        if not torch.is_grad_enabled() or is_transformed(torch.compiler.is_compiling()):
             return None
         share = _batch_share(model, kwargs)
         if _is_loss(outputs):

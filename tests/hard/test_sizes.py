@@ -26,6 +26,7 @@ from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.kernels.tiles import Tile
 from goat_kernels.numerics import TOLERANCES, relative_error
+from goat_kernels.operators import prefill_operator, run_prefill
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 
@@ -135,6 +136,9 @@ def test_grids_of_giant_layers_fit_a_gpu(size, target):
 
 class _NothingIsAllocated(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is prefill_operator:  # a mode sees the passes as one operator: look into it
+            with self:
+                return run_prefill(*arguments, **(options or {}))
         result = function(*arguments, **(options or {}))
         allocating = ("empty", "zeros", "clone", "copy", "contiguous", "mm", "new_")
         assert not any(word in str(function) for word in allocating), f"{function} came before the refusal"
