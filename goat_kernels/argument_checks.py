@@ -119,8 +119,10 @@ def check_pretrained_linear(linear: nn.Linear) -> None:
             f"linear is a {kind}, the output projection of an nn.MultiheadAttention, which reads its weight without "
             "calling it, so an adapter would have no effect; adapt other layers"
         )
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        whose = f"is a {kind}, whose own forward" if "forward" not in vars(linear) else "has a replaced forward, which"
+    own = vars(linear).get("forward")  # accelerate leaves nn.Linear's there when it removes a hook
+    replaced = own is not None and getattr(own, "__func__", None) is not nn.Linear.forward
+    if type(linear).forward is not nn.Linear.forward or replaced:
+        whose = "has a replaced forward, which" if replaced else f"is a {kind}, whose own forward"
         raise TypeError(
             f"linear {whose} a GoatLinear in its place would not call; give a plain nn.Linear (of the same weight, if "
             "that is what it computes), or adapt it by peft.get_peft_model with a GoatConfig, which calls it as it is"

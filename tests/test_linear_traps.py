@@ -104,6 +104,12 @@ class _Labelled(nn.Linear):
         return f"{self.label}, {super().extra_repr()}"
 
 
+def test_a_linear_that_accelerate_has_hooked_and_unhooked_is_a_linear():
+    linear = nn.Linear(16, 16)
+    linear.forward = linear.forward  # what accelerate leaves behind
+    assert GoatLinear.from_linear(linear, r=8).weight is linear.weight
+
+
 def _replaced(forward):
     linear = nn.Linear(16, 16)
     linear.forward = forward

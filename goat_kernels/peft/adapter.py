@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -119,12 +120,16 @@ class GoatAdapter(nn.Module):
                 del self._placeholders[name]
 
     def _apply(self, fn, recurse=True):
-        self.missing()
+        missing = self.missing()
         exact = self.scaling
         super()._apply(fn, recurse)
         if exact is not None and self.scaling.dtype != exact.dtype:
             self.scaling = exact.to(self.scaling.device)  # rounding s to bfloat16 would shift every output
-        self._placeholders = {name: getattr(self, name) for name in self._placeholders}
+        for name in missing:
+            placeholder = getattr(self, name)
+            if self._placeholders[name].is_meta and not placeholder.is_meta:
+                placeholder.data.fill_(math.nan)  # to_empty leaves whatever was in memory
+            self._placeholders[name] = placeholder
         return self
 
     def extra_repr(self) -> str:

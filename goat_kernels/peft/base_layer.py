@@ -45,11 +45,14 @@ def check_base_layer(base: nn.Module, name: str) -> None:
 
 
 def _instead_of_a_product(base: nn.Linear | Conv1D) -> str | None:
-    """What a subclass's own forward does instead of [..., N] -> [..., M], as Llama 4's router does; None if nothing.
+    """What a forward of transformers' own does instead of [..., N] -> [..., M], as Llama 4's router does; else None.
 
-    It is tried with an input and parameters on the meta device, so that nothing is computed, fetched or moved.
+    It is tried with an input and parameters on the meta device, so that nothing is computed, fetched or moved. Forwards
+    of others are not run before the model runs them: they may count, print, or refuse the meta device.
     """
     if not isinstance(base, nn.Linear) or type(base).forward is nn.Linear.forward:
+        return None
+    if not type(base).__module__.startswith("transformers."):
         return None
     if not has_plain_weight(base) and not is_meta(base):
         return None  # a format of its own, which the meta device may not know
@@ -197,8 +200,15 @@ def check_loading_of_base(model: nn.Module) -> None:
     )
 
 
-def check_gradient_of_base(x: Tensor, output: Tensor, name: str) -> None:
-    """Raise where the base layer cuts the gradient to ``x``: adapters before it would train on a wrong gradient."""
+def check_output_of_base(x: Tensor, output: Tensor, M: int, name: str) -> None:
+    """Raise where the output of the base layer is no [..., M] to add to, or has lost the gradient to ``x``: adapters
+    before it would train on a wrong one."""
+    if not isinstance(output, Tensor) or output.shape != (*x.shape[:-1], M):
+        found = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise TypeError(
+            f"{name} gives {found} for an input of shape {list(x.shape)}; GOAT adds to an output [..., {M}] alone: "
+            "leave the module out (exclude_modules)"
+        )
     if torch.is_grad_enabled() and x.requires_grad and not output.requires_grad:
         raise RuntimeError(
             f"the base layer of {name} gives its input no gradient (some quantised layers are for inference alone), so "

@@ -285,6 +285,8 @@ class GoatConfig(PeftConfig):
                 )
                 config = super().from_pretrained(str(prepared), **kwargs)
             config.shapes_in_file = check_adapter_folder(folder, config)
+            if not has_weights(folder):  # there is nothing to load: settings for a new adapter
+                config.initialised, config.base_weights = False, None
         return config
 
     @classmethod

@@ -17,7 +17,7 @@ from goat_kernels.peft.adapter import AdapterDict, GoatAdapter
 from goat_kernels.peft.base_layer import (
     adapter_device,
     adapter_dtype,
-    check_gradient_of_base,
+    check_output_of_base,
     features,
     has_plain_weight,
     is_plain,
@@ -181,7 +181,7 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
             if x.requires_grad and torch.is_grad_enabled():
                 unpack(base)
             output = base(x, *args, **kwargs)
-            check_gradient_of_base(x, output, self.name)
+            check_output_of_base(x, output, self.out_features, self.name)
         balance_loss = None
         for name in active:
             routed = self._routed(name, x, weight, bias, output)

@@ -136,10 +136,12 @@ class GoatModel(BaseTuner):
             module = model.get_submodule(name)
             if not isinstance(module, GoatLinearLayer) or self._twin not in module.goat_adapter:
                 continue
-            twin = module.goat_adapter[self._twin]
+            twin, settings = module.goat_adapter[self._twin], peft_config.settings(name)
+            if settings != module.settings[self._twin]:
+                continue  # the configuration was changed since then
             if twin.residual_A is not None and not twin.residual_A.is_meta and not twin.missing():
                 self._initial[name] = start_from_pair(
-                    peft_config.settings(name), twin.residual_A, twin.residual_B, module.scaling_of(self._twin)
+                    settings, twin.residual_A, twin.residual_B, module.scaling_of(self._twin)
                 )
 
     def _check_base(self, peft_config: GoatConfig, targets: dict[str, nn.Module], model: nn.Module) -> None:
@@ -158,8 +160,7 @@ class GoatModel(BaseTuner):
     ) -> None:
         settings = peft_config.settings(current_key)
         tensors = self._initial.pop(current_key, None)
-        saved = peft_config.initialised and peft_config.weights_sha256 is not None
-        options = {"has_residual": peft_config.has_residual, "may_start": not saved}
+        options = {"has_residual": peft_config.has_residual, "may_start": not peft_config.initialised}
         if isinstance(target, GoatLinearLayer):
             target.update_layer(adapter_name, settings, tensors, **options)
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -25,7 +26,7 @@ from goat_kernels.initialisation import check_weight
 from goat_kernels.peft.base_layer import check_base_layer, check_foldable, features, is_meta
 from goat_kernels.peft.config import GoatConfig
 from goat_kernels.peft.experts import patterns, warn_about_experts
-from goat_kernels.peft.weight_readers import weight_readers
+from goat_kernels.peft.weight_readers import Reader, weight_readers
 
 #: An adapter of so many numbers for each of its weight, and of more than a gigabyte, is a mistake or an attack.
 _MOST_PER_WEIGHT = 64
@@ -63,7 +64,8 @@ def choose_targets(config: GoatConfig, model: nn.Module, asked: object) -> dict[
         if matched_layers(config, model).keys() != targets.keys():  # a name may be the end of another
             config.target_modules = "|".join(map(re.escape, sorted(targets)))
         if not config.initialised:
-            _warn_about_left_out(problems, "'all-linear'" if all_linear else "PEFT's default for this architecture")
+            asked_for = "'all-linear'" if all_linear else "PEFT's default for this architecture"
+            _warn_about_left_out(problems, targets, asked_for)
     for name, base in targets.items():
         _check_settings(config, name, base, model)
     return targets
@@ -101,15 +103,23 @@ def _problems(config: GoatConfig, targets: dict[str, nn.Module], model: nn.Modul
     return problems
 
 
-def _refuse_read_layer(config: GoatConfig, name: str, reader: str) -> None:
-    message = f"{reader} computes with the weight of {name} without calling it, so an adapter there has no effect"
-    if config.initialised:  # saved before this was refused; on some paths it may have been called, and trained
-        warnings.warn(message, stacklevel=2)
+def _refuse_read_layer(config: GoatConfig, name: str, reader: Reader) -> None:
+    if not reader.certain or config.initialised:
+        # Loaded adapters were made before this was refused; on some paths the layer may have been called, and trained.
+        certainly = "computes" if reader.certain else "seems to compute"
+        warnings.warn(
+            f"{reader.place} {certainly} with the weight of {name} without calling it; where it does, an adapter there "
+            "has no effect: see whether its parameters get gradients, or leave the layer out (exclude_modules)",
+            stacklevel=2,
+        )
         return
-    raise ValueError(f"{message}; name other modules in target_modules, or leave this one out with exclude_modules")
+    raise ValueError(
+        f"{reader.place} computes with the weight of {name} without calling it, so an adapter there has no effect; "
+        "name other modules in target_modules, or leave this one out with exclude_modules"
+    )
 
 
-def _warn_about_left_out(problems: dict[str, Exception], asked: str) -> None:
+def _warn_about_left_out(problems: dict[str, Exception], adapted: Iterable[str], asked: str) -> None:
     groups: dict[str, list[str]] = {}
     for name in problems:
         groups.setdefault(patterns([name])[0], []).append(name)
@@ -120,10 +130,17 @@ def _warn_about_left_out(problems: dict[str, Exception], asked: str) -> None:
     warnings.warn(
         f"{asked} stands for layers that GOAT cannot adapt as configured. Left out and frozen ({len(problems)}), with "
         "the reason and what would include them:\n  " + "\n  ".join(lines) + "\n"
-        f"exclude_modules={sorted({name.rpartition('.')[2] for name in problems})} says that this is meant, without "
+        f"exclude_modules={sorted({_own_name(name, adapted) for name in problems})} says that this is meant, without "
         "this warning",
         stacklevel=2,
     )
+
+
+def _own_name(name: str, adapted: Iterable[str]) -> str:
+    """The shortest end of ``name``, from a dot on, that excludes none of the adapted layers."""
+    parts = name.split(".")
+    ends = (".".join(parts[-length:]) for length in range(1, len(parts)))
+    return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in adapted)), name)
 
 
 def _check_settings(config: GoatConfig, name: str, base: nn.Module, model: nn.Module) -> None:

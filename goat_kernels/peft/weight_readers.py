@@ -4,7 +4,8 @@ Mamba's fused kernels take ``self.out_proj.weight``, WavLM hands ``self.q_proj.w
 mask head of DETR convolves with ``self.k_proj.weight``. The models' own code says so: an expression
 ``self.name.weight`` in a method of a module is such a read, unless it asks for no more than dtype, device or shape, or
 stands in a branch that the module's attributes rule out (``if self.pretraining_tp > 1``). Methods that initialise or
-load weights do not count. Code without source is taken to call its layers.
+load weights do not count. Code without source is taken to call its layers, and a weight that is read under another name
+(``proj = self.proj``) is not seen.
 
 torch.nn's own classes are left out: check_base_layer knows the output projection of nn.MultiheadAttention, and
 nn.TransformerEncoderLayer calls its layers where one of them has a hook, as every GOAT layer has.
@@ -18,14 +19,22 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 #: What may be asked of a weight without computing with it.
-_DESCRIPTIONS = {"dtype", "device", "shape", "size", "ndim", "dim", "numel", "element_size", "is_meta", "requires_grad"}
-_ASKING = {"isinstance", "hasattr", "getattr", "len", "id", "to", "type_as"}
+_DESCRIPTIONS = {
+    *("dtype", "device", "layout", "shape", "size", "stride", "ndim", "dim", "numel", "element_size", "requires_grad"),
+    *("is_meta", "is_cuda", "is_floating_point", "data_ptr", "new_empty", "new_zeros", "new_ones", "new_full"),
+    "new_tensor",
+}
+_ASKING = {
+    *("isinstance", "hasattr", "getattr", "len", "id", "to", "type_as", "is_tensor", "is_floating_point"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+}
 _NOT_FORWARD = re.compile(r"init|reset|load|save|tie|resize|quanti|convert|prune|__")
 
 #: Classes with no forward of a model, and many methods to read.
@@ -42,15 +51,28 @@ class _Read(NamedTuple):
     conditions: tuple[tuple[ast.expr, bool], ...]  # the tests around it, and how they must come out
 
 
-def weight_readers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, str]:
-    """id of a layer -> where the model reads its weight, such as ``"MambaMixer.forward"``; of ``layers`` alone.
+class Reader(NamedTuple):
+    """Where a model reads a layer's weight.
+
+    Attributes:
+        place: such as ``"MambaMixer.forward"``.
+        certain: whether the code is transformers', on whose models the analysis was checked. In other code it may be
+            wrong: the method may never run, or the value may not reach the output.
+    """
+
+    place: str
+    certain: bool
+
+
+def weight_readers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, Reader]:
+    """id of a layer -> where the model reads its weight; of ``layers`` alone.
 
     Args:
         model: the model, with or without adapters.
         layers: modules in it that are to be adapted, or are adapted already.
     """
     wanted = {id(layer) for layer in layers}
-    found: dict[int, str] = {}
+    found: dict[int, Reader] = {}
     for module in _modules_outside_adapters(model):
         for method, reads in _methods(module):
             for read in reads:
@@ -60,7 +82,8 @@ def weight_readers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, s
                     continue
                 for layer in _resolve(module, read.path):
                     if id(layer) in wanted:
-                        found.setdefault(id(layer), f"{type(module).__name__}.{method}")
+                        certain = type(module).__module__.startswith("transformers.")
+                        found.setdefault(id(layer), Reader(f"{type(module).__name__}.{method}", certain))
     return found
 
 
@@ -83,7 +106,7 @@ def _methods(module: nn.Module) -> Iterator[tuple[str, list[_Read]]]:
             function = getattr(function, "__func__", function)
             if name in overridden or not inspect.isfunction(function) or _NOT_FORWARD.search(name):
                 continue
-            reads, calls_super = _reads(inspect.unwrap(function))
+            reads, calls_super = _reads(inspect.unwrap(function).__code__)
             if not calls_super:
                 overridden.add(name)
             if reads:
@@ -91,10 +114,13 @@ def _methods(module: nn.Module) -> Iterator[tuple[str, list[_Read]]]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _reads(function: Callable) -> tuple[list[_Read], bool]:
-    """The weights that a function reads of its first argument's children, and whether it mentions super()."""
+def _reads(code: CodeType) -> tuple[list[_Read], bool]:
+    """The weights that a function reads of its first argument's children, and whether it mentions super().
+
+    Takes its code: the function itself may hold a model, which the cache would keep.
+    """
     try:
-        source = textwrap.dedent(inspect.getsource(function))
+        source = textwrap.dedent(inspect.getsource(code))
         definition = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
         return [], False
@@ -171,11 +197,11 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
             left, right = _value(test.left, module), _value(test.comparators[0], module)
             compare = _COMPARISONS[type(test.ops[0])]
             return bool(compare(left, right))
-        except (LookupError, AttributeError, TypeError, ValueError):
+        except Exception:
             return None
     try:
         return bool(_value(test, module))
-    except (LookupError, AttributeError, TypeError, ValueError):
+    except Exception:  # whatever a module's attribute does when it is asked
         return None
 
 
@@ -197,4 +223,11 @@ def _value(node: ast.expr, module: nn.Module):
     path = _path(node, "self")
     if not path or "[]" in path or "training" in path or "gradient_checkpointing" in path:
         raise LookupError("not decided by the module's attributes")
-    return functools.reduce(getattr, path, module)
+    value = module
+    for part in path:
+        if isinstance(inspect.getattr_static(type(value), part, None), property) or isinstance(value, Tensor):
+            raise LookupError("nothing of the user's is run, and no tensor is read")
+        value = getattr(value, part)
+    if isinstance(value, Tensor):
+        raise LookupError("a tensor's value is not read")
+    return value

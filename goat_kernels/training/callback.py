@@ -52,20 +52,24 @@ class GoatCallback(TrainerCallback):
             raise TypeError(f"per_layer must be True or False, got {per_layer!r}")
         self.per_layer = per_layer
         self.history: list[dict] = []
-        self._end_guard: Callable[[], None] = lambda: None
+        self._end_guard: Callable[[], None] | None = None
+
+    def _unguard(self) -> None:
+        if self._end_guard is not None:
+            self._end_guard()
+        self._end_guard = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         _log_before_others(self)
-        self._end_guard()
+        self._unguard()
         self._end_guard = _guard_training(model)
-        _set_default(model, 1 / args.gradient_accumulation_steps)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs) -> None:
         batches = _accumulated_batches(args.gradient_accumulation_steps, state.global_step, train_dataloader)
         _set_default(model, _loss_scale(optimizer) / batches)
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        self._end_guard()
+        self._unguard()
         _set_default(model, 1.0)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
@@ -128,7 +132,7 @@ def _set_default(model, value: float) -> None:
         scale.default = value
 
 
-def _guard_training(model) -> Callable[[], None]:
+def _guard_training(model) -> Callable[[], None] | None:
     """Put the default back where training ends in an exception, which Trainer tells no callback of.
 
     A loop of the user's own would otherwise find the scale of a step that never ended. The trainer's method that runs
@@ -136,7 +140,7 @@ def _guard_training(model) -> Callable[[], None]:
     """
     trainer = next((caller for caller in _callers() if isinstance(caller, Trainer)), None)
     if trainer is None:
-        return lambda: None
+        return None
     run_epoch, reference = trainer._run_epoch, weakref.ref(trainer)
 
     def unwrap() -> None:

@@ -112,8 +112,41 @@ def test_a_copy_made_before_the_tensors_came_waits_for_them_too(copied, tmp_path
     set_peft_model_state_dict(waiting, load_file_of(tmp_path))
     assert_same(adapter_tensors(waiting), adapter_tensors(model))
     assert logits(waiting).isnan().all()
-    started = copied(get_peft_model(tiny_llama(), unloaded))
-    assert torch.isfinite(logits(started)).all()
+    never_loaded = copied(get_peft_model(tiny_llama(), unloaded))
+    with pytest.raises(RuntimeError, match="was not loaded"):
+        logits(never_loaded)
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [lambda model: model.double(), lambda model: model.to("cpu"), lambda model: model.bfloat16().float()],
+    ids=["double", "cpu", "bfloat16"],
+)
+def test_a_model_that_is_moved_before_the_tensors_came_waits_for_them_too(moved, tmp_path):
+    fill(goat_llama(init="lora"), 0.5).save_pretrained(tmp_path)
+    unloaded = config(init="lora")
+    unloaded.initialised = True
+    waiting = moved(get_peft_model(tiny_llama(), unloaded))
+    with pytest.raises(RuntimeError, match="was not loaded"):
+        logits(waiting)
+    set_peft_model_state_dict(waiting, load_file_of(tmp_path))
+    assert all(bool((value == 0.5).all()) for value in adapter_tensors(waiting).values())
+    assert torch.isfinite(logits(waiting)).all()
+
+
+def test_memory_that_to_empty_left_is_no_loaded_adapter():
+    with torch.device("meta"):
+        model = get_peft_model(type(tiny_llama())(tiny_llama().config), config())
+    model.to_empty(device="cpu")
+    model.base_model.model.load_state_dict(tiny_llama().state_dict(), strict=False)
+    for layer in (module for module in model.modules() if isinstance(module, GoatLinearLayer)):
+        layer.base_layer.weight.data.copy_(tiny_llama().get_submodule(layer.name).weight)
+        assert len(layer.goat_adapter["default"].missing()) == 5
+    logits(model)
+    started = goat_llama()
+    for name, value in adapter_tensors(started).items():
+        if "residual" in name:
+            torch.testing.assert_close(adapter_tensors(model)[name].abs(), value.abs(), rtol=1e-3, atol=1e-4)
 
 
 def test_values_written_straight_into_the_parameters_stay(tmp_path):
@@ -176,6 +209,18 @@ def test_an_adapter_of_an_older_version_loads(changes, tmp_path):
     assert torch.equal(logits(swapped), expected)
     loaded.save_pretrained(tmp_path / "new")
     assert all("goat_adapter" in key for key in load_file_of(tmp_path / "new"))
+
+
+def test_a_folder_that_transformers_saved_with_an_older_version(tmp_path):
+    """It has no digest, which transformers' own save_pretrained does not write."""
+    fill(goat_llama(), 0.02, "lora_B").save_pretrained(tmp_path)
+    expected = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval())
+    rename_as_before(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()), expected)
+    model = tiny_llama()
+    model.load_adapter(str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"before version 0\.2"):
+        logits(model)
 
 
 def test_an_older_adapter_with_a_trained_head(tmp_path):

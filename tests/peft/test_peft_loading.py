@@ -165,17 +165,15 @@ def test_a_config_from_disk_without_tensors_starts_afresh(tmp_path):
     fresh = goat_llama(scaling="goat_s")
     fresh.peft_config["default"].save_pretrained(tmp_path)
     model = get_peft_model(tiny_llama(), GoatConfig.from_pretrained(tmp_path)).eval()
-    assert layers_of(model)[0].goat_adapter["default"].lora_A.isnan().all()
     assert torch.isfinite(logits(model)).all()
     mine, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(fresh)
     assert mine.keys() == theirs.keys()
     for key in theirs:
         if "router" not in key:
             torch.testing.assert_close(mine[key], theirs[key])
-    other = get_peft_model(tiny_llama(), GoatConfig.from_pretrained(tmp_path))
-    other.save_pretrained(tmp_path / "unused")  # before any forward: saving starts it, too
-    saved = load_file(tmp_path / "unused" / "adapter_model.safetensors")
-    assert all(torch.equal(saved[key], value) for key, value in mine.items())  # and every process starts alike
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in mine.items())
 
 
 def test_an_incomplete_adapter_is_named(tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
+import gc
 import json
 import re
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -406,7 +409,64 @@ def test_a_forward_that_somebody_put_into_a_model_counts():
 def test_only_layers_that_are_to_be_adapted_are_reported():
     model = Reader()
     assert weight_readers(model, [model.called]) == {}
-    assert weight_readers(model, [model.read]) == {id(model.read): "Reader.forward"}
+    assert weight_readers(model, [model.read]) == {id(model.read): ("Reader.forward", False)}
+
+
+class Regularised(nn.Module):
+    """Reads weights for a penalty, and asks a weight for zeros of its kind: its layers are called all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.fused = False
+        self.step = nn.Parameter(torch.zeros(()))
+
+    @property
+    def fast(self):
+        raise NotImplementedError("asked while the model is looked at")
+
+    def penalty(self):
+        return self.fc.weight.square().sum()
+
+    def forward(self, x):
+        if self.fused and self.fast and self.step > 3:
+            return nn.functional.linear(x, self.fc.weight)
+        return self.fc(x + self.fc.weight.new_zeros(16))
+
+
+def test_code_that_is_not_transformers_is_warned_about_and_adapted():
+    """The analysis was checked on transformers' models; elsewhere it may be wrong, and refusing would leave no way."""
+    with pytest.warns(UserWarning, match=r"Regularised\.penalty seems to compute with the weight of fc"):
+        model = get_peft_model(Regularised(), config(target_modules=["fc"], task_type=None))
+    assert set(goat_layers(model.base_model.model)) == {"fc"}
+    model(torch.randn(3, 16)).sum().backward()
+    assert model.base_model.model.fc.goat_adapter["default"].lora_B.grad.any()
+
+
+def test_the_analysis_keeps_no_model_alive():
+    def made():
+        model = nn.Sequential(nn.Linear(16, 16))
+        forward = model.forward
+        model.forward = lambda x: forward(x)
+        return get_peft_model(model, config(target_modules=["0"], task_type=None))
+
+    model = made()
+    weight = weakref.ref(model.base_model.model[0].base_layer.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_following_the_advice_changes_no_layer():
+    """In SigLIP the pooling head's out_proj cannot be adapted, and every attention has one that can."""
+    with ours() as texts:
+        first = set(goat_layers(get_peft_model(siglip(), config(task_type=None)).base_model.model))
+    exclude = ast.literal_eval(re.search(r"exclude_modules=(\[.*?\])", texts[0])[1])
+    with ours() as texts:
+        second = get_peft_model(siglip(), config(task_type=None, exclude_modules=exclude))
+    assert not texts
+    assert set(goat_layers(second.base_model.model)) == first
+    assert any(name.endswith("self_attn.out_proj") for name in first)
 
 
 def test_layers_that_only_seem_to_be_read_are_adapted():
@@ -554,13 +614,34 @@ class Holder(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "message"), [(Pair, "gives a tuple"), (Grouped, r"gives \[2, 3, 2, 8\]"), (Particular, "fails on an inp")]
 )
-def test_a_layer_whose_forward_is_no_product_is_refused_or_left_out(kind, message):
+def test_a_layer_of_transformers_whose_forward_is_no_product_is_refused_or_left_out(kind, message, monkeypatch):
+    monkeypatch.setattr(kind, "__module__", "transformers.models.one")
     with pytest.raises(TypeError, match=rf"second is a .*{kind.__name__} whose forward {message}.*exclude_modules"):
         get_peft_model(Holder(kind), config(target_modules=["first", "second"], task_type=None))
     with ours() as texts:
         model = get_peft_model(Holder(kind), config(task_type=None))
     assert message.partition("\\")[0] in texts[0]
     assert list(goat_layers(model.base_model.model)) == ["first"]
+
+
+@pytest.mark.parametrize(("kind", "found"), [(Pair, "a tuple"), (Grouped, r"\[4, 2, 8\]")])
+def test_a_layer_of_others_is_judged_by_its_first_output(kind, found):
+    model = get_peft_model(Holder(kind), config(target_modules=["second"], task_type=None))
+    with pytest.raises(TypeError, match=rf"second gives {found}.*exclude_modules"):
+        model(torch.randn(4, 16))
+
+
+def test_a_layer_that_takes_more_than_x_gets_it():
+    class Scaled(nn.Linear):
+        def forward(self, x, scale):
+            assert x.ndim == 2 and not torch.isnan(x).any()
+            return scale * super().forward(x)
+
+    layer = Scaled(16, 16)
+    expected = layer(torch.ones(2, 16), 3.0)
+    base = nn.ModuleDict({"layer": layer})
+    get_peft_model(base, config(target_modules=["layer"], init="lora", task_type=None))
+    torch.testing.assert_close(base["layer"](torch.ones(2, 16), 3.0), expected)
 
 
 def test_a_layer_with_a_forward_of_its_own_keeps_it():

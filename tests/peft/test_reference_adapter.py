@@ -191,6 +191,20 @@ def test_an_adapter_with_the_configuration_of_another_starts_afresh(tmp_path):
         assert not torch.equal(routers[0], _layers(start)[0].goat_adapter["default"].router)
 
 
+@pytest.mark.parametrize("change", [{"eta": 0.1}, {"init": "pissa"}, {"rho": 5.0}, {"r": 16}], ids=str)
+def test_a_configuration_that_was_changed_since_starts_by_its_new_values(change):
+    shared = GoatConfig(r=8, num_experts=4, target_modules=["k_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), shared)
+    for name, value in change.items():
+        setattr(shared, name, value)
+    model.add_adapter("second", shared)
+    start = fresh(target_modules=["k_proj"], **change)
+    torch.testing.assert_close(_without_router(model, "second"), _without_router(start, "default"))
+    assert [layer.scaling["second"] for layer in _layers(model)] == [
+        layer.scaling["default"] for layer in _layers(start)
+    ]
+
+
 def test_a_configuration_that_is_only_equal_runs_its_own_svd():
     model = trained(fresh())
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))

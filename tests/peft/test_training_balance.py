@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -266,7 +267,7 @@ def _tokenizer(folder):
     )
 
 
-@pytest.mark.parametrize("where", ["loss", "data", "callback"])
+@pytest.mark.parametrize("where", ["loss", "data", "callback", "begin"])
 def test_an_exception_in_training_leaves_no_scale_behind(where, tmp_path):
     """A loop of one's own after a training that failed counts each balance loss once, not as that trainer did."""
 
@@ -287,6 +288,10 @@ def test_an_exception_in_training_leaves_no_scale_behind(where, tmp_path):
             if where == "callback":
                 raise StoppedError
 
+        def on_epoch_begin(self, *args, **kwargs):
+            if where == "begin":
+                raise StoppedError
+
     class Trainer(InOrder, transformers.Trainer):
         def compute_loss(self, *args, **kwargs):
             if where == "loss" and self.state.global_step == 1:
@@ -299,4 +304,16 @@ def test_an_exception_in_training_leaves_no_scale_behind(where, tmp_path):
     with pytest.raises(StoppedError):
         trainer.train()
     assert [scale.default for scale in balance_scales(model)] == [1.0]
-    assert "_run_epoch" not in vars(trainer)
+    assert ("_run_epoch" in vars(trainer)) == (where == "begin")  # no epoch began: the next training puts it back
+    assert pickle.loads(pickle.dumps(GoatCallback())).history == []
+
+
+def test_a_training_that_ends_leaves_the_trainer_as_it_was(tmp_path):
+    model = goat_model("llama")
+    trainer = Trainer(
+        model, trainer_arguments(tmp_path, 2), train_dataset=rows_of(batch("llama")), callbacks=[GoatCallback()]
+    )
+    for _ in range(2):
+        trainer.train()
+        assert "_run_epoch" not in vars(trainer)
+        assert [scale.default for scale in balance_scales(model)] == [1.0]
