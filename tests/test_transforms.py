@@ -117,6 +117,18 @@ def test_a_batch_of_models_and_a_batch_of_inputs_map(case):
     assert_close("nested", vmap(vmap(models[0]))(x), expected, F64)
 
 
+def test_every_call_has_a_batching_rule():
+    model = Model(dropout=0.2)
+    x, weights = torch.randn(3, 5, 10, dtype=F64), torch.randn(3, 5, 9, dtype=F64)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*performance drop.*")
+            vmap(grad(objective(model)), in_dims=(None, 0, 0), randomness="different")(trainable(model), x, weights)
+    finally:
+        torch.set_warn_always(False)
+
+
 def test_mapping_selects_the_same_experts_also_where_logits_tie():
     problem = make_problem(T=6, K=2)
     problem.router[2] = problem.router[0]
