@@ -86,20 +86,20 @@ def test_experts_that_all_linear_leaves_out_are_named_once_with_their_share(fami
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
-        ("Qwen3Moe", {"target_modules": ["q_proj", "gate_proj"]}, {"gate_up_proj"}),
-        ("Qwen3Moe", {"target_modules": ["v_proj", "down_proj"]}, {"down_proj"}),
-        ("Olmoe", {"target_modules": r".*(o_proj|experts\.\d+\.(up|down)_proj)"}, {"gate_up_proj", "down_proj"}),
-        ("Olmoe", {"target_modules": ["k_proj", "gate_up_proj"]}, {"gate_up_proj"}),
-        ("Mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}, {"gate_up_proj", "down_proj"}),
-        ("GptOss", {"target_modules": ["q_proj", "down_proj"]}, {"down_proj"}),
-        ("DeepseekV3", {"target_modules": ["up_proj"]}, {"gate_up_proj"}),  # it has dense layers and shared experts too
-        ("Dbrx", {"target_modules": ["Wqkv", "w1"]}, {"w1"}),
-        ("Qwen3Moe", {"exclude_modules": r".*experts\.gate_up_proj|.*lm_head"}, {"down_proj"}),
-        ("Qwen3Moe", {"target_modules": ["q_proj", "v_proj"]}, set()),
-        ("Qwen3Moe", {"target_modules": r".*self_attn\.\w_proj"}, set()),
-        ("DeepseekV3", {"target_modules": ["up_proj", "q_a_proj"], "exclude_modules": ["experts"]}, set()),
-        ("Olmoe", {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["gate_up_proj", "k_proj"]}, set()),
-        ("Mixtral", {"target_modules": None}, set()),
+        ("Qwen3Moe", {"target_modules": ["q_proj", "gate_proj"]}, ("gate_up_proj",)),
+        ("Qwen3Moe", {"target_modules": ["v_proj", "down_proj"]}, ("down_proj",)),
+        ("Olmoe", {"target_modules": r".*(o_proj|experts\.\d+\.(up|down)_proj)"}, ("gate_up_proj", "down_proj")),
+        ("Olmoe", {"target_modules": ["k_proj", "gate_up_proj"]}, ("gate_up_proj",)),
+        ("Mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}, ("gate_up_proj", "down_proj")),
+        ("GptOss", {"target_modules": ["q_proj", "down_proj"]}, ("down_proj",)),
+        ("DeepseekV3", {"target_modules": ["up_proj"]}, ("gate_up_proj",)),  # it has dense layers and shared experts too
+        ("Dbrx", {"target_modules": ["Wqkv", "w1"]}, ("w1",)),
+        ("Qwen3Moe", {"exclude_modules": r".*experts\.gate_up_proj|.*lm_head"}, ("down_proj",)),
+        ("Qwen3Moe", {"target_modules": ["q_proj", "v_proj"]}, ()),
+        ("Qwen3Moe", {"target_modules": r".*self_attn\.\w_proj"}, ()),
+        ("DeepseekV3", {"target_modules": ["up_proj", "q_a_proj"], "exclude_modules": ["experts"]}, ()),
+        ("Olmoe", {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["gate_up_proj", "k_proj"]}, ()),
+        ("Mixtral", {"target_modules": None}, ()),
     ],
     ids=str,
 )
@@ -108,7 +108,7 @@ def test_experts_are_spoken_of_where_target_modules_ask_for_them(family, changes
         get_peft_model(tiny_moe(family), config(**changes))
     found = {leaf for text in texts for leaf in re.findall(r"experts\.(?:mlp\.)?(\w+)", text.split("parameters)")[0])}
     assert len(texts) == bool(named)
-    assert found == named
+    assert found == set(named)
 
 
 def test_experts_are_spoken_of_when_an_adapter_is_made_and_not_when_it_is_loaded(tmp_path):
