@@ -32,7 +32,7 @@ class RoutedModule:
 
     An eager forward keeps its statistics by binding new tensors. Compiled code writes them into the tensors that are
     bound then, because within a checkpoint a traced forward may write tensors but bind no attributes. So there is
-    always a pair to write into; before the first forward its load is negative, which no load is.
+    always a pair, [1] and [E], to write into; before the first forward its load is negative, which no load is.
     """
 
     balance_coefficient: float = 0.0
@@ -44,7 +44,7 @@ class RoutedModule:
     @property
     def balance_loss(self) -> Tensor | None:
         """The last forward's balance loss, detached, 0-d float32 (float64 for float64 input); None before."""
-        return self._balance_loss.clone() if self._has_statistics() else None
+        return self._balance_loss.reshape(()).clone() if self._has_statistics() else None
 
     @property
     def expert_load(self) -> Tensor | None:
@@ -55,6 +55,8 @@ class RoutedModule:
         load = self._expert_load
         if load is None or load.is_meta:
             return False
+        if torch.compiler.is_compiling():  # which cannot ask the device, and follows a forward
+            return True
         if self._may_be_unused:  # asked of the device until it says no
             self._may_be_unused = bool(load[0] < 0)
         return not self._may_be_unused
@@ -66,9 +68,10 @@ class RoutedModule:
         """
         if load is None:
             return
+        balance_loss = balance_loss.detach().reshape(1)  # what compiled code writes to a 0-d float64 tensor is lost
         if torch.compiler.is_compiling():
             if self._can_hold(balance_loss, load):
-                self._balance_loss.copy_(balance_loss.detach())
+                self._balance_loss.copy_(balance_loss)
                 self._expert_load.copy_(load)
                 return
         elif type(load) is not Tensor:
@@ -77,7 +80,7 @@ class RoutedModule:
             with torch.inference_mode(False):
                 balance_loss, load = balance_loss.clone(), load.clone()
         # Past nn.Module's __setattr__, whose questions cost noticeable time in a small layer.
-        self.__dict__.update(_balance_loss=balance_loss.detach(), _expert_load=load)
+        self.__dict__.update(_balance_loss=balance_loss, _expert_load=load)
 
     def _can_hold(self, *statistics: Tensor) -> bool:
         return all(
@@ -93,7 +96,7 @@ class RoutedModule:
         dtype = torch.float64 if router.dtype == torch.float64 else torch.float32
         with torch.no_grad(), torch.inference_mode(False):
             if load is None or load.is_meta or len(load) != len(router):
-                self._balance_loss = torch.zeros((), dtype=dtype, device=router.device)
+                self._balance_loss = torch.zeros(1, dtype=dtype, device=router.device)
                 self._expert_load = torch.full((len(router),), -1.0, dtype=dtype, device=router.device)
                 self._may_be_unused = True
             elif not router.is_meta:

@@ -368,6 +368,33 @@ def test_meta_shapes_and_layouts_equal_the_real_ones():
         assert described[0] == described[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_statistics_of_a_compiled_forward(compiler, dtype):
+    torch.manual_seed(1)
+    layer = GoatLinear.from_linear(torch.nn.Linear(24, 20).to(dtype), r=6, num_experts=3, top_k=2)
+    x = torch.randn(9, 24).to(dtype)
+    compiled = torch.compile(copy.deepcopy(layer), backend=compiler, fullgraph=True)
+    layer(x)
+    for _ in range(2):  # before and after an eager forward has bound tensors of its own
+        compiled(x)
+        torch.testing.assert_close(compiled.balance_loss, layer.balance_loss)
+        torch.testing.assert_close(compiled.expert_load, layer.expert_load)
+        compiled._orig_mod(torch.zeros_like(x))
+
+
+def test_statistics_can_be_read_in_compiled_code():
+    layer = GoatLinear(24, 20, r=6, num_experts=3)
+    x = torch.randn(9, 24)
+    read = torch.compile(
+        lambda x: (layer(x), layer.balance_loss, layer.expert_load), backend="aot_eager", fullgraph=True
+    )
+    _, balance_loss, load = read(x)
+    layer(x)
+    torch.testing.assert_close(balance_loss, layer.balance_loss)
+    torch.testing.assert_close(load, layer.expert_load)
+
+
 def test_the_balance_loss_differentiates_in_compiled_code():
     problem = make_problem()
     options = {"use_output": False, "balance_share": BALANCE_SHARE}

@@ -92,7 +92,11 @@ def test_experts_that_all_linear_leaves_out_are_named_once_with_their_share(fami
         ("Olmoe", {"target_modules": ["k_proj", "gate_up_proj"]}, ("gate_up_proj",)),
         ("Mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}, ("gate_up_proj", "down_proj")),
         ("GptOss", {"target_modules": ["q_proj", "down_proj"]}, ("down_proj",)),
-        ("DeepseekV3", {"target_modules": ["up_proj"]}, ("gate_up_proj",)),  # it has dense layers and shared experts too
+        (
+            "DeepseekV3",
+            {"target_modules": ["up_proj"]},
+            ("gate_up_proj",),
+        ),  # it has dense layers and shared experts too
         ("Dbrx", {"target_modules": ["Wqkv", "w1"]}, ("w1",)),
         ("Qwen3Moe", {"exclude_modules": r".*experts\.gate_up_proj|.*lm_head"}, ("down_proj",)),
         ("Qwen3Moe", {"target_modules": ["q_proj", "v_proj"]}, ()),
