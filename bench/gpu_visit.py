@@ -46,7 +46,7 @@ _ON_GPU = re.compile(r"mark\.gpu\b|def test_\w+\([^)]*\bdevice\b")
 #: Run under compute-sanitizer: every pass of small layers in both forms: fused, in stages with dropout, decoding.
 _SMALL_CASE = """
 import torch
-from goat_kernels.backends.triton_backend.passes import TritonPasses
+from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.checks.problem import LayerCase, make_problem, run_passes
 for T, E, K, dropout_p in ((1100, 8, 2, 0.0), (75, 6, 3, 0.1), (16, 6, 3, 0.0)):
     for path in (False, True):

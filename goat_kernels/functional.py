@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import _get_proxies
 from goat_kernels.argument_checks import check_scalars, check_tensors, unpack_residual
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import resolve_backend
-from goat_kernels.backends.dropout import draw_seed
+from goat_kernels.dropout import draw_seed
 from goat_kernels.operators import backward_operator, forward_operator, run_backward, run_forward
 from goat_kernels.plain import is_transformed, plain_forward
 

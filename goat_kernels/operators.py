@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from goat_kernels.autocast import autocast_disabled
 from goat_kernels.backends import get_backend
-from goat_kernels.backends.base import Adapter, Passes, Routing, stats_dtype
+from goat_kernels.passes import Adapter, Passes, Routing, stats_dtype
 
 _library = torch.library.Library("goat_kernels", "DEF")
 

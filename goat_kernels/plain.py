@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from goat_kernels.autocast import autocast_disabled
-from goat_kernels.backends.base import Adapter
 from goat_kernels.backends.torch_backend import plain_prefill
+from goat_kernels.passes import Adapter
 
 
 def is_transformed(is_compiling: bool) -> bool:

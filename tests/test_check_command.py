@@ -13,10 +13,10 @@ import time
 import pytest
 import torch
 
-from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.checks import correctness, traffic
 from goat_kernels.cli import check, main
 from goat_kernels.kernels.common import INTERPRETED
+from goat_kernels.kernels.passes import TritonPasses
 
 PASSES = (
     "prefill",
@@ -116,7 +116,10 @@ def failed_rows(output):
 
 def test_all_is_well_with_one_case(one_case, capsys):
     assert main(["check", "--dtype", "float32"]) == 0
-    assert "FAIL" not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "FAIL" not in output
+    told = r"^Replay is on \(GOAT_KERNELS_REPLAY=0 turns it off\): 3 steps of one layer, 2 of 6 calls replayed, "
+    assert re.search(told, output, re.M)
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")], ids=["wrong", "nan"])

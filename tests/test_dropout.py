@@ -26,7 +26,7 @@ from goat_problems import (
 from torch.utils.checkpoint import checkpoint
 
 from goat_kernels import GoatLinear, goat_linear
-from goat_kernels.backends.dropout import draw_seed, expert_slots, keep_mask, keep_scale
+from goat_kernels.dropout import draw_seed, expert_slots, keep_mask, keep_scale
 from goat_kernels.functional import routed_linear
 
 SIGMAS = 4.0

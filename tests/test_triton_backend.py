@@ -43,10 +43,10 @@ from triton_cases import (
 )
 
 from goat_kernels import GoatLinear, goat_linear
-from goat_kernels.backends.base import Adapter
-from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.functional import routed_linear
+from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.numerics import SELECTION_GAP, selection_mismatch
+from goat_kernels.passes import Adapter
 from goat_kernels.reference import select_top_k
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter

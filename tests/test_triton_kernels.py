@@ -29,13 +29,13 @@ from triton_cases import (
     selection_of,
 )
 
-from goat_kernels.backends.base import Adapter, Routing
-from goat_kernels.backends.dropout import _pair_bits, expert_slots, keep_mask, keep_scale
 from goat_kernels.backends.torch_backend import TorchPasses
-from goat_kernels.backends.triton_backend.backward import TritonHiddenGradient
-from goat_kernels.backends.triton_backend.passes import TritonPasses
+from goat_kernels.dropout import _pair_bits, expert_slots, keep_mask, keep_scale
 from goat_kernels.kernels.configs import forced_target
+from goat_kernels.kernels.hidden_gradient import TritonHiddenGradient
+from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.kernels.tiles import Tile
+from goat_kernels.passes import Adapter, Routing
 from goat_kernels.reference import select_top_k
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64

@@ -20,12 +20,14 @@ from goat_problems import Outcome, Problem, assert_outcomes_identical, evaluate,
 from triton_cases import FOUR_PROCESSORS, MANY_PROCESSORS, ONE_PROCESSOR, goat_on, matmul_precision, onto_base_output
 
 from goat_kernels import operators
-from goat_kernels.backends.triton_backend import plans as plans_module
-from goat_kernels.backends.triton_backend.passes import TritonPasses
-from goat_kernels.backends.triton_backend.plan import Place, Plan, rebuilder
-from goat_kernels.backends.triton_backend.watching import laid_out
+from goat_kernels.checks import replay as check_module
+from goat_kernels.checks.problem import LayerCase
+from goat_kernels.kernels import passes as passes_module
+from goat_kernels.kernels import replay as plans_module
 from goat_kernels.kernels.configs import forced_target
 from goat_kernels.kernels.launch import observed
+from goat_kernels.kernels.passes import TritonPasses
+from goat_kernels.kernels.replay import Place, Plan, laid_out, rebuilder
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 
@@ -208,6 +210,52 @@ def test_observers_see_every_launch(passes, device):
     with observed(observer):
         evaluate(goat_on(device), problem)
     assert {"fused_forward", "project"} & set(seen) and "weight_gradient" in seen
+
+
+@pytest.mark.parametrize("value", ["0", "1", ""])
+def test_the_switch_decides_whether_the_code_of_the_passes_runs_at_every_call(value, device, monkeypatch):
+    monkeypatch.setenv("GOAT_KERNELS_REPLAY", value)
+    passes, ran = TritonPasses(), []
+    monkeypatch.setattr(operators, "get_backend", lambda name: passes)
+    for name in ("prefill", "hidden_gradient", "weight_gradients", "input_prefill"):
+        pass_ = getattr(passes_module, name)
+
+        def noted(*arguments, pass_=pass_, name=name, **needs):
+            ran.append(name)
+            return pass_(*arguments, **needs)
+
+        monkeypatch.setattr(passes_module, name, noted)
+    problem = make_problem(T=70, R0=4, dtype=F32)
+    outcomes = [evaluate(goat_on(device), problem) for _ in range(5)]
+    for outcome in outcomes[1:]:
+        assert_outcomes_identical(outcome, outcomes[0])
+    is_off = value == "0"
+    assert len(ran) == 4 * (5 if is_off else 2)
+    assert (passes.plans.is_on, passes.plans.calls, passes.plans.replayed) == (not is_off, 10, 0 if is_off else 6)
+
+
+@pytest.mark.parametrize("value", ["off", "2", "false"])
+def test_an_unknown_value_of_the_switch_is_named(value, monkeypatch):
+    monkeypatch.setenv("GOAT_KERNELS_REPLAY", value)
+    with pytest.raises(ValueError, match=f"GOAT_KERNELS_REPLAY='{value}' is unknown; it must be 0"):
+        TritonPasses()
+
+
+@pytest.mark.parametrize("is_on", [True, False], ids=["on", "off"])
+def test_the_check_counts_replayed_calls_and_names_what_is_wrong(is_on, device, monkeypatch):
+    monkeypatch.setenv("GOAT_KERNELS_REPLAY", str(int(is_on)))
+    passes = TritonPasses()
+    for module in (operators, check_module):
+        monkeypatch.setattr(module, "get_backend", lambda name: passes)
+    case = LayerCase(T=20, N=24, M=20, R=8, E=4, dtype=F32, target=ONE_PROCESSOR)
+    found = check_module.check_replay(case, device)
+    assert (found.is_on, found.calls, found.replayed, found.identical) == (is_on, 6, 2 if is_on else 0, True)
+    assert found.fault() is None
+    assert check_module.check_replay(case, device) == found and passes.plans.calls == 0
+    with observed(lambda launch: launch.run()):
+        unseen = check_module.check_replay(case, device)
+    assert unseen.replayed == 0 and bool(unseen.fault()) == is_on
+    assert "other bits" in replace(found, identical=False).fault()
 
 
 def test_the_number_of_plans_is_bounded(passes, device, monkeypatch):

@@ -23,12 +23,11 @@ from goat_problems import Outcome, Problem, assert_outcomes_agree, evaluate
 from torch import Tensor
 
 from goat_kernels import goat_linear
-from goat_kernels.backends.dropout import expert_slots, keep_masks, keep_scale
+from goat_kernels.dropout import expert_slots, keep_masks, keep_scale
 from goat_kernels.functional import GoatOutput, routed_linear
-from goat_kernels.kernels.common import INTERPRETED
+from goat_kernels.kernels.common import INTERPRETED, LOW_PART_SCALE, route
 from goat_kernels.kernels.configs import Target, forced_target, forced_tile
 from goat_kernels.kernels.launch import Launch, observed
-from goat_kernels.kernels.routing import LOW_PART_SCALE, route
 from goat_kernels.kernels.tiles import Tile
 from goat_kernels.numerics import SELECTION_GAP, relative_error, selection_mismatch
 from goat_kernels.reference import select_top_k

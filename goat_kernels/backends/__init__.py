@@ -1,6 +1,6 @@
 """The backends by name, and the choice among them.
 
-A backend is one object that implements :class:`goat_kernels.backends.base.Backend`; adding one is adding an entry to
+A backend is one object that implements :class:`Backend`; adding one is adding an entry to
 ``_BACKENDS``. ``"auto"`` takes the first entry that supports the tensors and is meant for their device; the environment
 variable ``GOAT_KERNELS_BACKEND`` stands in for ``"auto"`` where a call does not name a backend.
 """
@@ -9,14 +9,34 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Protocol
 
 import torch
 
-from goat_kernels.backends.base import Backend, Passes
 from goat_kernels.backends.torch_backend import TorchBackend
 from goat_kernels.backends.triton_backend import TritonBackend
+from goat_kernels.passes import Passes
 
 ENVIRONMENT_VARIABLE = "GOAT_KERNELS_BACKEND"
+
+
+class Backend(Protocol):
+    """Where a set of passes can run; asked before the passes are loaded."""
+
+    name: str
+
+    def unavailable_reason(self) -> str | None:
+        """None, or why this backend cannot run on this machine."""
+
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None, or why x of ``dtype`` on ``device`` cannot be computed."""
+
+    def preferred_on(self, device: torch.device) -> bool:
+        """Whether ``auto`` may pick this backend for ``device``."""
+
+    def passes(self) -> Passes:
+        """The passes."""
+
 
 #: In the order in which ``auto`` tries them.
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), TorchBackend())}

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goat_kernels.backends.base import Adapter, Routing, stats_dtype
-from goat_kernels.backends.dropout import expert_slots, keep_masks, keep_scale
+from goat_kernels.dropout import expert_slots, keep_masks, keep_scale
+from goat_kernels.passes import Adapter, Routing, stats_dtype
 
 #: Two measured costs that decide between two exact ways of the residual, in arithmetic operations of a large product:
 #: copying one element of the weight, and a skinny product's operation (at the CPU sizes of ``goat-kernels bench``).
@@ -30,7 +30,7 @@ _workspaces = threading.local()
 
 
 class TorchBackend:
-    """Implements :class:`goat_kernels.backends.base.Backend`: it runs everywhere."""
+    """Implements :class:`goat_kernels.backends.Backend`: it runs everywhere."""
 
     name = "torch"
 
@@ -64,7 +64,7 @@ class TorchHiddenGradient(NamedTuple):
 
 
 class TorchPasses:
-    """Implements :class:`goat_kernels.backends.base.Passes` with torch calls."""
+    """Implements :class:`goat_kernels.passes.Passes` with torch calls."""
 
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Hashable) -> Any:
         return function(self, *arguments, **options)
@@ -194,7 +194,7 @@ def plain_prefill(
 def _prefill(
     x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None, *, in_place: bool
 ) -> tuple[Tensor, Tensor, Routing]:
-    """``prefill`` of :class:`goat_kernels.backends.base.Passes`.
+    """``prefill`` of :class:`goat_kernels.passes.Passes`.
 
     ``in_place``: whether y0 may be written twice and constants kept for later calls, which only tensors of an ordinary
     eager call without autograd allow.

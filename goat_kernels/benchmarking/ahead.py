@@ -25,7 +25,7 @@ def compile_ahead(cases: Iterable[Case], settings: BenchSettings) -> None:
     device = settings.device
     if device.type != "cuda" or why_not_auto("triton", device, settings.dtype) is not None:
         return
-    from goat_kernels.backends.triton_backend.passes import TritonPasses
+    from goat_kernels.kernels.passes import TritonPasses
 
     with compiling(device):
         for problem in _problems(cases, settings.dtype):

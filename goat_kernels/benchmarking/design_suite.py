@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from goat_kernels.backends import get_backend, why_not_auto
-from goat_kernels.backends.base import Passes
 from goat_kernels.benchmarking.capture import Captured, Eager, step_of, worst_error
 from goat_kernels.benchmarking.cases import Case
 from goat_kernels.benchmarking.failures import in_words, too_far
@@ -23,6 +22,7 @@ from goat_kernels.benchmarking.settings import BenchSettings
 from goat_kernels.benchmarking.timing import copies_for, time_interleaved
 from goat_kernels.checks.problem import Problem, make_problem
 from goat_kernels.numerics import TOLERANCES, relative_error
+from goat_kernels.passes import Passes
 
 _ALONE = "base product alone"
 OURS = "adapter, then base product in place (ours)"

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from goat_kernels.backends.base import Passes
-from goat_kernels.backends.triton_backend.operands import on_device_of, precision
 from goat_kernels.checks.problem import Problem
-from goat_kernels.kernels.common import cast, padded, product
-from goat_kernels.kernels.launch import blocks
+from goat_kernels.kernels.common import cast, padded, precision, product
+from goat_kernels.kernels.launch import blocks, on_device
+from goat_kernels.passes import Passes
 
 #: (rows, columns, K step, warps, stages) by bytes of an element: the usual tiles of a large half-precision product.
 _TILES = {2: (128, 256, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
@@ -102,7 +101,7 @@ def extra_k(x_TN: Tensor, W_NM: Tensor, hidden_TC: Tensor, extra_CM: Tensor, bia
     (T, N), M, C = x_TN.shape, W_NM.shape[1], hidden_TC.shape[1]
     rows, columns, step, warps, stages = _TILES[x_TN.element_size()]
     y_TM = x_TN.new_empty(T, M)
-    with on_device_of(x_TN):
+    with on_device(x_TN.device):
         matmul_with_extra_k[(blocks(T, rows) * blocks(M, columns),)](
             x_TN,
             W_NM,

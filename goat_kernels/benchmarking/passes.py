@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from goat_kernels.backends import get_backend, why_not_auto
-from goat_kernels.backends.base import Adapter, Passes, Routing
 from goat_kernels.benchmarking.capture import Captured, Eager, step_of, worst_error
 from goat_kernels.benchmarking.cases import Case
 from goat_kernels.benchmarking.failures import differs, in_words, too_far
@@ -27,6 +26,7 @@ from goat_kernels.checks.correctness import compare
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
 from goat_kernels.kernels.configs import Target, current_target, forced_target
 from goat_kernels.numerics import TOLERANCES, relative_error
+from goat_kernels.passes import Adapter, Passes, Routing
 
 #: A pass of the interface -> the lines of ``goat-kernels check`` that it has to pass before it is timed.
 CHECKED_BY = {
@@ -136,9 +136,9 @@ def requested_bytes(case: LayerCase, target: Target) -> dict[str, int]:
 
     ``target``: the GPU whose tiles are taken; none has to be here.
     """
-    from goat_kernels.backends.triton_backend.passes import TritonPasses
     from goat_kernels.checks.traffic_plans import planned
     from goat_kernels.kernels.launch import observed
+    from goat_kernels.kernels.passes import TritonPasses
 
     moved = Counter()
 

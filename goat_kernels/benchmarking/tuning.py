@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from goat_kernels.backends import why_not_auto
-from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.benchmarking.capture import Captured, Eager, step_of
 from goat_kernels.benchmarking.cases import Case
 from goat_kernels.benchmarking.failures import differs, in_words
@@ -26,6 +25,7 @@ from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_pa
 from goat_kernels.checks.tuning import compile_tiles, neighbours
 from goat_kernels.kernels.configs import Choice, current_target, find_tile, forced_target, forced_tile, recorded_choices
 from goat_kernels.kernels.launch import Launch, observed
+from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.kernels.tiles import Tile
 
 

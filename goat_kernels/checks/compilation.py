@@ -25,10 +25,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.checks.problem import LayerCase, make_problem, run_passes
 from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 from goat_kernels.kernels.launch import Launch, observed
+from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.kernels.tiles import Tile
 
 _COMPILER_TARGETS = {

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from goat_kernels.backends import get_backend
-from goat_kernels.backends.base import Passes, Routing
-from goat_kernels.backends.dropout import draw_seed
 from goat_kernels.backends.torch_backend import TorchHiddenGradient, TorchPasses
 from goat_kernels.checks.ahead import compiling
 from goat_kernels.checks.lora_arithmetic import goat_as_lora
 from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, make_problem, run_passes
+from goat_kernels.dropout import draw_seed
 from goat_kernels.functional import goat_linear
 from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.numerics import TOLERANCES, relative_error
+from goat_kernels.passes import Passes, Routing
 from goat_kernels.reference import goat_reference
 
 #: (x's dtype, the adapter's).
@@ -156,7 +156,7 @@ def compile_ahead(cases: Iterable[LayerCase], device: torch.device) -> None:
     The passes run on tensors without values, and their launches are compiled in place of being made. What does not
     compile raises when it is launched.
     """
-    from goat_kernels.backends.triton_backend.passes import TritonPasses
+    from goat_kernels.kernels.passes import TritonPasses
 
     with compiling(device):
         for case in cases:
@@ -182,7 +182,7 @@ class _PassInputs:
     def gradient(self, backend: str):
         """In the backend's own layout."""
         if backend == "triton":
-            from goat_kernels.backends.triton_backend.backward import TritonHiddenGradient  # imports Triton
+            from goat_kernels.kernels.hidden_gradient import TritonHiddenGradient  # imports Triton
 
             return TritonHiddenGradient(self.hidden_TR, self.logits_ET, self.residual_TR0, partial_B=None)
         parts = [self.hidden_TR, self.logits_ET.t().to(self.hidden_TR.dtype)]
@@ -292,7 +292,7 @@ def _oracle(problem: Problem) -> tuple[dict[str, Tensor], Tensor | None]:
     """(results of the layer in float64, dropout masks)."""
     torch.manual_seed(0)
     masks = dropout_masks(problem, draw_seed(problem.x_TN.device)) if problem.adapter.dropout_p else None
-    return _run_layer(goat_reference, problem.double(), dropout_masks=masks), masks
+    return run_layer(goat_reference, problem.double(), dropout_masks=masks), masks
 
 
 def _lora_errors(problem: Problem) -> dict[str, float]:
@@ -300,7 +300,7 @@ def _lora_errors(problem: Problem) -> dict[str, float]:
     if problem.x_TN.dtype.itemsize != 2 or problem.adapter.lora_A.dtype != torch.float32:
         return {}
     expected, masks = _oracle(problem)
-    results = _run_layer(goat_as_lora, problem, dropout_masks=masks)
+    results = run_layer(goat_as_lora, problem, dropout_masks=masks)
     return {what: relative_error(results[what], expected[what]) for what in expected}
 
 
@@ -308,13 +308,13 @@ def _layer_errors(backend: str, problem: Problem) -> dict[str, tuple[str, float,
     """Result of the layer -> ("", error, bound)."""
     expected, _ = _oracle(problem)
     torch.manual_seed(0)  # the layer draws the seed that the oracle's masks come from
-    results = _run_layer(goat_linear, problem, dropout_p=problem.adapter.dropout_p, training=True, backend=backend)
+    results = run_layer(goat_linear, problem, dropout_p=problem.adapter.dropout_p, training=True, backend=backend)
     bounds = {"balance loss": TOLERANCES[torch.float32].relative}
     bound = TOLERANCES[problem.x_TN.dtype].relative
     return {what: ("", relative_error(results[what], expected[what]), bounds.get(what, bound)) for what in expected}
 
 
-def _run_layer(function: Callable, problem: Problem, **options) -> dict[str, Tensor]:
+def run_layer(function: Callable, problem: Problem, **options) -> dict[str, Tensor]:
     """Output, balance loss and every gradient of ``goat_linear`` or ``goat_reference``."""
     adapter = problem.adapter
     leaves = {

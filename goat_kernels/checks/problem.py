@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from goat_kernels.backends.base import Adapter, Passes
-from goat_kernels.backends.dropout import expert_slots, keep_masks, keep_scale
+from goat_kernels.dropout import expert_slots, keep_masks, keep_scale
 from goat_kernels.kernels.configs import Target
+from goat_kernels.passes import Adapter, Passes
 from goat_kernels.reference import select_top_k
 
 #: Tokens whose K-th and next logit are nearer than this, relative to the largest, are not drawn: there two right

@@ -169,7 +169,7 @@ _STREAMS = {
 
 
 def _layer(case: LayerCase, problem: Problem, moved_by: Callable[[Launch], dict[str, tuple[int, int]]]) -> list[Moved]:
-    from goat_kernels.backends.triton_backend.passes import TritonPasses  # imports Triton
+    from goat_kernels.kernels.passes import TritonPasses  # imports Triton
 
     rows: list[Moved] = []
 

@@ -17,11 +17,11 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.checks.ahead import compiling
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
 from goat_kernels.kernels.configs import RANKED, Choice, forced_tile, invalid_reason, recorded_choices
 from goat_kernels.kernels.launch import Launch, observed
+from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.kernels.tiles import Entry, Tile
 
 #: What a tile can fail with on a GPU: it does not compile, or needs more than a program has.

@@ -204,11 +204,31 @@ def _correctness(dtype: str | None) -> tuple[list[dict], list[str]]:
     passed = sum(row.passed for row in rows)
     failures = [f"{case}: {message}" for case, message in raised]
     failures += [_failed_comparison(row) for row in rows if not row.passed]
+    ran = [case for block in blocks for case in block.cases if case not in dict(raised)]
+    if machine.backend == "triton" and ran:
+        failures += _replay(ran[0], machine)
     print(f"\n{passed} of {len(rows)} within bounds, {time.perf_counter() - start:.0f} s")
     common = {"check": "correctness", "backend": machine.backend, "machine": machine.name, **found}
     found = [_comparison_json(row) for row in rows]
     found += [{**case_json(case), "what": message, "passed": False} for case, message in raised]
     return [{**common, **row} for row in found], failures
+
+
+def _replay(case: LayerCase, machine: _Machine) -> list[str]:
+    """Print whether calls are replayed, and how many of one layer's are; failures."""
+    from goat_kernels.checks.replay import STEPS, check_replay
+    from goat_kernels.kernels.replay import REPLAY_VARIABLE
+
+    found = check_replay(case, machine.device)
+    bits = "with the bits of the first" if found.identical else "with OTHER BITS than the first"
+    if found.is_on:
+        switch = f"on ({REPLAY_VARIABLE}=0 turns it off)"
+    else:
+        switch = f"off ({REPLAY_VARIABLE}=0), every call runs the passes"
+    print(
+        f"\nReplay is {switch}: {STEPS} steps of one layer, {found.replayed} of {found.calls} calls replayed, {bits}."
+    )
+    return [] if found.fault() is None else [f"replay: {found.fault()}"]
 
 
 def _print_machine(machine: _Machine, versions: dict[str, str], dtypes: Iterable[torch.dtype]) -> None:

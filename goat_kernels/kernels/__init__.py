@@ -1,10 +1,12 @@
-"""The Triton kernels, one file per pass: no autograd, no modules. ``backends/triton_backend`` decides which run.
+"""The passes in Triton, one file per pass: kernel, launcher and the choice of its form beside one another.
 
 Symbols: T tokens, N in_features, M out_features, E experts, R total rank, D = R / E, R0 columns of the frozen residual
-pair, K top_k; BT, BN, BM, BC are a program's blocks of them (C: hidden columns). "compute" is x's dtype. All of them
+pair, K top_k; BT, BN, BM, BC are a program's blocks of them (C: hidden columns). "compute" is x's dtype. All kernels
 accumulate in float32 and write each element once.
 
-    forward    pack.py  forward.py  balance.py          in stages: project.py  route.py  expand.py
-    backward   hidden_gradient.py  weight_gradient.py  expand.py
-    shared     routing.py  dropout.py  common.py         around them: configs.py (tiles)  launch.py
+    passes.py    the passes as the rest of the package calls them
+    replay.py    a repeated call without the host's work
+    forward      adapter.py  forward.py       in stages: staged_forward.py  project.py  expand.py
+    backward     hidden_gradient.py  weight_gradient.py  expand.py
+    shared       common.py  dropout.py        tiles: configs.py (choice)  tiles.py (table)       launch.py
 """

@@ -1,11 +1,7 @@
-"""Tile sizes: one frozen table, one validity predicate, and the choice of a tile for a problem.
+"""The choice of a tile for a problem, from the table of ``tiles.py``: one validity predicate, one rule.
 
-A tile decides the shape of a program of one kernel. The table is keyed by what matters: the kernel, the GPU's family,
-the width of x's dtype, and how many hidden columns a program accumulates (R, plus R' with residual="path", R once more
-for the second slot with dropout). Adding a GPU or a better tile is adding an :class:`Entry`; ``goat-kernels tune``
-measures candidates on a GPU and writes entries in the same form, which GOAT_KERNELS_TILES names to be read.
-
-Nothing here touches a device at import.
+``goat-kernels tune`` measures candidates on a GPU and writes entries in the table's form, which GOAT_KERNELS_TILES
+names to be read before it. Nothing here touches a device at import.
 """
 
 from __future__ import annotations
@@ -13,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -164,9 +160,9 @@ def find_tile(
         read_width: bytes of an element of the adapter as it is read; None is ``width``.
     """
     read_width = read_width or width
-    if _choices is not None:
-        _choices.append(Choice(kernel, columns, width, target, T, read_width))
-    forced = _forced_tiles.get(kernel)
+    if _overrides.asked is not None:
+        _overrides.asked.append(Choice(kernel, columns, width, target, T, read_width))
+    forced = _overrides.tiles.get(kernel)
     return _tile_of_table(kernel, columns, width, target, T, read_width) if forced is None else forced
 
 
@@ -207,61 +203,61 @@ class Choice:
     read_width: int
 
 
-_choices: list[Choice] | None = None
+# --- overrides: for tuning, for tests, and for compiling and counting without the GPU ---------------------------------
+
+
+@dataclass(frozen=True)
+class _Overrides:
+    """The GPU that tiles are chosen for, tiles by kernel whatever the problem, and where to note what is asked for."""
+
+    target: Target | None = None
+    tiles: Mapping[str, Tile] = field(default_factory=dict)
+    asked: list[Choice] | None = None
+
+
+_overrides = _Overrides()
+
+
+@contextlib.contextmanager
+def _overridden(change: Callable[[_Overrides], _Overrides]) -> Iterator[None]:
+    global _overrides
+    previous, _overrides = _overrides, change(_overrides)
+    try:
+        yield
+    finally:
+        _overrides = previous
+
+
+def forced_target(target: Target) -> contextlib.AbstractContextManager[None]:
+    """Choose tiles as if ``target`` were the GPU: for compiling and counting without it."""
+    return _overridden(lambda overrides: replace(overrides, target=target))
+
+
+def forced_tile(kernel: str, tile: Tile) -> contextlib.AbstractContextManager[None]:
+    """Choose ``tile`` for ``kernel`` whatever the problem: for tuning and for tests."""
+    return _overridden(lambda overrides: replace(overrides, tiles={**overrides.tiles, kernel: tile}))
 
 
 @contextlib.contextmanager
 def recorded_choices() -> Iterator[list[Choice]]:
     """Collect what tiles are asked for."""
-    global _choices
-    previous, _choices = _choices, []
-    try:
-        yield _choices
-    finally:
-        _choices = previous
-
-
-_forced_tiles: dict[str, Tile] = {}
+    asked: list[Choice] = []
+    with _overridden(lambda overrides: replace(overrides, asked=asked)):
+        yield asked
 
 
 def is_overridden() -> bool:
     """Whether somebody chooses the tiles, or looks at what is asked for."""
-    return bool(_forced_tiles) or _choices is not None
-
-
-@contextlib.contextmanager
-def forced_tile(kernel: str, tile: Tile) -> Iterator[None]:
-    """Choose ``tile`` for ``kernel`` whatever the problem: for tuning and for tests."""
-    previous = _forced_tiles.get(kernel)
-    _forced_tiles[kernel] = tile
-    try:
-        yield
-    finally:
-        del _forced_tiles[kernel]
-        if previous is not None:
-            _forced_tiles[kernel] = previous
+    return bool(_overrides.tiles) or _overrides.asked is not None
 
 
 # --- the GPU at hand ------------------------------------------------------------------------------------------------
 
-_forced_target: Target | None = None
-
-
-@contextlib.contextmanager
-def forced_target(target: Target) -> Iterator[None]:
-    """Choose tiles as if ``target`` were the GPU: for compiling and counting without it."""
-    global _forced_target
-    previous, _forced_target = _forced_target, target
-    try:
-        yield
-    finally:
-        _forced_target = previous
-
 
 def current_target(device: torch.device) -> Target:
     """What ``device`` is; the interpreter's imitation for a CPU."""
-    if _forced_target is not None:
-        return _forced_target
+    if _overrides.target is not None:
+        return _overrides.target
     if device.type != "cuda":
         return INTERPRETER_TARGET
     return _target_of(device.index if device.index is not None else torch.cuda.current_device())

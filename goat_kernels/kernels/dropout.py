@@ -1,4 +1,4 @@
-"""Device functions for dropout: the numbers of ``goat_kernels/backends/dropout.py``, bit for bit.
+"""Device functions for dropout: the numbers of ``goat_kernels/dropout.py``, bit for bit.
 
 A kernel regenerates the mask of a slot wherever it reads x or writes dX; nothing is stored.
 """

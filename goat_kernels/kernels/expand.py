@@ -10,9 +10,107 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from goat_kernels.kernels.common import cast, product
+from goat_kernels.kernels.adapter import dropout_arguments, is_unaligned, onto_arguments, operands
+from goat_kernels.kernels.common import cast, padded, precision, product
+from goat_kernels.kernels.configs import choose_tile, current_target
 from goat_kernels.kernels.dropout import column_slots, kept, of_slot, token_keys
+from goat_kernels.kernels.hidden_gradient import TritonHiddenGradient
+from goat_kernels.kernels.launch import Launch, blocks
+from goat_kernels.passes import Adapter, Routing
+
+
+def input_prefill(adapter: Adapter, routing: Routing, gradient: TritonHiddenGradient) -> tuple[list[Launch], Tensor]:
+    """(launches, dX0): ``input_prefill`` of :class:`goat_kernels.passes.Passes`."""
+    hidden_TR = gradient.hidden_TR
+    grad_x_TN = hidden_TR.new_empty(hidden_TR.shape[0], adapter.lora_A.shape[1])
+    matrices = operands(adapter, routing.packed)
+    launches = expanded(
+        grad_x_TN,
+        hidden_TR,
+        matrices.A,
+        gradient.residual_TR0,
+        matrices.A0,
+        experts=adapter.num_experts,
+        logits_ET=gradient.logits_ET,
+        router=matrices.router,
+        dropped=adapter if adapter.seed is not None else None,
+        gate_ET=routing.gate_ET,
+    )
+    return launches, grad_x_TN
+
+
+def expanded(
+    out_TN: Tensor,
+    hidden_TR: Tensor,
+    W: Tensor,
+    residual_TR0: Tensor | None,
+    W0: Tensor | None,
+    *,
+    experts: int,
+    bias_M: Tensor | None = None,
+    base_output_TM: Tensor | None = None,
+    logits_ET: Tensor | None = None,
+    router: Tensor | None = None,
+    dropped: Adapter | None = None,
+    gate_ET: Tensor | None = None,
+) -> list[Launch]:
+    """The launch that writes out = hidden W [+ residual W0] [+ logits router] [+ bias, or the base's output].
+
+    W [R, N] and W0 [R0, N] may have any strides. None for T = 0.
+
+    ``dropped``: the adapter whose dropout masks hidden's share, with ``gate_ET``; None without dropout.
+    """
+    T, N = out_TN.shape
+    if T == 0:
+        return []
+    R, R0 = hidden_TR.shape[1], 0 if residual_TR0 is None else residual_TR0.shape[1]
+    target = current_target(out_TN.device)
+    kernel = "expand_columns"
+    if dropped is not None:
+        kernel += ".dropout"
+    if is_unaligned(out_TN.dtype, (N,), (R, R0)):
+        kernel += ".unaligned"
+    read_width = max(matrix.element_size() for matrix in (W, W0, router) if matrix is not None)
+    tile = choose_tile(kernel, R + R0, out_TN.element_size(), target, T, read_width)
+    row_blocks, steps = blocks(T, tile.rows), blocks(N, tile.columns)
+    chunks = max(1, min(2 * target.multiprocessors // max(row_blocks, 1), steps))
+    chunk_steps = max(1, blocks(steps, chunks))
+    onto, ONTO = onto_arguments(bias_M, base_output_TM)
+    arguments = {
+        "hidden_ptr": hidden_TR,
+        "W_ptr": W,
+        "residual_ptr": residual_TR0,
+        "W0_ptr": W0 if R0 else None,
+        "logits_ptr": logits_ET,
+        "router_ptr": router,
+        "gate_ptr": None if dropped is None else gate_ET,
+        "out_ptr": out_TN,
+        "T": T,
+        "N": N,
+        "chunk_steps": chunk_steps,
+        "stride_wc": W.stride(0),
+        "stride_wn": W.stride(1),
+        "stride_0c": W0.stride(0) if R0 else 0,
+        "stride_0n": W0.stride(1) if R0 else 1,
+        **onto,
+        **dropout_arguments(dropped),
+    }
+    constants = {
+        "E": experts,
+        "R": R,
+        "R0": R0,
+        "TOP_K": 1 if dropped is None else dropped.top_k,
+        "E_DOT": padded(experts, 16),
+        "ONTO": ONTO,
+        "BT": tile.rows,
+        "BN": tile.columns,
+        "BC": min(padded(R, 16), tile.rank),
+        "BC0": min(padded(R0, 16), tile.rank),
+        "PRECISION": precision(out_TN.dtype),
+    }
+    return [Launch(expand_columns, (row_blocks, blocks(steps, chunk_steps)), arguments, constants, tile)]
 
 
 @triton.jit
@@ -43,39 +141,12 @@ def add_dropped(
 
 @triton.jit(do_not_specialize=["T", "chunk_steps", "keep_threshold"])
 def expand_columns(
-    hidden_ptr,
-    W_ptr,
-    residual_ptr,
-    W0_ptr,
-    logits_ptr,
-    router_ptr,
-    onto_ptr,
-    gate_ptr,
-    seed_ptr,
-    out_ptr,
-    T,
-    N,
-    chunk_steps,
-    stride_wc,
-    stride_wn,
-    stride_0c,
-    stride_0n,
-    stride_onto_t,
-    stride_onto_n,
-    keep_threshold,
-    keep_scale,
-    E: tl.constexpr,
-    R: tl.constexpr,
-    R0: tl.constexpr,
-    TOP_K: tl.constexpr,
-    E_DOT: tl.constexpr,
-    ONTO: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BC: tl.constexpr,
-    BC0: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    hidden_ptr, W_ptr, residual_ptr, W0_ptr, logits_ptr, router_ptr, onto_ptr, gate_ptr, seed_ptr, out_ptr,
+    T, N, chunk_steps, stride_wc, stride_wn, stride_0c, stride_0n, stride_onto_t, stride_onto_m,
+    keep_threshold, keep_scale,
+    E: tl.constexpr, R: tl.constexpr, R0: tl.constexpr, TOP_K: tl.constexpr, E_DOT: tl.constexpr, ONTO: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BC0: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Grid: (ceil(T / BT), ceil(N / (chunk_steps * BN))); a program walks chunk_steps blocks of BN. For y0, N is M.
 
     Reads
@@ -150,6 +221,6 @@ def expand_columns(
         if ONTO == "bias":
             y += tl.load(onto_ptr + n, mask=in_N, other=0.0).to(tl.float32)[None, :]
         elif ONTO == "base":
-            base = onto_ptr + rows[:, None] * stride_onto_t + n.to(tl.int64)[None, :] * stride_onto_n
+            base = onto_ptr + rows[:, None] * stride_onto_t + n.to(tl.int64)[None, :] * stride_onto_m
             y += tl.load(base, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + rows[:, None] * N + n[None, :], cast(y, dtype), mask=mask)

@@ -12,35 +12,154 @@ dY [lora_B | B0] in splits, and :func:`finish_hidden_gradient` does the rest.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from goat_kernels.kernels.common import cast, long, product
-from goat_kernels.kernels.route import sum_splits
-from goat_kernels.kernels.routing import expand, hidden_columns, load_experts, logit_gradient, scaling_experts
+from goat_kernels.kernels.adapter import Widths, is_unaligned, operands, scaling_arguments
+from goat_kernels.kernels.common import cast, expand, hidden_columns, long, precision, product, scaling_experts
+from goat_kernels.kernels.configs import choose_tile, current_target, find_tile
+from goat_kernels.kernels.forward import FUSED_EXPERTS
+from goat_kernels.kernels.launch import Launch, blocks
+from goat_kernels.kernels.project import project_columns, split_stages, sum_splits
+from goat_kernels.passes import Adapter, Routing
+
+
+def rides(rank: int, rows: int) -> bool:
+    """Whether lora_B's gradient is cheaper in the hidden gradient's read of dY than in a pass of its own.
+
+    Programs of ``rows`` tokens write, and ``add_splits`` reads, partial sums of 4 * rank / rows of a half-precision dY
+    together, where the pass of its own reads dY once more.
+    """
+    return 4 * rank < rows
+
+
+class TritonHiddenGradient(NamedTuple):
+    """dh [T, R] and dh0 [T, R0] (None without residual) in the compute dtype, dlogits [E, T] in float32.
+
+    partial_B: float32 [blocks of tokens, M * R], sums of lora_B's gradient that came with the same read of dY, or None.
+    """
+
+    hidden_TR: Tensor
+    logits_ET: Tensor
+    residual_TR0: Tensor | None
+    partial_B: Tensor | None
+
+
+def hidden_gradient(
+    grad_y_TM: Tensor,
+    grad_balance: Tensor | float | None,
+    adapter: Adapter,
+    routing: Routing,
+    *,
+    with_residual: bool,
+    needs_B: bool = False,
+) -> tuple[list[Launch], TritonHiddenGradient]:
+    """(launches, dh, dlogits and dh0): ``hidden_gradient`` of :class:`goat_kernels.passes.Passes`."""
+    (T, M), compute = grad_y_TM.shape, grad_y_TM.dtype
+    target = current_target(grad_y_TM.device)
+    widths = Widths.of(adapter, with_residual=with_residual)
+    matrices = operands(adapter, routing.packed)
+    read_width = matrices.read_width(with_router=False)
+    kernel = "fused_hidden_gradient"
+    if (widths.D != widths.D_PAD and compute.itemsize == 2) or is_unaligned(compute, (M,), (adapter.rank, widths.R0)):
+        kernel += ".unaligned"
+    tile = find_tile(kernel, widths.columns, compute.itemsize, target, T, read_width)
+    is_fused = tile is not None and widths.E <= FUSED_EXPERTS and 2 * blocks(T, tile.rows) >= target.multiprocessors
+    partial_B = None
+    if needs_B and is_fused and rides(adapter.rank, tile.rows):
+        partial_B = grad_y_TM.new_empty(blocks(T, tile.rows), M * adapter.rank, dtype=torch.float32)
+    gradient = TritonHiddenGradient(
+        hidden_TR=torch.empty_like(routing.weighted_TR),
+        logits_ET=torch.empty_like(routing.gate_ET),
+        residual_TR0=grad_y_TM.new_empty(T, widths.R0) if widths.R0 else None,
+        partial_B=partial_B,
+    )
+    is_tensor = isinstance(grad_balance, Tensor)
+    arguments = {
+        "weighted_ptr": routing.weighted_TR,
+        "gate_ptr": routing.gate_ET,
+        "probs_ptr": routing.probs_ET,
+        "load_E_ptr": routing.load_E,
+        "grad_balance_ptr": grad_balance.to(grad_y_TM.device, torch.float32) if is_tensor else None,
+        "hidden_ptr": gradient.hidden_TR,
+        "logits_ptr": gradient.logits_ET,
+        "residual_ptr": gradient.residual_TR0,
+        "T": T,
+        "balance_coefficient": float(grad_balance) if grad_balance is not None and not is_tensor else 0.0,
+        **scaling_arguments(adapter),
+    }
+    constants = {**widths._asdict(), "HAS_BALANCE": grad_balance is not None}
+    if is_fused:
+        arguments |= {
+            "partial_ptr": partial_B,
+            "grad_y_ptr": grad_y_TM,
+            "B_ptr": matrices.B,
+            "B0_ptr": matrices.B0 if widths.R0 else None,
+            "M": M,
+            "stride_yt": grad_y_TM.stride(0),
+            "stride_ym": grad_y_TM.stride(1),
+        }
+        constants |= {
+            "BT": tile.rows,
+            "BM": tile.columns,
+            "EVEN_M": M % tile.columns == 0,
+            "PRECISION": precision(compute),
+        }
+        return [Launch(fused_hidden_gradient, (blocks(T, tile.rows),), arguments, constants, tile)], gradient
+    B0 = matrices.B0.t() if widths.R0 else None
+    raw, projecting = project_columns(
+        grad_y_TM, matrices, matrices.B.t(), B0, target, experts=widths.E, with_router=False
+    )
+    tile = choose_tile("finish_hidden_gradient", widths.columns, compute.itemsize, target, T)
+    arguments |= {"raw_ptr": raw, "splits": raw.shape[0]}
+    constants |= {"SPLIT_STAGES": split_stages(raw.shape[0], tile.rows * widths.columns, target), "BT": tile.rows}
+    return [projecting, Launch(finish_hidden_gradient, (blocks(T, tile.rows),), arguments, constants, tile)], gradient
+
+
+@triton.jit
+def sum_experts(value_TR, E_PAD: tl.constexpr, D_PAD: tl.constexpr):
+    """[T, R_PAD] -> [T, E_PAD]: the sum over each expert's columns."""
+    return tl.sum(tl.reshape(value_TR, (value_TR.shape[0], E_PAD, D_PAD)), axis=2)
+
+
+@triton.jit
+def load_experts(ptr, rows, T, E: tl.constexpr, E_PAD: tl.constexpr):
+    """[T, E_PAD] float32 from [E, T]; zero outside."""
+    expert = tl.arange(0, E_PAD)
+    mask = (rows < T)[:, None] & (expert < E)[None, :]
+    return tl.load(ptr + expert.to(tl.int64)[None, :] * T + rows[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def logit_gradient(
+    hidden_products_TR, gate, probs, load_E_ptr, grad_balance, T,
+    E: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr, HAS_BALANCE: tl.constexpr,
+):  # fmt: skip
+    """dlogits [T, E_PAD] from h~ * dh~ and, with HAS_BALANCE, from the gradient of the balance loss.
+
+    gate_i dgate_i = <h~_i, dh~_i>, back through the softmax over the selected logits; the balance loss is
+    E / T sum_i f_i sum_t p_ti, a dense softmax gradient with the same dp for every token (docs/math.md).
+    """
+    gated = sum_experts(hidden_products_TR, E_PAD, D_PAD)
+    gradient = gated - gate * tl.sum(gated, axis=1)[:, None]
+    if HAS_BALANCE:
+        expert = tl.arange(0, E_PAD)
+        grad_probs = tl.load(load_E_ptr + expert, mask=expert < E, other=0.0) * (grad_balance * (E / T))
+        mean = tl.sum(grad_probs[None, :] * probs, axis=1)
+        gradient += probs * (grad_probs[None, :] - mean[:, None])
+    return gradient
 
 
 @triton.jit
 def store_hidden_gradient(
-    grad_weighted,
-    weighted_ptr,
-    gate_ptr,
-    probs_ptr,
-    load_E_ptr,
-    grad_balance_ptr,
-    scaling_E_ptr,
-    hidden_ptr,
-    logits_ptr,
-    rows,
-    T,
-    scaling,
-    balance_coefficient,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    E_PAD: tl.constexpr,
-    D_PAD: tl.constexpr,
-    HAS_BALANCE: tl.constexpr,
-):
+    grad_weighted, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
+    hidden_ptr, logits_ptr, rows, T, scaling, balance_coefficient,
+    E: tl.constexpr, D: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr, HAS_BALANCE: tl.constexpr,
+):  # fmt: skip
     """From dh~ [BT, R_PAD] float32: write dh and dlogits."""
     R: tl.constexpr = E * D
     index_R, exists_R = hidden_columns(E, D, E_PAD, D_PAD)
@@ -70,37 +189,13 @@ def store_hidden_gradient(
 
 @triton.jit(do_not_specialize=["T"])
 def fused_hidden_gradient(
-    grad_y_ptr,
-    B_ptr,
-    B0_ptr,
-    weighted_ptr,
-    gate_ptr,
-    probs_ptr,
-    load_E_ptr,
-    grad_balance_ptr,
-    scaling_E_ptr,
-    hidden_ptr,
-    logits_ptr,
-    residual_ptr,
-    partial_ptr,
-    T,
-    M,
-    stride_yt,
-    stride_ym,
-    scaling,
-    balance_coefficient,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    R0: tl.constexpr,
-    E_PAD: tl.constexpr,
-    D_PAD: tl.constexpr,
-    R0_PAD: tl.constexpr,
-    HAS_BALANCE: tl.constexpr,
-    BT: tl.constexpr,
-    BM: tl.constexpr,
-    EVEN_M: tl.constexpr,
+    grad_y_ptr, B_ptr, B0_ptr, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
+    hidden_ptr, logits_ptr, residual_ptr, partial_ptr,
+    T, M, stride_yt, stride_ym, scaling, balance_coefficient,
+    E: tl.constexpr, D: tl.constexpr, R0: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr,
+    R0_PAD: tl.constexpr, HAS_BALANCE: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Grid: (ceil(T / BT),).
 
     Reads
@@ -152,53 +247,18 @@ def fused_hidden_gradient(
             mask=in_T[:, None] & (index_R0 < R0)[None, :],
         )
     store_hidden_gradient(
-        grad_weighted,
-        weighted_ptr,
-        gate_ptr,
-        probs_ptr,
-        load_E_ptr,
-        grad_balance_ptr,
-        scaling_E_ptr,
-        hidden_ptr,
-        logits_ptr,
-        rows,
-        T,
-        scaling,
-        balance_coefficient,
-        E,
-        D,
-        E_PAD,
-        D_PAD,
-        HAS_BALANCE,
-    )
+        grad_weighted, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
+        hidden_ptr, logits_ptr, rows, T, scaling, balance_coefficient, E, D, E_PAD, D_PAD, HAS_BALANCE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def finish_hidden_gradient(
-    raw_ptr,
-    weighted_ptr,
-    gate_ptr,
-    probs_ptr,
-    load_E_ptr,
-    grad_balance_ptr,
-    scaling_E_ptr,
-    hidden_ptr,
-    logits_ptr,
-    residual_ptr,
-    T,
-    splits,
-    scaling,
-    balance_coefficient,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    R0: tl.constexpr,
-    E_PAD: tl.constexpr,
-    D_PAD: tl.constexpr,
-    R0_PAD: tl.constexpr,
-    HAS_BALANCE: tl.constexpr,
-    SPLIT_STAGES: tl.constexpr,
-    BT: tl.constexpr,
-):
+    raw_ptr, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
+    hidden_ptr, logits_ptr, residual_ptr, T, splits, scaling, balance_coefficient,
+    E: tl.constexpr, D: tl.constexpr, R0: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr,
+    R0_PAD: tl.constexpr, HAS_BALANCE: tl.constexpr, SPLIT_STAGES: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
     """The same from raw_ptr float32 [splits, T, R + R0], partial sums of dY [lora_B | B0]. Grid: (ceil(T / BT),)."""
     R: tl.constexpr = E * D
     rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -215,22 +275,6 @@ def finish_hidden_gradient(
             mask=in_T[:, None] & (index_R0 < R0)[None, :],
         )
     store_hidden_gradient(
-        grad_weighted,
-        weighted_ptr,
-        gate_ptr,
-        probs_ptr,
-        load_E_ptr,
-        grad_balance_ptr,
-        scaling_E_ptr,
-        hidden_ptr,
-        logits_ptr,
-        rows,
-        T,
-        scaling,
-        balance_coefficient,
-        E,
-        D,
-        E_PAD,
-        D_PAD,
-        HAS_BALANCE,
-    )
+        grad_weighted, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
+        hidden_ptr, logits_ptr, rows, T, scaling, balance_coefficient, E, D, E_PAD, D_PAD, HAS_BALANCE,
+    )  # fmt: skip

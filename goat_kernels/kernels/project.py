@@ -1,20 +1,108 @@
-"""Skinny products in stages: partial sums of x [router; W1; W2]^T over splits of the inner dimension.
+"""Skinny products in stages: partial sums of x [router; W1; W2]^T over splits of the inner dimension, and their sum.
 
 The forward uses it with x [T, N] and [router; lora_A; A0] where the fused kernel does not serve (few tokens, large R
-or E); the backward with dY [T, M] and [lora_B | B0]. A second stage (``route.py``, ``hidden_gradient.py``) adds the
-splits in their order. Splitting the inner dimension is what fills the GPU when there are few tokens.
+or E); the backward with dY [T, M] and [lora_B | B0]. A second stage (``staged_forward.py``, ``hidden_gradient.py``)
+adds the splits in their order. Splitting the inner dimension is what fills the GPU when there are few tokens.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from goat_kernels.kernels.common import cast, long, precise_product, product
-from goat_kernels.kernels.dropout import column_slots, kept, token_keys
-from goat_kernels.kernels.routing import LOW_PART_SCALE
+from goat_kernels.kernels.adapter import FEW_TOKENS, Operands
+from goat_kernels.kernels.common import LOW_PART_SCALE, cast, long, precise_product, precision, product
+from goat_kernels.kernels.configs import Target, choose_tile
+from goat_kernels.kernels.launch import Launch, blocks
+
+#: The most splits of a product that is short of programs: more would fill the GPU better, and take longer to add up.
+MOST_SPLITS = 32
+
+#: See :func:`split_stages`.
+FEW_SPLITS, MOST_SPLIT_STAGES = 4, 8
 
 _LOW_PART_SCALE = tl.constexpr(LOW_PART_SCALE)
+
+
+def splits_of(
+    programs: int, steps: int, target: Target, least_steps: int = 4, most_splits: int | None = None, fill: int = 2
+) -> tuple[int, int]:
+    """(splits, steps of each) of a loop: enough to fill the GPU ``fill`` times, of ``least_steps`` or more."""
+    most = most_splits or steps
+    wanted = max(1, min(fill * target.multiprocessors // max(programs, 1), steps // least_steps, most))
+    per_split = max(1, blocks(steps, wanted))
+    return max(1, blocks(steps, per_split)), per_split
+
+
+def split_stages(splits: int, elements: int, target: Target) -> int:
+    """How deep a loop that adds up splits is pipelined: loads are that many splits, less one, ahead of the additions.
+
+    Without that every split would wait for a round trip through memory. The splits under way, of ``elements``
+    float32 each, may take a third of the shared memory. A few splits do not pay for the way through it, nor do large
+    ones, whose own loads are many.
+    """
+    ahead = min(target.shared_bytes // 3 // (4 * elements), MOST_SPLIT_STAGES - 1)
+    return 1 if splits <= FEW_SPLITS or ahead < 3 else 1 + ahead
+
+
+def project_columns(
+    x_TN: Tensor,
+    matrices: Operands,
+    W1: Tensor | None,
+    W2: Tensor | None,
+    target: Target,
+    *,
+    experts: int,
+    with_router: bool,
+) -> tuple[Tensor, Launch]:
+    """(float32 [splits, T, C] for partial sums of x [router parts; W1; W2]^T, the launch that fills it).
+
+    W1 [C1, N] and W2 [C2, N] have any strides.
+    """
+    T, N = x_TN.shape
+    if W1 is None:
+        W1, W2 = W2, None
+    C1, C2 = (0 if W is None else W.shape[0] for W in (W1, W2))
+    parts = matrices.parts if with_router else 0
+    read_width = matrices.read_width(with_router=with_router)
+    tile = choose_tile("project", parts * experts + C1 + C2, x_TN.dtype.itemsize, target, T, read_width)
+    row_blocks = blocks(T, tile.rows)
+    column_blocks = blocks(parts * experts, tile.rank) + blocks(C1 + C2, tile.rank)
+    least_steps = 2 if T <= FEW_TOKENS else 4
+    splits, split_steps = splits_of(
+        row_blocks * column_blocks, blocks(N, tile.columns), target, least_steps, MOST_SPLITS
+    )
+    raw = x_TN.new_empty(splits, T, parts * experts + C1 + C2, dtype=torch.float32)
+    arguments = {
+        "x_ptr": x_TN,
+        "router_ptr": matrices.router if with_router else None,
+        "W1_ptr": W1,
+        "W2_ptr": W2,
+        "out_ptr": raw,
+        "T": T,
+        "N": N,
+        "split_steps": split_steps,
+        "stride_xt": x_TN.stride(0),
+        "stride_xn": x_TN.stride(1),
+        "stride_1c": W1.stride(0) if C1 else 0,
+        "stride_1n": W1.stride(1) if C1 else 1,
+        "stride_2c": W2.stride(0) if C2 else 0,
+        "stride_2n": W2.stride(1) if C2 else 1,
+    }
+    constants = {
+        "E": experts,
+        "STORED_PARTS": matrices.stored_parts,
+        "PARTS": parts,
+        "C1": C1,
+        "C2": C2,
+        "BT": tile.rows,
+        "BN": tile.columns,
+        "BC": tile.rank,
+        "PRECISION": precision(x_TN.dtype),
+    }
+    return raw, Launch(project, (row_blocks, column_blocks, splits), arguments, constants, tile)
 
 
 @triton.jit
@@ -104,63 +192,39 @@ def project(
             tl.store(out + (PARTS * E + column[None, :]), accumulator, mask=in_T[:, None] & in_C)
 
 
-@triton.jit(do_not_specialize=["T", "keep_threshold"])
-def dropped_hidden(
-    x_ptr,
-    A_ptr,
-    gate_ptr,
-    scaling_E_ptr,
-    seed_ptr,
-    weighted_ptr,
-    T,
-    N,
-    stride_xt,
-    stride_xn,
-    scaling,
-    keep_threshold,
-    keep_scale,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """h~ = s expand(gate) (dropout(x) lora_A^T) where the fused kernel does not serve; the gate is known already.
+@triton.jit
+def add_split(total, raw_ptr, split, rows, column, exists, T, C):
+    """``total`` [T, columns] + one split of raw [splits, T, C]."""
+    of_split = raw_ptr + long(split) * T * C
+    mask = (rows < T)[:, None] & exists[None, :]
+    return total + tl.load(of_split + (rows[:, None] * C + column[None, :]), mask=mask, other=0.0)
 
-    Grid: (ceil(T / BT), ceil(R / BC)). Each slot takes a pass over x, and its columns are kept.
 
-    Reads x_ptr compute [T, N] (strides), A_ptr [R, N] any dtype, gate_ptr float32 [E, T], scaling_E_ptr float32 [E] or
-    None, seed_ptr int32 [2]. Writes weighted_ptr compute [T, R].
+@triton.jit
+def sum_splits(
+    raw_ptr, rows, index_R, exists_R, T, C, splits, E: tl.constexpr, R: tl.constexpr, R0: tl.constexpr,
+    E_PAD: tl.constexpr, R0_PAD: tl.constexpr, PARTS: tl.constexpr, SPLIT_STAGES: tl.constexpr,
+):  # fmt: skip
+    """float32 (logits [T, E_PAD], hidden [T, R_PAD], residual [T, R0_PAD]): raw added over its splits, in their order.
+
+    raw float32 [splits, T, C] has PARTS * E, R and R0 columns, in this order; what it has none of is zero. The
+    additions are a chain, one split after the other; the loads run SPLIT_STAGES - 1 splits ahead of them.
     """
-    R: tl.constexpr = E * D
-    rows = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    in_T = rows < T
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
-    in_R = column < R
-    expert = tl.minimum(column // D, E - 1)
-    slots = column_slots(gate_ptr, rows, in_T, expert, T, E)
-    keys = token_keys(seed_ptr, rows.to(tl.int32))
-    lane = tl.arange(0, BN)
-    hidden = tl.zeros((BT, BC), tl.float32)
-    for slot in range(TOP_K):
-        accumulator = tl.zeros((BT, BC), tl.float32)
-        x_ptrs = x_ptr + rows[:, None] * stride_xt + lane.to(tl.int64)[None, :] * stride_xn
-        for start in range(0, N, BN):
-            n = start + lane
-            in_N = n < N
-            x = tl.load(x_ptrs, mask=in_T[:, None] & in_N[None, :], other=0.0)
-            x = cast(x * kept(seed_ptr, keys[:, None], n[None, :], slot, keep_threshold), x.dtype)
-            a = tl.load(A_ptr + column[None, :] * N + n[:, None], mask=in_R[None, :] & in_N[:, None], other=0.0)
-            accumulator = product(x, cast(a, x.dtype), accumulator, PRECISION)
-            x_ptrs += BN * long(stride_xn)
-        hidden = tl.where(slots == slot, accumulator, hidden)
-    mask = in_T[:, None] & in_R[None, :]
-    gate = tl.load(gate_ptr + expert.to(tl.int64)[None, :] * T + rows[:, None], mask=mask, other=0.0)
-    if scaling_E_ptr is None:
-        factor = gate * scaling
-    else:
-        factor = gate * tl.load(scaling_E_ptr + expert)[None, :]
-    weighted = factor * (hidden * keep_scale)
-    tl.store(weighted_ptr + rows[:, None] * R + column[None, :], cast(weighted, x_ptr.dtype.element_ty), mask=mask)
+    expert = tl.arange(0, E_PAD)
+    index_R0 = tl.arange(0, R0_PAD)
+    logits = tl.zeros((rows.shape[0], E_PAD), tl.float32)
+    low = tl.zeros((rows.shape[0], E_PAD), tl.float32)
+    hidden = tl.zeros((rows.shape[0], index_R.shape[0]), tl.float32)
+    residual = tl.zeros((rows.shape[0], R0_PAD), tl.float32)
+    for split in tl.range(0, splits, num_stages=SPLIT_STAGES):
+        if PARTS > 0:
+            logits = add_split(logits, raw_ptr, split, rows, expert, expert < E, T, C)
+        if PARTS == 2:
+            low = add_split(low, raw_ptr, split, rows, E + expert, expert < E, T, C)
+        if R > 0:
+            hidden = add_split(hidden, raw_ptr, split, rows, PARTS * E + index_R, exists_R, T, C)
+        if R0 > 0:
+            residual = add_split(residual, raw_ptr, split, rows, PARTS * E + R + index_R0, index_R0 < R0, T, C)
+    if PARTS == 2:
+        logits += low * (1.0 / _LOW_PART_SCALE)
+    return logits, hidden, residual

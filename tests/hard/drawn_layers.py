@@ -20,11 +20,11 @@ from torch import Tensor
 from triton_cases import MANY_PROCESSORS, ONE_PROCESSOR, Recorder, audited, expert_masks, goat_on, onto_base_output
 
 from goat_kernels.backends import get_backend
-from goat_kernels.backends.base import Routing
-from goat_kernels.backends.dropout import keep_scale
+from goat_kernels.dropout import keep_scale
 from goat_kernels.functional import GoatOutput
 from goat_kernels.kernels.launch import observed
 from goat_kernels.numerics import SELECTION_GAP, TOLERANCES, selection_mismatch
+from goat_kernels.passes import Routing
 from goat_kernels.reference import select_top_k
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -115,7 +115,7 @@ def layers(draw, backend: str) -> Layer:
 
 @contextlib.contextmanager
 def observed_routing(backend: str) -> Iterator[list[Routing]]:
-    """The routing of every prefill inside; launches are observed, because a replay (plans.py) calls no prefill."""
+    """The routing of every prefill inside; launches are observed, because a replay calls no prefill."""
     passes, kept = get_backend(backend), []
     original = passes.prefill
 

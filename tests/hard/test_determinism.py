@@ -23,7 +23,7 @@ sys.path.insert(0, sys.argv[2])
 from goat_problems import evaluate, make_problem
 from triton_cases import goat_on
 from goat_kernels import GoatLinear
-from goat_kernels.backends.dropout import keep_mask
+from goat_kernels.dropout import keep_mask
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 

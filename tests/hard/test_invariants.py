@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_cases import MANY_PROCESSORS, ONE_PROCESSOR, Recorder, audited, goat_on
 
-from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.checks.problem import LayerCase, run_passes
 from goat_kernels.checks.problem import make_problem as make_layer
 from goat_kernels.functional import GoatOutput
 from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, forced_target
 from goat_kernels.kernels.launch import Launch, observed
+from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.numerics import SELECTION_GAP, TOLERANCES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import forced_tiles, goat_on
 
 from goat_kernels import goat_linear
-from goat_kernels.backends.triton_backend.passes import TritonPasses
 from goat_kernels.checks.problem import LayerCase, run_passes
 from goat_kernels.checks.problem import make_problem as make_layer
 from goat_kernels.kernels.common import INTERPRETED
 from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 from goat_kernels.kernels.launch import Launch, observed
+from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.kernels.tiles import Tile
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.operators import prefill_operator, run_prefill

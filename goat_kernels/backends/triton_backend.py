@@ -1,11 +1,4 @@
-"""The Triton backend: where it can run. The passes themselves, which import Triton, are loaded when first used.
-
-operands.py   the adapter as the kernels read it: packed, padded, with the dtypes and strides they need
-forward.py    which kernels make a forward
-backward.py   which kernels make a backward
-passes.py     both behind the interface of ``backends/base.py``
-plans.py      a repeated call replays what it launched; plan.py: one plan; watching.py: how it is made
-"""
+"""The Triton backend: where it can run. The passes themselves, which import Triton, are loaded when first used."""
 
 from __future__ import annotations
 
@@ -14,7 +7,7 @@ import importlib.util
 
 import torch
 
-from goat_kernels.backends.base import Passes
+from goat_kernels.passes import Passes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,7 +21,7 @@ def _interpreted() -> bool:
 
 
 class TritonBackend:
-    """Implements :class:`goat_kernels.backends.base.Backend`."""
+    """Implements :class:`goat_kernels.backends.Backend`."""
 
     name = "triton"
 
@@ -56,6 +49,6 @@ class TritonBackend:
         return device.type == "cuda" and not _interpreted()
 
     def passes(self) -> Passes:
-        from goat_kernels.backends.triton_backend.passes import TritonPasses
+        from goat_kernels.kernels.passes import TritonPasses
 
         return TritonPasses()

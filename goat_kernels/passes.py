@@ -96,24 +96,6 @@ class HiddenGradient(Protocol):
         """The same with other fields, as of a named tuple."""
 
 
-class Backend(Protocol):
-    """Where a set of passes can run; asked before the passes are loaded."""
-
-    name: str
-
-    def unavailable_reason(self) -> str | None:
-        """None, or why this backend cannot run on this machine."""
-
-    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None, or why x of ``dtype`` on ``device`` cannot be computed."""
-
-    def preferred_on(self, device: torch.device) -> bool:
-        """Whether ``auto`` may pick this backend for ``device``."""
-
-    def passes(self) -> Passes:
-        """The passes."""
-
-
 class Passes(Protocol):
     """The passes, in the order in which they run; every method is deterministic and synchronises nothing."""
 
