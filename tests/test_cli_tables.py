@@ -111,6 +111,9 @@ REFUSED = {
     "t.csv blank": ("text,label\na,x\n  ,y\n\t,y\n", ["row 2 (and 1 more row) has nothing in column 'text'"]),
     "t.tsv no column": ("words\tlabel\na\tx\n", ["--text-column 'text'", "['words', 'label']"]),
     "t.csv decimals": ("text,label\na,1.5\nb,2\nc,-.25\n", ["decimal numbers (-0.25, 1.5, ...)", "regression"]),
+    "t.csv decimal commas": ("text;label\nso, so;4,5\nb;2\nc;-,25\n", ["decimal numbers (-0.25, 4.5, ...)"]),
+    "t.csv decimals and NA": ("text,label\na,1.5\nb,NA\nc,2\nd,nan\n", ["decimal numbers (1.5, ...)"]),
+    "t.csv decimals and words": ("text,label\na,1.5\nb,unclear\nc,2.5\nd,0.5\n", ["decimal numbers (0.5, 1.5"]),
     "t.jsonl decimals": (table(3.25, 4), ["decimal numbers (3.25, ...)"]),
     "t.jsonl truths": (table(True, "true", 0), ["true and false in row 1 but other values in row 2 (and 1 more row)"]),
     "t.jsonl list label": (table("x", ["x", "y"]), ["row 2 has a list in column 'label'; it needs a class"]),
@@ -155,6 +158,8 @@ def test_classes_that_look_alike_are_named(labels, names, capsys):
 
 
 def test_whole_numbers_and_truths_are_classes(capsys):
+    assert read("t.csv", "text,label\na,1\nb,NA\nc,0\n")[1] == ["1", "NA", "0"]
+    assert read("t.csv", "text,label\na,v2.5\nb,3.5\nc,other\n")[1] == ["v2.5", "3.5", "other"]
     assert read("t.jsonl", table(1.0, 0, 1))[1] == ["1", "0", "1"]
     assert read("t.jsonl", table(True, False))[1] == ["True", "False"]
     assert read("t.csv", "text,label\nNA,1.0\nnull,0.0\n") == (["NA", "null"], ["1.0", "0.0"])

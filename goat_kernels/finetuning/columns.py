@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from goat_kernels.command_errors import CommandError
 
+#: What programs write where a number is not known, in lower case.
+_MISSING = ("na", "n/a", "nan", "null", "none", "")
+
 
 @dataclass(frozen=True)
 class Column:
@@ -82,11 +85,14 @@ class Column:
         return [_plain(value) for value in self.values]
 
     def _check_numbers(self, labels: list[str]) -> None:
-        numbers = [_number(label) for label in labels]
-        fractions = sorted({number for number in numbers if number is not None and number % 1})
-        if fractions and None not in numbers:
+        told = [label for label in labels if label.casefold() not in _MISSING]
+        numbers = [_number(label) for label in told]
+        fractions = [number for number in numbers if number is not None and number % 1]
+        # All are numbers, or a stray word is among them.
+        if fractions and (None not in numbers or 2 * len(fractions) > len(told)):
+            examples = ", ".join(map(str, sorted(set(fractions))[:3]))
             raise CommandError(
-                f"{self._where()} has decimal numbers ({', '.join(map(str, fractions[:3]))}, ...): classification "
+                f"{self._where()} has decimal numbers ({examples}, ...): classification "
                 "needs classes, and regression is not offered; if they are classes, write them as words"
             )
 
@@ -134,7 +140,10 @@ def _plain(value: str | int | float) -> str:
 
 
 def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) else None
+    """The number that ``text`` is, with a point or, as in half of the world, a comma before its fraction."""
+    if not re.fullmatch(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?", text):
+        return None
+    return float(text.replace(",", "."))
 
 
 def _rows(indices: Sequence[int]) -> str:
