@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli_tasks import COLUMNS, bert, causal_lm, finetune, results, reviews, save_tokenizer, write_reviews
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    CanineConfig,
+    IBertConfig,
+    PerceiverConfig,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from goat_kernels.command_errors import CommandError
 from goat_kernels.finetuning.columns import describe_classes
@@ -243,16 +252,35 @@ def test_a_length_without_room_for_a_text_is_refused(task, columns, least, bert,
     assert "--max-length 1 leaves no room for a text; it needs at least 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["text-classification", "causal-lm"])
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(task, bert, capsys):
+@pytest.mark.parametrize(
+    ("task", "columns"), [("text-classification", "text"), ("causal-lm", "text"), ("causal-lm", "text,label")]
+)
+def test_tokens_above_the_embedding_are_refused_where_the_data_has_them(task, columns, bert, capsys):
     model = bert if task == "text-classification" else causal_lm("llama")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens([f"<extra{i}>" for i in range(5)])  # 13 + 5 tokens, 16 rows
     tokenizer.save_pretrained(model)
-    assert finetune("--task", task, "--model", model, "--data", write("t.csv", "text,label\na,x\n")) == 2
+    arguments = ["--task", task, "--model", model, "--text-column", columns, "--block-size", "4", "--max-steps", "1"]
+    arguments += ["--methods", "lora", "--overwrite"]
+    rows = "good film,good\nbad film,bad\n" * 10
+    assert finetune(*arguments, "--data", write("t.csv", f"text,label\nfine <extra2>,good\n{rows}")) == 0
+    assert finetune(*arguments, "--data", write("t.csv", f"text,label\nfine <extra4>,good\n{rows}")) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "its tokenizer has tokens up to number 17, but its embedding only 16 rows" in message
+    assert "its embedding has 16 rows, none for token 17 of its tokenizer, '<extra4>'" in message
     assert "resize_token_embeddings" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "limits"),
+    [
+        (CanineConfig(hidden_size=32, num_hidden_layers=1, max_position_embeddings=64), (64, None)),
+        (IBertConfig(vocab_size=16, hidden_size=24, num_hidden_layers=1, max_position_embeddings=24), (22, 16)),
+        (PerceiverConfig(d_model=32, d_latents=32, num_latents=4, max_position_embeddings=48), (48, None)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_models_without_the_usual_tables_have_limits_too(config, limits):
+    assert text_limits(config, AutoModelForSequenceClassification) == limits
 
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} the {{ m['content'] }} {% endfor %}"
