@@ -136,6 +136,17 @@ REFUSED = {
     ),
     "t.json cut": ('[{"text": "a", "label": "x"},\n\n {"text": "b"', ["line 3, is not JSON"]),
     "t.json words": ('["a", "b"]', ["line 1, must be a JSON object"]),
+    "t.jsonl half a text": (
+        jsonl({"text": "a", "label": "x"}, {"text": "fine \ud83d", "label": "y"}),
+        ["row 2 has half a character", "in column 'text'"],
+    ),
+    "t.jsonl half a class": (table("x", "\udc4d"), ["row 2 has half a character", "in column 'label'"]),
+    "t.jsonl digits": (
+        '{"text": "a", "label": 1}\n{"text": "b", "label": ' + "7" * 6000 + "}",
+        ["line 2 or below, has a number too long"],
+    ),
+    "t.json depth": ("[" * 100_000, ["line 1 or below, has lists or objects nested too deeply"]),
+    "t.jsonl depth": ('{"text": "a"}\n' + '{"text":' * 100_000, ["line 2 or below, has lists or objects nested"]),
     "t.jsonl empty": ("\n", ["has no rows"]),
     "t.jsonl chat": (
         jsonl({"text": [{"role": "user", "content": "a"}], "label": "x"}),
@@ -309,6 +320,30 @@ def test_chats_go_through_the_tokenizers_template():
     assert finetune(*arguments) == 0
     # "a the good a the film" and the end of text are seven tokens: a block for each chat, a fifth of them held out.
     assert results()["methods"][0]["held_out_examples"] == 8
+
+
+def test_chats_in_the_cells_of_a_csv_file_are_chats():
+    parsed = [row["chat"] for row in chats(4)]
+    data = write_reviews("t.csv", [{"chat": json.dumps(chat, indent=i)} for i, chat in enumerate(parsed)])
+    assert read_texts("--data", data, "chat", None).items == parsed
+    data = write_reviews("t.csv", [{"chat": json.dumps(chat)} for chat in parsed] + [{"chat": "[a text]"}])
+    with pytest.raises(CommandError, match="chat messages in some rows and none in row 5"):
+        read_texts("--data", data, "chat", None)
+    lists = [{"chat": "[1, 2]"}, {"chat": "[3"}, {"chat": "[" * 100_000}]
+    assert read_texts("--data", write_reviews("t.csv", lists), "chat", None).items == [row["chat"] for row in lists]
+    half = [{"chat": [{"role": "a", "content": "b"}]}, {"chat": [{"role": "a", "content": "fine \ud83d"}]}]
+    with pytest.raises(CommandError, match="row 2 has half a character"):
+        read_texts("--data", write_reviews("t.jsonl", half), "chat", None)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_chats_for_training_and_texts_held_out_do_not_mix(swapped, capsys):
+    write_reviews("chats.jsonl", chats()), write_reviews("texts.jsonl", [{"chat": "the good film"}] * 40)
+    data, held_out = ("texts.jsonl", "chats.jsonl") if swapped else ("chats.jsonl", "texts.jsonl")
+    arguments = ["--task", "causal-lm", "--model", chat_model(TEMPLATE), "--text-column", "chat", "--block-size", "7"]
+    assert finetune(*arguments, "--data", data, "--eval-data", held_out, "--methods", "lora", "--max-steps", "1") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ("--eval-data has chat messages" in message) == swapped and "both need the same" in message
 
 
 @pytest.mark.parametrize(

@@ -125,17 +125,25 @@ def _causal_lm(options: FinetuneOptions) -> Task:
     prompted = "," in data.text_column
     length = _max_length(data, positions, 2)
 
-    def read(argument: str, source: str) -> Tensor | Responses:
-        items = read_texts(argument, source, data.text_column, None).items
+    def read(argument: str, items: Sequence) -> Tensor | Responses:
         if prompted:
             return Responses(argument, items, tokenizer, length)
         if not isinstance(items[0], str):
             items = from_chats(argument, items, tokenizer)
         return pack(argument, items, tokenizer, min(data.block_size, positions or data.block_size))
 
-    whole = read("--data", data.data)
+    items = {
+        argument: read_texts(argument, source, data.text_column, None).items
+        for argument, source in (("--data", data.data), ("--eval-data", data.eval_data))
+        if source is not None
+    }
+    kinds = {argument: "texts" if isinstance(those[0], str) else "chat messages" for argument, those in items.items()}
+    if not prompted and len(set(kinds.values())) > 1:
+        has = ", ".join(f"{argument} has {kind}" for argument, kind in kinds.items())
+        raise CommandError(f"{has}; both need the same, or the perplexity is not that of the training's format")
+    whole = read("--data", items["--data"])
     if data.eval_data is not None:
-        train, held_out = whole, read("--eval-data", data.eval_data)
+        train, held_out = whole, read("--eval-data", items["--eval-data"])
     every = [whole] if data.eval_data is None else [train, held_out]
     if prompted:
         highest = max(_report_cut(every, length, data), tokenizer.pad_token_id)
