@@ -15,14 +15,18 @@ from pathlib import Path
 def atomic_path(target: Path) -> Iterator[Path]:
     """A temporary name beside ``target`` to write a file or folder to; renamed to ``target`` when the block succeeds.
 
-    A folder that exists at ``target`` is replaced. When the block raises, what it wrote is removed.
+    A folder replaces a folder that exists at ``target``, a file never does; of a symbolic link there the link is
+    replaced and never what it points to. When the block raises, what it wrote is removed.
+
+    Raises:
+        OSError: nothing can be written there, or a folder is where the file goes.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     _remove(temporary)
     try:
         yield temporary
-        if target.is_dir():
-            shutil.rmtree(target)
+        if temporary.is_dir():  # a file takes the place of a file or a link by itself
+            _remove(target)
         os.replace(temporary, target)
     finally:
         _remove(temporary)
@@ -44,14 +48,8 @@ def _finite(content: object) -> object:
     return content
 
 
-def remove_temporary(folder: Path) -> None:
-    """Remove what killed processes left of :func:`atomic_path` anywhere in ``folder``."""
-    for left in list(folder.rglob(".*.tmp")):
-        _remove(left)
-
-
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image, ImageDraw
 from test_cli_tasks import finetune, results, vit
 
+from goat_kernels.cli import comparison
 from goat_kernels.command_errors import CommandError
 from goat_kernels.finetuning.image_folders import image_suffixes, read_images, split_folders
 from goat_kernels.finetuning.images import check_images, merged, open_image, pixel_range, reader, to_rgb
+from goat_kernels.finetuning.tasks import load_task
 
 __all__ = ["vit"]  # fixture
 
@@ -133,6 +135,9 @@ def test_an_image_is_turned_as_its_camera_was():
 def test_every_format_that_pillow_opens_is_an_image():
     assert {".jfif", ".jpe", ".jp2", ".tga", ".avif", ".ppm", ".webp"} <= image_suffixes()
     assert ".pdf" not in image_suffixes()  # it only writes those
+    assert image_suffixes().isdisjoint(
+        {".h5", ".hdf", ".grib", ".bufr", ".mpg", ".mpeg", ".wmf"}
+    )  # it only knows those
     for name in ("set/a/1.JFIF", "set/b/1.ppm"):
         put(name, format="JPEG" if "JFIF" in name else "PPM")
     examples, _ = read()
@@ -181,16 +186,25 @@ def test_bad_files_are_skipped_where_that_is_asked_for(vit, capsys):
     assert results()["methods"][0]["held_out_examples"] == 4
 
 
+def unsigned(path: Path) -> None:
+    """Save as a TIFF of unsigned 32-bit integers, which Pillow itself does not write."""
+    put(str(path), halves(5, 3_000_000_000, np.uint32).view(np.int32), format="TIFF")
+    signed, told = (bytes([0x53, 1, 3, 0, 1, 0, 0, 0, kind, 0]) for kind in (2, 1))  # tag 339: one short
+    assert path.read_bytes().count(signed) == 1
+    path.write_bytes(path.read_bytes().replace(signed, told))
+
+
 @pytest.mark.parametrize(
     ("spoilt", "reason"),
     [
         (lambda path: path.write_bytes(b""), "no format of an image"),
         (lambda path: path.write_text("<svg/>"), "no format of an image"),
         (lambda path: put(str(path), np.full((4, 4), np.nan, np.float32), format="TIFF"), "NaN or infinite"),
+        (unsigned, "unsigned 32-bit pixels above 2,147,483,647"),
         (lambda path: (path.unlink(), path.symlink_to("nowhere.png")), "No such file"),
         (lambda path: Image.new("1", (30000, 6000)).save(path), "180,000,000 pixels; Pillow opens at most 178,956,970"),
     ],
-    ids=["empty", "text", "nan", "a link to nothing", "too large"],
+    ids=["empty", "text", "nan", "unsigned", "a link to nothing", "too large"],
 )
 def test_the_reason_is_told(spoilt, reason):
     put("set/a/1.png"), put("set/b/1.png")
@@ -222,6 +236,22 @@ def test_images_of_the_hub_are_checked_alike(monkeypatch, capsys):
     assert [greys(item, extremes) for item in examples.items] == [EXPECTED, EXPECTED]
 
 
+@pytest.mark.parametrize("tops", [(1_000_000, 4_000_000), (4_000_000, 1_000_000)])
+def test_data_and_eval_data_share_one_range_of_pixels(tops, vit, capsys, monkeypatch):
+    for label in ("dim", "lit"):
+        for i in range(4):
+            put(f"train/{label}/{i}.tiff", halves(0, tops[0], np.int32))
+            put(f"held/{label}/{i}.tiff", halves(0, tops[1], np.int32))
+    tasks = []
+    monkeypatch.setattr(comparison, "load_task", lambda options: tasks.append(load_task(options)) or tasks[0])
+    arguments = ["--task", "image-classification", "--model", vit, "--data", "train", "--eval-data", "held"]
+    assert finetune(*arguments, "--methods", "head", "--max-steps", "1") == 0
+    assert "32-bit integer pixels are scaled: 0 is black, 4e+06 is white" in capsys.readouterr().out
+    # The models get -1 for black and 1 for white: a quarter of the range is 64 of 255.
+    brightest = [data[0]["pixel_values"].max().item() for data in (tasks[0].train, tasks[0].held_out)]
+    assert brightest == pytest.approx([1 if top == max(tops) else 64 / 127.5 - 1 for top in tops])
+
+
 def test_open_image_refuses_what_is_none():
     with pytest.raises(ValueError, match="list is no image"):
         open_image([[1, 2], [3, 4]])
@@ -242,6 +272,8 @@ def splits(*names: str, classes: tuple[str, ...] = ("oak", "elm"), count: int = 
         (("training", "testing"), "training", "testing", None),
         (("train", "validation", "test"), "train", "validation", "test"),
         (("train", "dev"), "train", "dev", None),
+        (("training", "Eval"), "training", "Eval", None),
+        (("train", "evaluation", "test"), "train", "evaluation", "test"),
     ],
 )
 def test_split_folders_are_no_classes(names, train, held_out, unused, capsys):
@@ -269,6 +301,25 @@ def test_classes_that_are_called_like_splits_stay_classes(capsys):
     assert "warning: --data 'set' has the folders test/, train/: they are taken for classes" in capsys.readouterr().out
     put("set/bus/1.png"), put("set/tram/1.png")  # vehicles, among them trains
     assert split_folders("set", None) == ("set", None)
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [(("train_set", "test_set"), "test_set"), (("train", "extra"), "train"), (("My-Train", "valdata"), "My-Train")],
+)
+def test_folders_that_are_nearly_splits_are_classes_with_a_warning(names, named, capsys):
+    splits(*names)
+    assert split_folders("set", None) == ("set", None)
+    printed = capsys.readouterr().out
+    assert "they are taken for classes, not for splits" in printed
+    assert f"though {named}/ has subfolders of images itself" in printed
+
+
+def test_classes_with_subfolders_of_images_are_classes_without_a_warning(capsys):
+    splits("constraint", "valley", "trainer")
+    put("set/train/1.png")
+    assert split_folders("set", None) == ("set", None)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ MINE = (
     "lora/why it failed.txt",
     "lora/adapter/seed 3.txt",
     "full/model/notes/a.txt",
+    "full/model/model_backup.safetensors",
+    "full/model/model-best.safetensors",
+    "full/model/model-00001-of-00002.bak.safetensors",
     "x.json",
 )
 
@@ -40,7 +43,7 @@ def test_overwriting_keeps_what_the_command_did_not_write(tiny_demo, capsys):
     assert finetune("--methods", "lora,goat", "--overwrite") == 0
     assert all(path.read_text() == "mine" for path in mine)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("kept in goat-output"))
-    assert "plan.md" in line and "and 1 more" in line
+    assert "plan.md" in line and "and 4 more" in line
     assert {name for name in written if name.startswith("full/")}.isdisjoint(files("goat-output"))
     assert {"lora/result.json", "lora/adapter/adapter_model.safetensors", "goat/result.json"} <= files("goat-output")
 
@@ -77,6 +80,51 @@ def test_overwriting_removes_a_link_and_never_its_target(tiny_demo):
     assert files("elsewhere") == {"report.json", "model/model.safetensors"}
     assert not (output / "results.json").is_symlink() and not (output / "lora" / "adapter").is_symlink()
     assert (output / "data").is_symlink(), "no name of this command's"
+
+
+def test_resuming_removes_what_the_command_half_wrote_and_nothing_else(tiny_demo):
+    assert finetune("--methods", "head") == 0
+    mine = [write(f"goat-output/{name}") for name in (".cache.tmp/a.txt", ".notes.1f.tmp", "head/.adapter.1f.tmp/b.md")]
+    half = [
+        write(f"goat-output/{name}")
+        for name in (
+            ".results.json.77.tmp",
+            "head/.result.json.1f.tmp",
+            "head/.adapter.1f.tmp/adapter_config.json",
+            "lora/adapter/.goat-save.0a1b.tmp/adapter_config.json",
+        )
+    ]
+    assert finetune("--methods", "head", "--resume") == 0
+    assert [path for path in mine if not path.is_file()] == []
+    assert [path for path in half if path.exists()] == []
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+@pytest.mark.parametrize(
+    ("note", "part"),
+    [
+        ("results.json/note.txt", "results.json' is a folder, and this command writes a file of that name"),
+        ("head/result.json/note.txt", "result.json' is a folder, and this command writes a file"),
+        ("lora", "lora' is a file, and this command writes a folder of that name"),
+    ],
+)
+def test_another_thing_under_a_name_of_the_commands_is_refused_before_training(note, part, option, tiny_demo, capsys):
+    write("goat-output/run.json", json.dumps({"options": {}}))
+    path = write(f"goat-output/{note}")
+    before = files("goat-output")
+    assert finetune("--methods", "head", option) == 2
+    assert part in capsys.readouterr().err.strip().splitlines()[-1]
+    assert path.read_text() == "mine" and files("goat-output") == before
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+def test_a_link_to_a_folder_where_a_file_goes_is_replaced(option, tiny_demo):
+    assert finetune("--methods", "head") == 0
+    figure, note = Path("goat-output/results.png"), write("elsewhere/note.txt")
+    figure.unlink(missing_ok=True)
+    figure.symlink_to(note.parent.absolute())
+    assert finetune("--methods", "head", option) == 0
+    assert figure.is_file() and not figure.is_symlink() and note.read_text() == "mine"
 
 
 def test_overwriting_refuses_what_lies_among_checkpoints(tiny_demo, capsys):

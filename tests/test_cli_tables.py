@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli_tasks import COLUMNS, bert, causal_lm, finetune, results, reviews, save_tokenizer, write_reviews
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig, RobertaModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    CanineConfig,
+    IBertConfig,
+    PerceiverConfig,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from goat_kernels.command_errors import CommandError
 from goat_kernels.finetuning.columns import describe_classes
@@ -111,6 +120,9 @@ REFUSED = {
     "t.csv blank": ("text,label\na,x\n  ,y\n\t,y\n", ["row 2 (and 1 more row) has nothing in column 'text'"]),
     "t.tsv no column": ("words\tlabel\na\tx\n", ["--text-column 'text'", "['words', 'label']"]),
     "t.csv decimals": ("text,label\na,1.5\nb,2\nc,-.25\n", ["decimal numbers (-0.25, 1.5, ...)", "regression"]),
+    "t.csv decimal commas": ("text;label\nso, so;4,5\nb;2\nc;-,25\n", ["decimal numbers (-0.25, 4.5, ...)"]),
+    "t.csv decimals and NA": ("text,label\na,1.5\nb,NA\nc,2\nd,nan\n", ["decimal numbers (1.5, ...)"]),
+    "t.csv decimals and words": ("text,label\na,1.5\nb,unclear\nc,2.5\nd,0.5\n", ["decimal numbers (0.5, 1.5"]),
     "t.jsonl decimals": (table(3.25, 4), ["decimal numbers (3.25, ...)"]),
     "t.jsonl truths": (table(True, "true", 0), ["true and false in row 1 but other values in row 2 (and 1 more row)"]),
     "t.jsonl list label": (table("x", ["x", "y"]), ["row 2 has a list in column 'label'; it needs a class"]),
@@ -124,6 +136,17 @@ REFUSED = {
     ),
     "t.json cut": ('[{"text": "a", "label": "x"},\n\n {"text": "b"', ["line 3, is not JSON"]),
     "t.json words": ('["a", "b"]', ["line 1, must be a JSON object"]),
+    "t.jsonl half a text": (
+        jsonl({"text": "a", "label": "x"}, {"text": "fine \ud83d", "label": "y"}),
+        ["row 2 has half a character", "in column 'text'"],
+    ),
+    "t.jsonl half a class": (table("x", "\udc4d"), ["row 2 has half a character", "in column 'label'"]),
+    "t.jsonl digits": (
+        '{"text": "a", "label": 1}\n{"text": "b", "label": ' + "7" * 6000 + "}",
+        ["line 2 or below, has a number too long"],
+    ),
+    "t.json depth": ("[" * 100_000, ["line 1 or below, has lists or objects nested too deeply"]),
+    "t.jsonl depth": ('{"text": "a"}\n' + '{"text":' * 100_000, ["line 2 or below, has lists or objects nested"]),
     "t.jsonl empty": ("\n", ["has no rows"]),
     "t.jsonl chat": (
         jsonl({"text": [{"role": "user", "content": "a"}], "label": "x"}),
@@ -155,6 +178,8 @@ def test_classes_that_look_alike_are_named(labels, names, capsys):
 
 
 def test_whole_numbers_and_truths_are_classes(capsys):
+    assert read("t.csv", "text,label\na,1\nb,NA\nc,0\n")[1] == ["1", "NA", "0"]
+    assert read("t.csv", "text,label\na,v2.5\nb,3.5\nc,other\n")[1] == ["v2.5", "3.5", "other"]
     assert read("t.jsonl", table(1.0, 0, 1))[1] == ["1", "0", "1"]
     assert read("t.jsonl", table(True, False))[1] == ["True", "False"]
     assert read("t.csv", "text,label\nNA,1.0\nnull,0.0\n") == (["NA", "null"], ["1.0", "0.0"])
@@ -238,16 +263,35 @@ def test_a_length_without_room_for_a_text_is_refused(task, columns, least, bert,
     assert "--max-length 1 leaves no room for a text; it needs at least 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["text-classification", "causal-lm"])
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(task, bert, capsys):
+@pytest.mark.parametrize(
+    ("task", "columns"), [("text-classification", "text"), ("causal-lm", "text"), ("causal-lm", "text,label")]
+)
+def test_tokens_above_the_embedding_are_refused_where_the_data_has_them(task, columns, bert, capsys):
     model = bert if task == "text-classification" else causal_lm("llama")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens([f"<extra{i}>" for i in range(5)])  # 13 + 5 tokens, 16 rows
     tokenizer.save_pretrained(model)
-    assert finetune("--task", task, "--model", model, "--data", write("t.csv", "text,label\na,x\n")) == 2
+    arguments = ["--task", task, "--model", model, "--text-column", columns, "--block-size", "4", "--max-steps", "1"]
+    arguments += ["--methods", "lora", "--overwrite"]
+    rows = "good film,good\nbad film,bad\n" * 10
+    assert finetune(*arguments, "--data", write("t.csv", f"text,label\nfine <extra2>,good\n{rows}")) == 0
+    assert finetune(*arguments, "--data", write("t.csv", f"text,label\nfine <extra4>,good\n{rows}")) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "its tokenizer has tokens up to number 17, but its embedding only 16 rows" in message
+    assert "its embedding has 16 rows, none for token 17 of its tokenizer, '<extra4>'" in message
     assert "resize_token_embeddings" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "limits"),
+    [
+        (CanineConfig(hidden_size=32, num_hidden_layers=1, max_position_embeddings=64), (64, None)),
+        (IBertConfig(vocab_size=16, hidden_size=24, num_hidden_layers=1, max_position_embeddings=24), (22, 16)),
+        (PerceiverConfig(d_model=32, d_latents=32, num_latents=4, max_position_embeddings=48), (48, None)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_models_without_the_usual_tables_have_limits_too(config, limits):
+    assert text_limits(config, AutoModelForSequenceClassification) == limits
 
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} the {{ m['content'] }} {% endfor %}"
@@ -276,6 +320,30 @@ def test_chats_go_through_the_tokenizers_template():
     assert finetune(*arguments) == 0
     # "a the good a the film" and the end of text are seven tokens: a block for each chat, a fifth of them held out.
     assert results()["methods"][0]["held_out_examples"] == 8
+
+
+def test_chats_in_the_cells_of_a_csv_file_are_chats():
+    parsed = [row["chat"] for row in chats(4)]
+    data = write_reviews("t.csv", [{"chat": json.dumps(chat, indent=i)} for i, chat in enumerate(parsed)])
+    assert read_texts("--data", data, "chat", None).items == parsed
+    data = write_reviews("t.csv", [{"chat": json.dumps(chat)} for chat in parsed] + [{"chat": "[a text]"}])
+    with pytest.raises(CommandError, match="chat messages in some rows and none in row 5"):
+        read_texts("--data", data, "chat", None)
+    lists = [{"chat": "[1, 2]"}, {"chat": "[3"}, {"chat": "[" * 100_000}]
+    assert read_texts("--data", write_reviews("t.csv", lists), "chat", None).items == [row["chat"] for row in lists]
+    half = [{"chat": [{"role": "a", "content": "b"}]}, {"chat": [{"role": "a", "content": "fine \ud83d"}]}]
+    with pytest.raises(CommandError, match="row 2 has half a character"):
+        read_texts("--data", write_reviews("t.jsonl", half), "chat", None)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_chats_for_training_and_texts_held_out_do_not_mix(swapped, capsys):
+    write_reviews("chats.jsonl", chats()), write_reviews("texts.jsonl", [{"chat": "the good film"}] * 40)
+    data, held_out = ("texts.jsonl", "chats.jsonl") if swapped else ("chats.jsonl", "texts.jsonl")
+    arguments = ["--task", "causal-lm", "--model", chat_model(TEMPLATE), "--text-column", "chat", "--block-size", "7"]
+    assert finetune(*arguments, "--data", data, "--eval-data", held_out, "--methods", "lora", "--max-steps", "1") == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ("--eval-data has chat messages" in message) == swapped and "both need the same" in message
 
 
 @pytest.mark.parametrize(

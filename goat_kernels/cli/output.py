@@ -7,10 +7,11 @@ import fnmatch
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from goat_kernels.command_errors import CommandError
-from goat_kernels.files import remove_temporary, write_json
+from goat_kernels.files import write_json
 from goat_kernels.finetuning.data import looks_like_path
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.options import FinetuneOptions
@@ -22,7 +23,11 @@ RUN_FILE = "run.json"
 _METHOD, _CHECKPOINT = "<method>/", "checkpoint-<step>/"
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md")
-_MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+_PART = f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"
+_MODEL_FILES = (
+    *("config.json", "generation_config.json"),
+    *("model.safetensors", _PART, "model.safetensors.index.json"),
+)
 _TRAINER_FILES = (
     *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
     *("trainer_state.json", "training_args.bin"),
@@ -71,6 +76,8 @@ class OutputFolder:
         if root.exists() and not root.is_dir():
             raise CommandError(f"--output {str(root)!r} is a file; it needs a folder, or a name that is free")
         ours = (root / RUN_FILE).is_file()
+        if ours and (options.resume or options.overwrite):
+            self._check_kinds()
         if options.resume:
             if not ours:
                 raise CommandError(f"--resume: --output {str(root)!r} holds no run to go on with")
@@ -104,6 +111,20 @@ class OutputFolder:
                     f"--output {str(self.root)!r} lies in {option} {source!r}; it needs a place outside of what is read"
                 )
 
+    def _check_kinds(self) -> None:
+        """No folder may lie where a file goes, which nothing here may remove, and no file where a folder goes."""
+        for path in self._paths():
+            parts = _general_parts(path, self.root)
+            if not parts or path.is_symlink():
+                continue
+            is_folder, needs_folder = path.is_dir(), parts in _WRITTEN
+            if is_folder != needs_folder and (needs_folder or _is_ours(path, self.root)):
+                found, needed = ("folder", "file") if is_folder else ("file", "folder")
+                raise CommandError(
+                    f"--output: {str(path)!r} is a {found}, and this command writes a {needed} of that name; it needs "
+                    "another name"
+                )
+
     def _check_checkpoints(self) -> None:
         """Trainer removes old checkpoints whole, so nothing else may be in them."""
         foreign = [path for path in self._foreign() if "checkpoints" in path.relative_to(self.root).parts[1:2]]
@@ -115,12 +136,15 @@ class OutputFolder:
 
     def _foreign(self) -> list[Path]:
         """Files and links in the folder that this command did not write."""
-        return [
-            Path(folder, name)
-            for folder, folders, files in os.walk(self.root)
-            for name in (*files, *(name for name in folders if Path(folder, name).is_symlink()))
-            if not _is_ours(Path(folder, name), self.root)
-        ]
+        files = [path for path in self._paths() if path.is_symlink() or not path.is_dir()]
+        return sorted(
+            (path for path in files if not _is_ours(path, self.root)), key=lambda path: (len(path.parts), path)
+        )
+
+    def _paths(self) -> list[Path]:
+        """All files, links and folders in the folder, each folder behind what is in it."""
+        walk = os.walk(self.root, topdown=False)
+        return [Path(folder, name) for folder, folders, files in walk for name in (*files, *folders)]
 
     def _check_same_options(self) -> None:
         before = json.loads((self.root / RUN_FILE).read_text(encoding="utf-8"))["options"]
@@ -145,7 +169,7 @@ class OutputFolder:
         """
         try:
             if self._options.resume:
-                remove_temporary(self.root)
+                self._remove_ours(lambda path: any(map(_is_temporary, path.relative_to(self.root).parts)))
                 return
             if self._options.overwrite and self.root.is_dir():
                 self._remove_earlier_run()
@@ -158,19 +182,22 @@ class OutputFolder:
 
     def _remove_earlier_run(self) -> None:
         kept = self._foreign()
-        for folder, folders, files in os.walk(self.root, topdown=False):
-            for path in (Path(folder, name) for name in (*files, *folders)):
-                if not _is_ours(path, self.root):
-                    continue
-                if path.is_symlink() or not path.is_dir():
-                    path.unlink()
-                else:
-                    with contextlib.suppress(OSError):  # not empty: something in it is not ours
-                        path.rmdir()
+        self._remove_ours(lambda path: True)
         if kept:
             names = ", ".join(str(path.relative_to(self.root)) for path in kept[:5])
             more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""
             print(f"kept in {self.root}, because this command did not write it: {names}{more}")
+
+    def _remove_ours(self, chosen: Callable[[Path], bool]) -> None:
+        """Remove what this command wrote of the paths for which ``chosen`` is true."""
+        for path in self._paths():
+            if not chosen(path) or not _is_ours(path, self.root):
+                continue
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            else:
+                with contextlib.suppress(OSError):  # not empty: something in it is not ours
+                    path.rmdir()
 
     def method(self, name: str) -> Path:
         """The folder of one method, made if need be."""
@@ -181,13 +208,21 @@ class OutputFolder:
 
 def _is_ours(path: Path, root: Path) -> bool:
     """Whether this command writes something of that name at that place; a symbolic link is judged by its own name."""
-    below = path.relative_to(root).parts
-    parts = tuple(_general_name(part) for part in below if not fnmatch.fnmatchcase(part, _SAVING_IN_PLACE))
-    if parts and parts[0] in METHODS:
-        parts = (_METHOD, *parts[1:])
+    parts = _general_parts(path, root)
     if path.is_dir() and parts in _WRITTEN:
         return True
     return bool(parts) and any(fnmatch.fnmatchcase(parts[-1], pattern) for pattern in _WRITTEN.get(parts[:-1], ()))
+
+
+def _general_parts(path: Path, root: Path) -> tuple[str, ...]:
+    """The names from ``root`` on, as the keys of ``_WRITTEN`` have them."""
+    below = path.relative_to(root).parts
+    parts = tuple(_general_name(part) for part in below if not fnmatch.fnmatchcase(part, _SAVING_IN_PLACE))
+    return (_METHOD, *parts[1:]) if parts and parts[0] in METHODS else parts
+
+
+def _is_temporary(name: str) -> bool:
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _general_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -9,6 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from goat_kernels.command_errors import CommandError
+
+#: What programs write where a number is not known, in lower case.
+_MISSING = ("na", "n/a", "nan", "null", "none", "")
+
+
+#: What no encoding can write: JSON has a character beyond 16 bits as two of these.
+_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,14 @@ class Column:
         return self._scalars("a text")
 
     def texts_or_chats(self) -> list[str] | list[list[dict]]:
-        """The cells as texts, or all as chats: lists of messages with ``role`` and ``content``."""
-        chats = sum(_is_chat(value) for value in self.values)
-        if chats == len(self.values):
-            return list(self.values)
-        if chats:
-            rows = [i for i, value in enumerate(self.values) if not _is_chat(value)]
+        """The cells as texts, or all as chats: lists of messages with ``role`` and ``content``, or that list as JSON in
+        a string, as a CSV file has it."""
+        values = [_parsed_chat(value) for value in self.values]
+        rows = [i for i, value in enumerate(values) if not _is_chat(value)]
+        if not rows:
+            self._check_characters(["".join(str(message["content"]) for message in chat) for chat in values])
+            return values
+        if len(rows) < len(values):
             raise CommandError(f"{self._where()} has chat messages in some rows and none in {_rows(rows)}")
         return self._scalars("a text")
 
@@ -79,14 +89,27 @@ class Column:
         if nested:
             found = "a list" if isinstance(self.values[nested[0]], list | tuple) else "an object"
             raise CommandError(f"{self.source}: {_rows(nested)} has {found} in column {self.name!r}; it needs {kind}")
-        return [_plain(value) for value in self.values]
+        texts = [_plain(value) for value in self.values]
+        self._check_characters(texts)
+        return texts
+
+    def _check_characters(self, texts: Sequence[str]) -> None:
+        halves = [i for i, text in enumerate(texts) if _HALF_CHARACTER.search(text)]
+        if halves:
+            raise CommandError(
+                f"{self.source}: {_rows(halves)} has half a character (such as \\ud83d alone) in column {self.name!r}; "
+                "it needs whole ones, as text that is not cut in the middle of one"
+            )
 
     def _check_numbers(self, labels: list[str]) -> None:
-        numbers = [_number(label) for label in labels]
-        fractions = sorted({number for number in numbers if number is not None and number % 1})
-        if fractions and None not in numbers:
+        told = [label for label in labels if label.casefold() not in _MISSING]
+        numbers = [_number(label) for label in told]
+        fractions = [number for number in numbers if number is not None and number % 1]
+        # All are numbers, or a stray word is among them.
+        if fractions and (None not in numbers or 2 * len(fractions) > len(told)):
+            examples = ", ".join(map(str, sorted(set(fractions))[:3]))
             raise CommandError(
-                f"{self._where()} has decimal numbers ({', '.join(map(str, fractions[:3]))}, ...): classification "
+                f"{self._where()} has decimal numbers ({examples}, ...): classification "
                 "needs classes, and regression is not offered; if they are classes, write them as words"
             )
 
@@ -126,6 +149,17 @@ def _is_chat(value: object) -> bool:
     )
 
 
+def _parsed_chat(value: object) -> object:
+    """The chat that a string has as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        chat = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return chat if _is_chat(chat) else value
+
+
 def _plain(value: str | int | float) -> str:
     """As text; 1.0 as 1, which JSON does not tell apart."""
     if isinstance(value, float) and value.is_integer():
@@ -134,7 +168,10 @@ def _plain(value: str | int | float) -> str:
 
 
 def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) else None
+    """The number that ``text`` is, with a point or, as in half of the world, a comma before its fraction."""
+    if not re.fullmatch(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?", text):
+        return None
+    return float(text.replace(",", "."))
 
 
 def _rows(indices: Sequence[int]) -> str:

@@ -71,15 +71,16 @@ class Texts(Dataset):
         encoded = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
         return {**encoded, "labels": self._ids[i]}
 
-    def count_cut(self) -> int:
-        """How many are longer than ``max_length``; looks at all, with a progress bar."""
-        count = 0
+    def count_cut(self) -> tuple[int, int]:
+        """How many are longer than ``max_length``, and the highest token; looks at all, with a progress bar."""
+        count = highest = 0
         for start in tqdm(range(0, len(self), _CHUNK), desc="counting tokens", unit_scale=_CHUNK, leave=False):
             items = [self._items[i] for i in range(start, min(start + _CHUNK, len(self)))]
             columns = [items] if isinstance(items[0], str) else [list(column) for column in zip(*items, strict=True)]
             tokens = self._tokenizer(*columns, verbose=False)["input_ids"]
             count += sum(len(ids) > self._max_length for ids in tokens)
-        return count
+            highest = max(highest, *(max(ids, default=0) for ids in tokens))
+        return count, highest
 
 
 class Blocks(Dataset):
@@ -119,10 +120,14 @@ class Responses(Dataset):
         labels = torch.tensor([*[IGNORED] * len(prompt), *response])
         return {"input_ids": torch.tensor([*prompt, *response]), "labels": labels}
 
-    def count_cut(self) -> int:
-        """How many are longer than ``max_length``; looks at all, with a progress bar."""
-        every = tqdm(range(len(self)), desc="counting tokens", leave=False)
-        return sum(sum(map(len, self._whole(i))) > self._max_length for i in every)
+    def count_cut(self) -> tuple[int, int]:
+        """How many are longer than ``max_length``, and the highest token; looks at all, with a progress bar."""
+        count = highest = 0
+        for i in tqdm(range(len(self)), desc="counting tokens", leave=False):
+            tokens = [token for part in self._whole(i) for token in part]
+            count += len(tokens) > self._max_length
+            highest = max(highest, max(tokens, default=0))
+        return count, highest
 
     def _whole(self, i: int) -> tuple[list[int], list[int]]:
         """The tokens of a prompt and of its response."""

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from goat_kernels.command_errors import CommandError
 from goat_kernels.finetuning.data import Examples, is_hidden, local_path, looks_like_path, read_hub, visible_files
 
 #: Names of split folders, in upper or lower case. Of several that are held out the first is measured on.
 _TRAINING = ("train", "training")
-_HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing")
+_HELD_OUT = ("val", "valid", "validation", "eval", "evaluation", "dev", "test", "testing")
+
+#: Names that a split folder may have but that are not taken for one: train_set, my-test, Train 2.
+_LIKE_A_SPLIT = re.compile(rf"(.*[^a-z])?({'|'.join((*_TRAINING, *_HELD_OUT))})(sets?|data|split)?([^a-z].*)?")
 
 _NEEDS = "a folder with one subfolder of images per class"
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The suffixes of all formats that Pillow opens, in lower case."""
+    """The suffixes of all formats that Pillow decodes, in lower case."""
     registered = Image.registered_extensions()
-    return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN)
+    return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN and _is_decoded(kind))
+
+
+def _is_decoded(kind: str) -> bool:
+    """Whether Pillow has the pixels of that format; of some it knows the beginning alone, to tell what they are."""
+    opener = Image.OPEN[kind][0]
+    return kind != "MPEG" and not (isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile))
 
 
 def read_images(argument: str, source: str, image_column: str, label_column: str) -> Examples:
@@ -69,8 +79,17 @@ def split_folders(data: str, eval_data: str | None) -> tuple[str, str | None]:
     names = ", ".join(f"{folder.name}/" for folder in folders.values())
     flat = [folders[name].name for name, classes in splits.items() if not classes]
     if len(splits) < len(folders) or len(flat) == len(folders):
-        if len(splits) > 1:
-            print(f"warning: --data {data!r} has the folders {names}: they are taken for classes, not for splits")
+        alike = [folder for name, folder in folders.items() if _LIKE_A_SPLIT.fullmatch(name)]
+        nested = next((folder.name for folder in alike if _classes(folder)), None)
+        if len(splits) > 1 or nested:
+            hint = (
+                f", though {nested}/ has subfolders of images itself; splits need the names train/ and test/ or the "
+                "like, and nothing beside them, or --data and --eval-data"
+            )
+            print(
+                f"warning: --data {data!r} has the folders {names}: they are taken for classes, not for splits"
+                f"{hint if nested else ''}"
+            )
         return data, eval_data
     training = next((name for name in _TRAINING if name in folders), None)
     if flat or training is None:

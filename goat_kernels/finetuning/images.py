@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from tqdm.auto import tqdm
 
 from goat_kernels.command_errors import CommandError
@@ -48,8 +48,19 @@ def open_image(item: object) -> Image.Image:
             raise ValueError(f"a {type(item).__name__} is no image")
         with Image.open(item) as file:
             file.load()
+            _check_sign(file)
             return ImageOps.exif_transpose(file)
+    _check_sign(item)
     return ImageOps.exif_transpose(item)
+
+
+def _check_sign(image: Image.Image) -> None:
+    """Raise ValueError for a TIFF of unsigned 32-bit integers of which Pillow makes negative ones."""
+    if image.mode != "I" or image.format != "TIFF" or image.getextrema()[0] >= 0:
+        return
+    formats = image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, 1)  # 1: unsigned, which is meant where nothing is told
+    if formats in (1, (1,)):
+        raise ValueError("it has unsigned 32-bit pixels above 2,147,483,647, which Pillow reads as negative")
 
 
 def to_rgb(image: Image.Image, extremes: Extremes) -> Image.Image:

@@ -85,20 +85,30 @@ def load_config(source: str, auto_class) -> PreTrainedConfig:
     return config
 
 
-def text_limits(config: PreTrainedConfig, auto_class) -> tuple[int | None, int]:
-    """How many positions a sequence may have (None: as many as it likes), and how many rows the embedding has.
+def text_limits(config: PreTrainedConfig, auto_class) -> tuple[int | None, int | None]:
+    """How many positions a sequence may have (None: as many as it likes), and how many rows the embedding has (None:
+    there is no such table, as in CANINE, which hashes its characters).
 
     From a model without weights: RoBERTa and its kin begin to count behind the padding's index, so that they have fewer
     positions than the configuration says.
     """
-    with torch.device("meta"):
-        model = auto_class.from_config(config)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = module.num_embeddings - module.padding_idx - 1
+    positions, rows = getattr(config.get_text_config(), "max_position_embeddings", None), None
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config)
+    except Exception:  # some models need values while they are made; if it is the configuration, loading tells
+        modules = {}
+    else:
+        modules = dict(model.named_modules())
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            rows = model.get_input_embeddings().weight.shape[0]
+    for name, module in modules.items():
+        table = getattr(module, "weight", None)
+        if name.endswith("position_embeddings") and table is not None:
+            padding = getattr(module, "padding_idx", None)
+            positions = table.shape[0] - padding - 1 if padding is not None else positions
     # XLNet says -1 for no limit.
-    return positions if positions and positions > 0 else None, model.get_input_embeddings().weight.shape[0]
+    return positions if positions and positions > 0 else None, rows
 
 
 def base_model(source: str, auto_class, seed: int, dtype: str, **config_changes) -> BaseModel:

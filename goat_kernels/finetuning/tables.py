@@ -139,6 +139,9 @@ def _objects(source: str, text: str) -> Iterator[dict]:
             # An object that is cut short is only noticed in the line after it.
             number = error.lineno if text[start] == "[" else _line(text, start)
             raise CommandError(f"{source}, line {number}, is not JSON: {error.msg}") from None
+        except (RecursionError, ValueError) as error:  # ValueError: Python's own limit to the digits of an integer
+            what = "lists or objects nested too deeply" if isinstance(error, RecursionError) else "a number too long"
+            raise CommandError(f"{source}, line {_line(text, start)} or below, has {what} to read") from None
         for row in value if isinstance(value, list) and value else [value]:
             if not isinstance(row, dict):
                 raise CommandError(

@@ -98,7 +98,7 @@ def _text_classification(options: FinetuneOptions) -> Task:
     data = options.data
     config = load_config(data.model, AutoModelForSequenceClassification)
     tokenizer = _tokenizer(data.model)
-    positions = _checked_positions(data.model, config, AutoModelForSequenceClassification, tokenizer)
+    positions, rows = text_limits(config, AutoModelForSequenceClassification)
     positions = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     length = _max_length(data, positions, 1 + tokenizer.num_special_tokens_to_add(pair="," in data.text_column))
     parts, names = _classified(
@@ -110,7 +110,8 @@ def _text_classification(options: FinetuneOptions) -> Task:
         ),
     )
     train, held_out = (Texts(part, ids, tokenizer, length) for part, ids in parts)
-    _report_cut([train, held_out], length, data)
+    highest = _report_cut([train, held_out], length, data)
+    _check_tokens(data.model, tokenizer, max(highest, tokenizer.pad_token_id), rows)
     base = _classifier(options, AutoModelForSequenceClassification, names, pad_token_id=tokenizer.pad_token_id)
     collate = DataCollatorWithPadding(tokenizer)
     return Task(_describe(options), train, held_out, collate, base, "accuracy", tuple(names))
@@ -120,23 +121,35 @@ def _causal_lm(options: FinetuneOptions) -> Task:
     data = options.data
     config = load_config(data.model, AutoModelForCausalLM)
     tokenizer = _tokenizer(data.model)
-    positions = _checked_positions(data.model, config, AutoModelForCausalLM, tokenizer)
+    positions, rows = text_limits(config, AutoModelForCausalLM)
     prompted = "," in data.text_column
     length = _max_length(data, positions, 2)
 
-    def read(argument: str, source: str) -> Tensor | Responses:
-        items = read_texts(argument, source, data.text_column, None).items
+    def read(argument: str, items: Sequence) -> Tensor | Responses:
         if prompted:
             return Responses(argument, items, tokenizer, length)
         if not isinstance(items[0], str):
             items = from_chats(argument, items, tokenizer)
         return pack(argument, items, tokenizer, min(data.block_size, positions or data.block_size))
 
-    whole = read("--data", data.data)
+    items = {
+        argument: read_texts(argument, source, data.text_column, None).items
+        for argument, source in (("--data", data.data), ("--eval-data", data.eval_data))
+        if source is not None
+    }
+    kinds = {argument: "texts" if isinstance(those[0], str) else "chat messages" for argument, those in items.items()}
+    if not prompted and len(set(kinds.values())) > 1:
+        has = ", ".join(f"{argument} has {kind}" for argument, kind in kinds.items())
+        raise CommandError(f"{has}; both need the same, or the perplexity is not that of the training's format")
+    whole = read("--data", items["--data"])
     if data.eval_data is not None:
-        train, held_out = whole, read("--eval-data", data.eval_data)
+        train, held_out = whole, read("--eval-data", items["--eval-data"])
+    every = [whole] if data.eval_data is None else [train, held_out]
     if prompted:
-        _report_cut([whole] if data.eval_data is None else [train, held_out], length, data)
+        highest = max(_report_cut(every, length, data), tokenizer.pad_token_id)
+    else:
+        highest = max(int(blocks.max()) for blocks in every)
+    _check_tokens(data.model, tokenizer, highest, rows)
     if data.eval_data is None:
         parts = split(len(whole), None, data.eval_fraction, options.training.seed, "--data")
         train, held_out = (Subset(whole, part) if prompted else whole[part] for part in parts)
@@ -152,20 +165,14 @@ def _describe(options: FinetuneOptions) -> str:
     return f"{options.task}: {options.data.model} on {options.data.data}"
 
 
-def _checked_positions(source: str, config, auto_class, tokenizer) -> int | None:
-    """How many tokens the model takes, None for no limit.
-
-    Raises:
-        CommandError: the tokenizer has a token that the model's embedding has no row for.
-    """
-    positions, rows = text_limits(config, auto_class)
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
+def _check_tokens(source: str, tokenizer, highest: int, rows: int | None) -> None:
+    """Raise CommandError where the embedding has no row for a token of the data, or for the padding."""
+    if rows is not None and highest >= rows:
         raise CommandError(
-            f"--model {source!r}: its tokenizer has tokens up to number {highest}, but its embedding only {rows} rows; "
-            "it needs its own tokenizer, or model.resize_token_embeddings(len(tokenizer)) and save_pretrained"
+            f"--model {source!r}: its embedding has {rows} rows, none for token {highest} of its tokenizer, "
+            f"{tokenizer.convert_ids_to_tokens(highest)!r}, which the data needs; it needs its own tokenizer, or "
+            "model.resize_token_embeddings(len(tokenizer)) and save_pretrained"
         )
-    return positions
 
 
 def _max_length(data: DataOptions, positions: int | None, least: int) -> int:
@@ -174,12 +181,14 @@ def _max_length(data: DataOptions, positions: int | None, least: int) -> int:
     return min(data.max_length, positions or data.max_length)
 
 
-def _report_cut(parts: list[Texts] | list[Responses], length: int, data: DataOptions) -> None:
-    """Say how many texts do not fit."""
-    cut = sum(part.count_cut() for part in parts)
+def _report_cut(parts: list[Texts] | list[Responses], length: int, data: DataOptions) -> int:
+    """Say how many texts do not fit; the highest token of all."""
+    counts, highest = zip(*(part.count_cut() for part in parts), strict=True)
+    cut = sum(counts)
     if cut:
         reason = f"--max-length {length}" if length == data.max_length else "the model takes no more"
         print(f"{cut} of {sum(map(len, parts))} texts are cut to {length} tokens ({reason})")
+    return max(highest)
 
 
 def _classified(
