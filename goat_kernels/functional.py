@@ -17,7 +17,16 @@ from goat_kernels.argument_checks import check_scalars, check_tensors, unpack_re
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import resolve_backend
 from goat_kernels.dropout import draw_seed
-from goat_kernels.operators import backward_operator, forward_operator, run_backward, run_forward
+from goat_kernels.operators import (
+    Layer,
+    backward_operator,
+    flattened,
+    forward_operator,
+    rebuilt,
+    run_backward,
+    run_forward,
+)
+from goat_kernels.passes import Adapter, Routing
 from goat_kernels.plain import is_transformed, plain_forward
 
 
@@ -150,128 +159,92 @@ def routed_linear(
     if isinstance(scaling, Tensor):
         scaling_E = scaling.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         scaling = 1.0
-    arguments = (
-        x,
-        weight,
-        base_output,
-        bias,
-        lora_A,
-        lora_B,
-        router,
-        residual_A,
-        residual_B,
-        scaling_E,
-        draw_seed(x.device) if dropout_p else None,
-        balance_scale,
-        float(scaling),
-        top_k,
-        dropout_p,
-        balance_coefficient,
-        backend,
-    )
+    seed = draw_seed(x.device) if dropout_p else None
+    adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, float(scaling), scaling_E, top_k, dropout_p, seed)
+    layer = Layer(weight, base_output, bias, adapter, balance_scale, balance_coefficient)
     is_compiling = torch.compiler.is_compiling()
     if is_transformed(is_compiling):
-        return RoutedOutput(*plain_forward(*arguments), None)
+        return RoutedOutput(*plain_forward(x, layer), None)
     # A compiler sees the operator, whose autograd is registered below; both run the same code.
-    run = forward_operator if is_compiling else _GoatFunction.apply
-    output, balance_loss, load, *_ = run(*arguments)
-    return RoutedOutput(output, balance_loss, load)
+    if is_compiling:
+        output, balance_loss, *kept = forward_operator(x, *flattened(layer), backend)
+        return RoutedOutput(output, balance_loss, Routing(*kept).load_E)
+    differentiable = (x, weight, base_output, bias, lora_A, lora_B, router)
+    return RoutedOutput(*_GoatFunction.apply(*differentiable, layer, backend))
 
 
 # --- the autograd formula -----------------------------------------------------------------------------------------
 
-# Positions of the operator's arguments that can get a gradient, in the order of operators.GRADIENTS, and base_output.
-_X, _WEIGHT, _BASE_OUTPUT, _BIAS, _LORA_A, _LORA_B, _ROUTER = range(7)
 
+def _keep_for_backward(ctx, x: Tensor, layer: Layer, backend: str, routing: Routing, needs: list[bool]) -> None:
+    """Keep x, ``routing`` and of ``layer`` what the gradients asked for need.
 
-def _setup_context(ctx, inputs, output) -> None:
-    """Keep x, h~, gate, probs, f and the packed adapter, and the parameters that the gradients asked for will need.
-
-    ``output`` is the operator's; its last four tensors are internal and not the caller's to see.
+    ``needs``: whether x, weight, base_output, bias, lora_A, lora_B and router require a gradient.
     """
-    x, weight, _, _, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, balance_scale = inputs[:12]
-    _, _, load, weighted, gate, probs, packed = output
     ctx.set_materialize_grads(False)
-    ctx.options = inputs[12:]
-    ctx.balance_scale = balance_scale  # not saved: the trainer's loss writes it between forward and backward
-    needs = ctx.needs_input_grad
-    if residual_A is not None and not torch.compiler.is_compiling():
+    ctx.needs, ctx.backend = needs, backend
+    ctx.balance_scale = layer.balance_scale  # not saved: the trainer's loss writes it between forward and backward
+    needs_x, needs_weight, _, _, needs_A, _, needs_router = needs
+    weight, adapter = layer.weight, layer.adapter
+    residual_A, residual_B = adapter.residual_A, adapter.residual_B
+    if not needs_x:
+        weight = residual_A = residual_B = None  # they act on the gradient of x alone
+    elif residual_A is not None and not torch.compiler.is_compiling():
         # Constants, kept without a version check: DDP writes the same values into its buffers at every forward.
         residual_A, residual_B = residual_A.data, residual_B.data
-    if not (needs[_WEIGHT] or needs[_LORA_A] or needs[_ROUTER]):
-        x = x.new_empty(()).expand(x.shape)  # only its shape and dtype are wanted: let go of the memory
-    if not needs[_X]:
-        weight = residual_A = residual_B = None  # they act on the gradient of x alone
-    ctx.save_for_backward(
-        x, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, weighted, gate, probs, load, packed
-    )
+    if not (needs_weight or needs_A or needs_router):
+        x = x.new_empty(()).expand(x.shape)  # only its shape and dtype are wanted: free its memory
+    adapter = adapter._replace(residual_A=residual_A, residual_B=residual_B)
+    tensors, *ctx.options = flattened(Layer(weight, None, None, adapter, None, layer.balance_coefficient))
+    ctx.save_for_backward(x, *routing, *tensors)
 
 
-def _setup_context_of_operator(ctx, inputs, output) -> None:
-    _setup_context(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[2:])
-    if ctx.balance_scale is not None and torch.compiler.is_compiling():
-        # AOTAutograd saves it, and would refuse what another graph of the same model writes to it before the backward.
-        # This is how it knows a tensor that is not saved but lies on ctx.
-        for proxy in _get_proxies(ctx.balance_scale):
-            proxy.node.meta["saved_tensor_with_no_vc_check"] = True
-
-
-def _backward_with(run, ctx, grad_y, grad_balance):
-    """One call of ``run``, the backward; its gradients go back to the arguments that asked for them."""
-    needs_input_grad = ctx.needs_input_grad
-    needs = [needs_input_grad[i] for i in (_X, _WEIGHT, _BIAS, _LORA_A, _LORA_B, _ROUTER)]
-    x, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed, *routing = ctx.saved_tensors
-    # Autograd calls with gradients off unless create_graph=True; entering the context again is felt at small sizes.
+def _gradients(ctx, grad_y: Tensor | None, grad_balance: Tensor | None, *, as_operator: bool) -> list[Tensor | None]:
+    """Of x, weight, base_output, bias, lora_A, lora_B and router; None for those that asked for none."""
+    needs_x, needs_weight, needs_base, needs_bias, *needs_adapter = ctx.needs
+    needs = [needs_x, needs_weight, needs_bias, *needs_adapter]
+    x, weighted, gate, probs, load, packed, *tensors = ctx.saved_tensors
+    layer = rebuilt(tensors, *ctx.options)._replace(balance_scale=ctx.balance_scale)
+    routing = Routing(weighted, gate, probs, load, packed)
+    # Autograd calls with gradients off unless create_graph=True; entering the context again costs time.
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-        computed = iter(
-            run(
-                grad_y,
-                grad_balance,
-                x,
-                weight,
-                lora_A,
-                lora_B,
-                router,
-                residual_A,
-                residual_B,
-                scaling_E,
-                seed,
-                ctx.balance_scale,
-                *routing,
-                *ctx.options,
-                needs,
-            )
-        )
-    in_order = [next(computed) if needed else None for needed in needs]
+        if as_operator:
+            computed = backward_operator(grad_y, grad_balance, x, [*routing], *flattened(layer), needs, ctx.backend)
+        else:
+            computed = run_backward(grad_y, grad_balance, x, layer, routing, needs, ctx.backend)
+    given = iter(computed)
+    in_order = [next(given) if needed else None for needed in needs]
     if torch.is_grad_enabled():  # create_graph=True
-        sources = (grad_y, grad_balance, x, weight, lora_A, lora_B, router)
+        adapter = layer.adapter
+        sources = (grad_y, grad_balance, x, layer.weight, adapter.lora_A, adapter.lora_B, adapter.router)
         in_order = [None if g is None else _NoSecondDerivative.apply(g, *sources) for g in in_order]
-    grad_x, grad_weight, grad_bias, grad_A, grad_B, grad_router = in_order
-    grad_base = grad_y if needs_input_grad[_BASE_OUTPUT] else None
-    return (grad_x, grad_weight, grad_base, grad_bias, grad_A, grad_B, grad_router, *([None] * 10))
+    return [*in_order[:2], grad_y if needs_base else None, *in_order[2:]]
+
+
+def _is_observed() -> bool:
+    """Whether a TorchDispatchMode watches; what it sees then says operators.py."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 class _GoatFunction(torch.autograd.Function):
     """The formula for eager mode, which calls the passes without a dispatcher in between.
 
     The forward takes ctx, rather than leaving it to setup_context, because torch then inspects no signatures, which
-    is felt at small sizes.
+    costs time in a small layer. The tensors that can have a gradient come apart, because autograd does not look into
+    ``layer``.
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = run_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        output, balance_loss, load, *_ = output
-        ctx.mark_non_differentiable(load)
-        return output, balance_loss, load
+    def forward(ctx, x, weight, base_output, bias, lora_A, lora_B, router, layer, backend):
+        output, balance_loss, routing = run_forward(x, layer, backend, observed=_is_observed())
+        _keep_for_backward(ctx, x, layer, backend, routing, ctx.needs_input_grad[:7])
+        ctx.mark_non_differentiable(routing.load_E)
+        return output, balance_loss, routing.load_E
 
     @staticmethod
     def backward(ctx, grad_y, grad_balance, *_):
-        observed = torch._C._len_torch_dispatch_stack() > 0  # see operators.py
         try:
-            return _backward_with(backward_operator if observed else run_backward, ctx, grad_y, grad_balance)
+            return (*_gradients(ctx, grad_y, grad_balance, as_operator=_is_observed()), None, None)
         except RuntimeError as error:
             gradients = [gradient for gradient in (grad_y, grad_balance) if gradient is not None]
             if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
@@ -282,8 +255,26 @@ class _GoatFunction(torch.autograd.Function):
             raise
 
 
+def _setup_context_of_operator(ctx, inputs, output) -> None:
+    x, tensors, present, numbers, counts, backend = inputs
+    layer = rebuilt(tensors, present, numbers, counts)
+    asked = iter(ctx.needs_input_grad[1:])  # of the tensors that are present
+    needs = [ctx.needs_input_grad[0], *(is_there and next(asked) for is_there in present[:6])]
+    ctx.tensors = len(tensors)
+    ctx.present = present
+    _keep_for_backward(ctx, x, layer, backend, Routing(*output[2:]), needs)
+    ctx.mark_non_differentiable(*output[2:])
+    if layer.balance_scale is not None and torch.compiler.is_compiling():
+        # AOTAutograd saves it, and would refuse what another graph of the same model writes to it before the backward.
+        # This is how it knows a tensor that is not saved but lies on ctx.
+        for proxy in _get_proxies(layer.balance_scale):
+            proxy.node.meta["saved_tensor_with_no_vc_check"] = True
+
+
 def _backward_of_operator(ctx, grad_y, grad_balance, *_):
-    return _backward_with(backward_operator, ctx, grad_y, grad_balance)
+    grad_x, *gradients = _gradients(ctx, grad_y, grad_balance, as_operator=True)
+    of_present = [gradient for gradient, is_there in zip(gradients, ctx.present, strict=False) if is_there]
+    return grad_x, of_present + [None] * (ctx.tensors - len(of_present)), None, None, None, None
 
 
 torch.library.register_autograd(

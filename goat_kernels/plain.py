@@ -15,7 +15,7 @@ from torch import Tensor
 
 from goat_kernels.autocast import autocast_disabled
 from goat_kernels.backends.torch_backend import plain_prefill
-from goat_kernels.passes import Adapter
+from goat_kernels.operators import Layer
 
 
 def is_transformed(is_compiling: bool) -> bool:
@@ -28,36 +28,18 @@ def is_transformed(is_compiling: bool) -> bool:
     return torch.compiler.is_exporting() if is_compiling else torch._C._get_tracing_state() is not None
 
 
-def plain_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    base_output: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    router: Tensor,
-    residual_A: Tensor | None,
-    residual_B: Tensor | None,
-    scaling_E: Tensor | None,
-    seed: Tensor | None,
-    balance_scale: Tensor | None,
-    scaling: float,
-    top_k: int,
-    dropout_p: float,
-    balance_coefficient: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(y [..., M], balance loss []); the arguments are those of ``operators.run_forward``, and ``backend`` is ignored.
+def plain_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """(y [..., M], balance loss []).
 
     Within torch.func the balance loss is injected as everywhere, with the value that ``balance_scale`` has now. An
     exported program has no injection, of which a warning tells.
     """
+    weight, base_output, bias, adapter, balance_scale, balance_coefficient = layer
     with autocast_disabled(x.device.type), _quiet_about_sizes():  # its casts have been done
         x_TN = x.reshape(-1, x.shape[-1])
         base_output_TM = None if base_output is None else base_output.reshape(-1, base_output.shape[-1])
-        if residual_A is not None:
-            residual_A, residual_B = residual_A.detach(), residual_B.detach()  # constants, whatever they require
-        adapter = Adapter(lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed)
+        if adapter.residual_A is not None:  # constants, whatever they require
+            adapter = adapter._replace(residual_A=adapter.residual_A.detach(), residual_B=adapter.residual_B.detach())
         y_TM, balance_loss = plain_prefill(x_TN, adapter, bias, base_output_TM)
         if weight is not None:
             y_TM = torch.addmm(y_TM, x_TN, weight.t())

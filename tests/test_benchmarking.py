@@ -35,7 +35,8 @@ from goat_kernels.benchmarking.steps import call_of
 from goat_kernels.checks.problem import LayerCase
 from goat_kernels.kernels.configs import KNOWN_TARGETS
 from goat_kernels.linear import GoatLinear
-from goat_kernels.operators import backward_operator, forward_operator
+from goat_kernels.operators import Layer, backward_operator, flattened, forward_operator
+from goat_kernels.passes import Adapter
 
 # --- timing -------------------------------------------------------------------------------------------------------
 
@@ -222,15 +223,15 @@ def test_a_step_of_a_layer_has_a_leaf_of_its_own(tensors):
 def test_the_operations_of_the_passes_add_up_to_those_of_the_operators(path):
     T, N, M, R, E = 64, 48, 80, 16, 8
     work = pass_work(LayerCase(T, N, M, R, dtype=torch.float32, path=path), lora_B_rides=False)
-    adapter = [torch.randn(size) for size in ((R, N), (M, R), (E, N))]
-    adapter += [torch.randn(R, N), torch.randn(M, R)] if path else [None, None]
-    x, weight, grad_y, options = torch.randn(T, N), torch.randn(M, N), torch.randn(T, M), (1.0, 2, 0.0, 0.0, "torch")
+    matrices = [torch.randn(size) for size in ((R, N), (M, R), (E, N))]
+    residual = [torch.randn(R, N), torch.randn(M, R)] if path else [None, None]
+    x, weight, grad_y = torch.randn(T, N), torch.randn(M, N), torch.randn(T, M)
+    layer = Layer(weight, None, torch.randn(M), Adapter(*matrices, *residual, 1.0, None, 2, 0.0, None))
     with FlopCounterMode(display=False) as forward:
-        _, _, load, *kept = forward_operator(x, weight, None, torch.randn(M), *adapter, None, None, None, *options)
+        _, _, *routing = forward_operator(x, *flattened(layer), "torch")
     with FlopCounterMode(display=False) as backward:
-        state = (kept[0], kept[1], kept[2], load, kept[3])
         needs = [True, False, False, True, True, True]
-        backward_operator(grad_y, None, x, weight, *adapter, None, None, None, *state, *options, needs)
+        backward_operator(grad_y, None, x, routing, *flattened(layer._replace(bias=None)), needs, "torch")
     assert forward.get_total_flops() == work["prefill"].flops + work[BASE_FORWARD].flops
     of_backward = ("hidden_gradient", "weight_gradients", "input_prefill", BASE_BACKWARD)
     assert backward.get_total_flops() == sum(work[name].flops for name in of_backward)

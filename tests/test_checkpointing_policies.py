@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from goat_kernels import GoatLinear, goat_linear
 from goat_kernels.backends import get_backend
 from goat_kernels.functional import routed_linear
-from goat_kernels.operators import folding_operator, prefill_operator
+from goat_kernels.operators import Layer, flattened, folding_operator, forward_operator
+from goat_kernels.passes import Adapter
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default)
@@ -37,7 +38,7 @@ def everything_but_views(ctx, operator, *args, **kwargs):
 
 
 def the_fused_passes(ctx, operator, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if operator is prefill_operator else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator is forward_operator else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def every_second_product():
@@ -161,7 +162,7 @@ def test_a_kept_base_product_does_not_run_again(backend, device):
         with Executed() as executed:
             output.sum().backward()
         assert executed.count[aten.addmm.default] == again
-        assert executed.count[prefill_operator] == 1 - again
+        assert executed.count[forward_operator] == 1 - again
 
 
 # --- other modes --------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_a_mode_that_only_looks_changes_no_bit_and_sees_the_passes_and_the_base_
     expected = gradients(block, block, x)
     with Executed() as executed:
         assert_bits_agree(gradients(block, block, x), expected)
-    assert executed.count[aten.addmm.default] == executed.count[prefill_operator] == 4
+    assert executed.count[aten.addmm.default] == executed.count[forward_operator] == 4
     assert executed.count[torch.ops.goat_kernels.backward.default] == 4
 
 
@@ -214,9 +215,10 @@ def test_flops_of_an_eager_call_are_those_of_its_products(T, folds):
 def test_opcheck_of_the_operators_that_a_mode_sees(backend, dropout_p, device):
     problem = make_problem(T=5, R0=3, dtype=torch.float32).map(lambda t: t.to(device))
     seed = torch.tensor([3, 4], dtype=torch.int32, device=device) if dropout_p else None
-    adapter = (problem.lora_A, problem.lora_B, problem.router, *problem.residual, None, seed)
-    arguments = (problem.x, None, problem.bias, *adapter, 1.7, 2, dropout_p, backend)
-    torch.library.opcheck(prefill_operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    matrices = (problem.lora_A, problem.lora_B, problem.router, *problem.residual)
+    layer = Layer(None, None, problem.bias, Adapter(*matrices, 1.7, None, 2, dropout_p, seed))
+    arguments = (problem.x, *flattened(layer), backend)
+    torch.library.opcheck(forward_operator, arguments, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(folding_operator, (problem.weight, *problem.residual))
     folded = get_backend("torch").folded_weight(problem.weight.cpu(), *(t.cpu() for t in problem.residual))
     assert torch.equal(folding_operator(problem.weight, *problem.residual).cpu(), folded)

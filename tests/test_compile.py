@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from goat_kernels import GoatLinear, goat_linear
 from goat_kernels.functional import routed_linear
+from goat_kernels.operators import Layer, flattened
+from goat_kernels.passes import Adapter
 from goat_kernels.training import attach_balance_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
@@ -303,14 +305,12 @@ def forward_arguments(requires_grad: bool, *, R0=3, form="weight", dropout_p=0.0
     problem = make_problem(T=6, R0=R0, dtype=dtype, adapter_dtype=torch.promote_types(dtype, torch.float32))
     leaves = problem.leaves(TRAINABLE if requires_grad else ())
     base = torch.randn(6, 11, dtype=dtype, requires_grad=requires_grad) if form == "base_output" else None
-    residual_A, residual_B = leaves.residual if R0 is not None else (None, None)
-    tensors = (
-        *(leaves.x, leaves.weight if base is None else None, base, leaves.bias if base is None else None),
-        *(leaves.lora_A, leaves.lora_B, leaves.router, residual_A, residual_B, torch.rand(4) + 0.5),
-        torch.tensor([1, 2], dtype=torch.int32) if dropout_p else None,
-        torch.tensor(0.5),
-    )
-    return tensors, (1.0, 2, dropout_p, 0.1, "torch")
+    residual = leaves.residual if R0 is not None else (None, None)
+    seed = torch.tensor([1, 2], dtype=torch.int32) if dropout_p else None
+    scaling_E = torch.rand(4) + 0.5
+    adapter = Adapter(leaves.lora_A, leaves.lora_B, leaves.router, *residual, 1.0, scaling_E, 2, dropout_p, seed)
+    own = (leaves.weight, None, leaves.bias) if base is None else (None, base, None)
+    return leaves.x, Layer(*own, adapter, torch.tensor(0.5), 0.1)
 
 
 OPERATOR_CASES = {
@@ -325,23 +325,22 @@ OPERATOR_CASES = {
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES.keys())
 def test_opcheck_of_the_forward_operator(case, requires_grad):
-    tensors, options = forward_arguments(requires_grad, **case)
-    torch.library.opcheck(torch.ops.goat_kernels.forward.default, (*tensors, *options))
+    x, layer = forward_arguments(requires_grad, **case)
+    torch.library.opcheck(torch.ops.goat_kernels.forward.default, (x, *flattened(layer), "torch"))
 
 
 @pytest.mark.parametrize("needs", [[True] * 6, [False, False, False, True, True, True], [True] + [False] * 5], ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES.keys())
 def test_opcheck_of_the_backward_operator(case, requires_grad, needs):
-    tensors, options = forward_arguments(requires_grad, **case)
-    if tensors[1] is None:
+    x, layer = forward_arguments(requires_grad, **case)
+    if layer.weight is None:
         needs = [*needs[:1], False, False, *needs[3:]]
     with torch.no_grad():
-        y, _, load, hidden, gate, probs, packed = torch.ops.goat_kernels.forward.default(*tensors, *options)
+        y, balance_loss, *routing = torch.ops.goat_kernels.forward.default(x, *flattened(layer), "torch")
         grad_y = torch.randn_like(y)
-    x, weight, _, _, *adapter, balance_scale = tensors
-    arguments = (grad_y, torch.tensor(0.7, dtype=gate.dtype), x, weight, *adapter, balance_scale)
-    arguments = (*arguments, hidden, gate, probs, load, packed, *options, needs)
+    layer = layer._replace(base_output=None, bias=None)
+    arguments = (grad_y, torch.full_like(balance_loss, 0.7), x, routing, *flattened(layer), needs, "torch")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if not requires_grad:  # this test differentiates, and a second derivative raises
         tests = (*tests, "test_aot_dispatch_dynamic")
@@ -352,18 +351,19 @@ def test_opcheck_of_the_backward_operator(case, requires_grad, needs):
 
 
 def test_opcheck_knows_the_operators_without_bias_or_balance_gradient():
-    tensors, options = forward_arguments(False)
-    tensors = (*tensors[:3], None, *tensors[4:])
-    torch.library.opcheck(torch.ops.goat_kernels.forward.default, (*tensors, *options))
+    x, layer = forward_arguments(False)
+    flat = flattened(layer._replace(bias=None))
+    torch.library.opcheck(torch.ops.goat_kernels.forward.default, (x, *flat, "torch"))
 
 
 def test_meta_shapes_and_layouts_equal_the_real_ones():
     for case in OPERATOR_CASES.values():
-        tensors, options = forward_arguments(False, **case)
-        real = torch.ops.goat_kernels.forward.default(*tensors, *options)
+        x, layer = forward_arguments(False, **case)
+        tensors, *options = flattened(layer)
+        real = torch.ops.goat_kernels.forward.default(x, tensors, *options, "torch")
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes = [None if t is None else mode.from_tensor(t) for t in tensors]
-            fake = torch.ops.goat_kernels.forward.default(*fakes, *options)
+            x, *fakes = (mode.from_tensor(t) for t in (x, *tensors))
+            fake = torch.ops.goat_kernels.forward.default(x, fakes, *options, "torch")
         described = [[(t.shape, t.stride(), t.dtype) for t in result] for result in (real, fake)]
         assert described[0] == described[1]
 

@@ -31,6 +31,8 @@ from goat_kernels import goat_linear, goat_reference
 from goat_kernels.backends import get_backend
 from goat_kernels.functional import routed_linear
 from goat_kernels.numerics import SELECTION_GAP, selection_mismatch
+from goat_kernels.operators import Layer, flattened
+from goat_kernels.passes import Adapter
 from goat_kernels.reference import select_top_k
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -434,10 +436,9 @@ def test_the_flop_counts_of_the_operators_report_the_products_that_run(needs):
     real = product_flops(problem, needs)
     leaves = problem.leaves(needs)
     with FlopCounterMode(display=False) as forward:  # as compiled code calls it
-        output, balance_loss, *_ = torch.ops.goat_kernels.forward(
-            *(leaves.x, leaves.weight, None, leaves.bias, leaves.lora_A, leaves.lora_B, leaves.router),
-            *(*leaves.residual, None, None, None, 1.7, 2, 0.0, 0.0, "torch"),
-        )
+        adapter = Adapter(leaves.lora_A, leaves.lora_B, leaves.router, *leaves.residual, 1.7, None, 2, 0.0, None)
+        layer = Layer(leaves.weight, None, leaves.bias, adapter)
+        output, balance_loss, *_ = torch.ops.goat_kernels.forward(leaves.x, *flattened(layer), "torch")
     loss = output.sum() + balance_loss
     with FlopCounterMode(display=False) as backward:
         loss.backward()

@@ -35,7 +35,15 @@ from goat_kernels.backends.triton_backend import TritonBackend
 from goat_kernels.functional import routed_linear
 from goat_kernels.kernels.configs import KNOWN_TARGETS, invalid_reason
 from goat_kernels.kernels.staged_forward import PREFILLED_COLUMNS
-from goat_kernels.operators import backward_operator, prefill_operator, run_backward, run_prefill
+from goat_kernels.operators import (
+    Layer,
+    _backward,
+    _forward,
+    backward_operator,
+    flattened,
+    forward_operator,
+)
+from goat_kernels.passes import Adapter
 
 PACKAGE = Path(goat_kernels.__file__).parent
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -260,7 +268,7 @@ class NoSynchronisation(TorchDispatchMode):
             torch.ops.aten.is_nonzero.default,
             torch.ops.aten.equal.default,
         ), f"{function} waits for the GPU"
-        inside = {prefill_operator: run_prefill, backward_operator: run_backward}.get(function)
+        inside = {forward_operator: _forward, backward_operator: _backward}.get(function)
         if inside is not None:  # a mode sees the passes as one operator: look into it
             with self:
                 return inside(*arguments, **(options or {}))
@@ -600,13 +608,11 @@ def operator_arguments(requires_grad: bool, device, *, T=6, R0=3, base_output=Fa
     leaves = leaves.leaves(TRAINABLE if requires_grad else ())
     base = torch.randn(T, 11, dtype=dtype, device=device, requires_grad=requires_grad) if base_output else None
     residual = leaves.residual if R0 is not None else (None, None)
-    tensors = (
-        *(leaves.x, leaves.weight if base is None else None, base, leaves.bias if base is None else None),
-        *(leaves.lora_A, leaves.lora_B, leaves.router, *residual, (torch.rand(4) + 0.5).to(device)),
-        torch.tensor([1, 2], dtype=torch.int32, device=device) if dropout_p else None,
-        torch.tensor(0.5, device=device),
-    )
-    return tensors, (1.0, 2, dropout_p, 0.1, "triton")
+    seed = torch.tensor([1, 2], dtype=torch.int32, device=device) if dropout_p else None
+    scaling_E = (torch.rand(4) + 0.5).to(device)
+    adapter = Adapter(leaves.lora_A, leaves.lora_B, leaves.router, *residual, 1.0, scaling_E, 2, dropout_p, seed)
+    own = (leaves.weight, None, leaves.bias) if base is None else (None, base, None)
+    return leaves.x, Layer(*own, adapter, torch.tensor(0.5, device=device), 0.1)
 
 
 OPERATOR_CASES = {
@@ -625,14 +631,15 @@ OPERATOR_CASES = {
 )
 @pytest.mark.filterwarnings("ignore")
 def test_opcheck_of_both_operators(case, requires_grad, device):
-    tensors, options = operator_arguments(requires_grad, device, **case)
-    torch.library.opcheck(torch.ops.goat_kernels.forward.default, (*tensors, *options))
+    x, layer = operator_arguments(requires_grad, device, **case)
+    flat = flattened(layer)
+    torch.library.opcheck(torch.ops.goat_kernels.forward.default, (x, *flat, "triton"))
     with torch.no_grad():
-        y, _, load, hidden, gate, probs, packed = torch.ops.goat_kernels.forward.default(*tensors, *options)
-    x, weight, base, _, *adapter, balance_scale = tensors
-    needs = [True, base is None, base is None, True, True, True]
-    arguments = (torch.randn_like(y), torch.tensor(0.7, device=device), x, weight, *adapter, balance_scale)
-    arguments = (*arguments, hidden, gate, probs, load, packed, *options, needs)
+        y, balance_loss, *routing = torch.ops.goat_kernels.forward.default(x, *flat, "triton")
+    own = layer.weight is not None
+    needs = [True, own, own, True, True, True]
+    flat = flattened(layer._replace(base_output=None, bias=None))
+    arguments = (torch.randn_like(y), torch.full_like(balance_loss, 0.7), x, routing, *flat, needs, "triton")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if not requires_grad:  # this test differentiates, and a second derivative raises
         tests = (*tests, "test_aot_dispatch_dynamic")

@@ -26,7 +26,7 @@ from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.kernels.tiles import Tile
 from goat_kernels.numerics import TOLERANCES, relative_error
-from goat_kernels.operators import prefill_operator, run_prefill
+from goat_kernels.operators import _forward, forward_operator
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 
@@ -136,9 +136,9 @@ def test_grids_of_giant_layers_fit_a_gpu(size, target):
 
 class _NothingIsAllocated(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function is prefill_operator:  # a mode sees the passes as one operator: look into it
+        if function is forward_operator:  # a mode sees the passes as one operator: look into it
             with self:
-                return run_prefill(*arguments, **(options or {}))
+                return _forward(*arguments, **(options or {}))
         result = function(*arguments, **(options or {}))
         allocating = ("empty", "zeros", "clone", "copy", "contiguous", "mm", "new_")
         assert not any(word in str(function) for word in allocating), f"{function} came before the refusal"
