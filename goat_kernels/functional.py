@@ -1,7 +1,7 @@
 """``goat_linear``: the GOAT layer as a function, and its one autograd formula.
 
 Read it downwards: the public function checks its arguments, :func:`routed_linear` prepares them (autocast, seed,
-backend), :class:`_GoatFunction` is the autograd Function over the forward and backward of ``operators.py``.
+backend), :class:`_GoatFunction` is the autograd Function over the two directions of ``forward_backward.py``.
 """
 
 from __future__ import annotations
@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import _get_proxies
 
+from goat_kernels import operators
 from goat_kernels.argument_checks import check_scalars, check_tensors, unpack_residual
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import resolve_backend
 from goat_kernels.dropout import draw_seed
-from goat_kernels.operators import (
-    Layer,
-    backward_operator,
-    flattened,
-    forward_operator,
-    rebuilt,
-    run_backward,
-    run_forward,
-)
+from goat_kernels.forward_backward import Layer, run_backward, run_forward
 from goat_kernels.passes import Adapter, Routing
 from goat_kernels.plain import is_transformed, plain_forward
 
@@ -167,8 +160,8 @@ def routed_linear(
         return RoutedOutput(*plain_forward(x, layer), None)
     # A compiler sees the operator, whose autograd is registered below; both run the same code.
     if is_compiling:
-        output, balance_loss, *kept = forward_operator(x, *flattened(layer), backend)
-        return RoutedOutput(output, balance_loss, Routing(*kept).load_E)
+        output, balance_loss, routing = operators.forward(x, layer, backend)
+        return RoutedOutput(output, balance_loss, routing.load_E)
     differentiable = (x, weight, base_output, bias, lora_A, lora_B, router)
     return RoutedOutput(*_GoatFunction.apply(*differentiable, layer, backend))
 
@@ -195,7 +188,7 @@ def _keep_for_backward(ctx, x: Tensor, layer: Layer, backend: str, routing: Rout
     if not (needs_weight or needs_A or needs_router):
         x = x.new_empty(()).expand(x.shape)  # only its shape and dtype are wanted: free its memory
     adapter = adapter._replace(residual_A=residual_A, residual_B=residual_B)
-    tensors, *ctx.options = flattened(Layer(weight, None, None, adapter, None, layer.balance_coefficient))
+    tensors, *ctx.options = operators.flattened(Layer(weight, None, None, adapter, None, layer.balance_coefficient))
     ctx.save_for_backward(x, *routing, *tensors)
 
 
@@ -204,14 +197,12 @@ def _gradients(ctx, grad_y: Tensor | None, grad_balance: Tensor | None, *, as_op
     needs_x, needs_weight, needs_base, needs_bias, *needs_adapter = ctx.needs
     needs = [needs_x, needs_weight, needs_bias, *needs_adapter]
     x, weighted, gate, probs, load, packed, *tensors = ctx.saved_tensors
-    layer = rebuilt(tensors, *ctx.options)._replace(balance_scale=ctx.balance_scale)
+    layer = operators.rebuilt(tensors, *ctx.options)._replace(balance_scale=ctx.balance_scale)
     routing = Routing(weighted, gate, probs, load, packed)
     # Autograd calls with gradients off unless create_graph=True; entering the context again costs time.
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-        if as_operator:
-            computed = backward_operator(grad_y, grad_balance, x, [*routing], *flattened(layer), needs, ctx.backend)
-        else:
-            computed = run_backward(grad_y, grad_balance, x, layer, routing, needs, ctx.backend)
+        run = operators.backward if as_operator else run_backward
+        computed = run(grad_y, grad_balance, x, layer, routing, needs, ctx.backend)
     given = iter(computed)
     in_order = [next(given) if needed else None for needed in needs]
     if torch.is_grad_enabled():  # create_graph=True
@@ -222,7 +213,7 @@ def _gradients(ctx, grad_y: Tensor | None, grad_balance: Tensor | None, *, as_op
 
 
 def _is_observed() -> bool:
-    """Whether a TorchDispatchMode watches; what it sees then says operators.py."""
+    """Whether a TorchDispatchMode watches; ``operators.py`` says what it sees."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -236,7 +227,7 @@ class _GoatFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, base_output, bias, lora_A, lora_B, router, layer, backend):
-        output, balance_loss, routing = run_forward(x, layer, backend, observed=_is_observed())
+        output, balance_loss, routing = run_forward(x, layer, backend, operators if _is_observed() else None)
         _keep_for_backward(ctx, x, layer, backend, routing, ctx.needs_input_grad[:7])
         ctx.mark_non_differentiable(routing.load_E)
         return output, balance_loss, routing.load_E
@@ -257,7 +248,7 @@ class _GoatFunction(torch.autograd.Function):
 
 def _setup_context_of_operator(ctx, inputs, output) -> None:
     x, tensors, present, numbers, counts, backend = inputs
-    layer = rebuilt(tensors, present, numbers, counts)
+    layer = operators.rebuilt(tensors, present, numbers, counts)
     asked = iter(ctx.needs_input_grad[1:])  # of the tensors that are present
     needs = [ctx.needs_input_grad[0], *(is_there and next(asked) for is_there in present[:6])]
     ctx.tensors = len(tensors)

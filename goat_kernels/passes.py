@@ -1,6 +1,6 @@
 """The passes of a GOAT layer as a small interface, implemented once per backend.
 
-``operators.py`` strings them together; they hold everything but the base product, which is the vendor's matmul
+``forward_backward.py`` strings them together; they hold everything but the base product, which is the vendor's matmul
 whatever the backend. All of them work on flattened tokens. Dtypes: "compute" is x's dtype, "stats" is float32
 (float64 for float64 x), "adapter" is whatever dtype the trainable tensors have.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from goat_kernels.autocast import autocast_disabled
 from goat_kernels.backends.torch_backend import plain_prefill
-from goat_kernels.operators import Layer
+from goat_kernels.forward_backward import Layer
 
 
 def is_transformed(is_compiling: bool) -> bool:

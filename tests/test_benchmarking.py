@@ -33,9 +33,10 @@ from goat_kernels.benchmarking.memory import peak_bytes, saved_bytes
 from goat_kernels.benchmarking.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
 from goat_kernels.benchmarking.steps import call_of
 from goat_kernels.checks.problem import LayerCase
+from goat_kernels.forward_backward import Layer
 from goat_kernels.kernels.configs import KNOWN_TARGETS
 from goat_kernels.linear import GoatLinear
-from goat_kernels.operators import Layer, backward_operator, flattened, forward_operator
+from goat_kernels.operators import backward_operator, flattened, forward_operator
 from goat_kernels.passes import Adapter
 
 # --- timing -------------------------------------------------------------------------------------------------------

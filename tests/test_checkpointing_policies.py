@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from goat_kernels import GoatLinear, goat_linear
 from goat_kernels.backends import get_backend
+from goat_kernels.forward_backward import Layer
 from goat_kernels.functional import routed_linear
-from goat_kernels.operators import Layer, flattened, folding_operator, forward_operator
+from goat_kernels.operators import flattened, folding_operator, forward_operator
 from goat_kernels.passes import Adapter
 
 aten = torch.ops.aten

@@ -25,8 +25,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from goat_kernels import GoatLinear, goat_linear
+from goat_kernels.forward_backward import Layer
 from goat_kernels.functional import routed_linear
-from goat_kernels.operators import Layer, flattened
+from goat_kernels.operators import flattened
 from goat_kernels.passes import Adapter
 from goat_kernels.training import attach_balance_scale
 

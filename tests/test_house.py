@@ -20,6 +20,7 @@ LAYERS = (
     ("settings", "numerics"),
     ("argument_checks", "initialisation", "kernels"),
     ("backends",),
+    ("forward_backward",),
     ("operators", "plain"),
     ("functional",),
     ("linear",),

@@ -32,11 +32,11 @@ import goat_kernels
 from goat_kernels import GoatLinear, available_backends, goat_linear, goat_reference
 from goat_kernels.backends import resolve_backend, triton_backend, why_not_auto
 from goat_kernels.backends.triton_backend import TritonBackend
+from goat_kernels.forward_backward import Layer
 from goat_kernels.functional import routed_linear
 from goat_kernels.kernels.configs import KNOWN_TARGETS, invalid_reason
 from goat_kernels.kernels.staged_forward import PREFILLED_COLUMNS
 from goat_kernels.operators import (
-    Layer,
     _backward,
     _forward,
     backward_operator,

@@ -143,7 +143,7 @@ def run_passes(
 ) -> None:
     """One forward and backward, without the base product; each pass runs inside ``around(its name)``.
 
-    In the order, and with the conditions, of ``operators.py``.
+    In the order, and with the conditions, of ``forward_backward.py``.
     """
     adapter = problem.adapter
     with around("prefill"):
