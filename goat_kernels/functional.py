@@ -181,7 +181,7 @@ def _keep_for_backward(ctx, x: Tensor, layer: Layer, backend: str, routing: Rout
     weight, adapter = layer.weight, layer.adapter
     residual_A, residual_B = adapter.residual_A, adapter.residual_B
     if not needs_x:
-        weight = residual_A = residual_B = None  # they act on the gradient of x alone
+        weight = residual_A = residual_B = None  # needed for the gradient of x only
     elif residual_A is not None and not torch.compiler.is_compiling():
         # Constants, kept without a version check: DDP writes the same values into its buffers at every forward.
         residual_A, residual_B = residual_A.data, residual_B.data

@@ -2,7 +2,7 @@
 
 ``goat_kernels::forward`` and ``goat_kernels::backward`` run what ``forward_backward.py`` strings together, and are
 opaque: torch.compile sees one node per direction, and the in-place accumulation of the base product onto the prefilled
-output survives. Each has a fake (shapes and dtypes alone) and a FLOP count.
+output survives. Each has a fake (shapes and dtypes only) and a FLOP count.
 
 Where a TorchDispatchMode watches an eager call (selective checkpointing, fake tensors, FLOP counters), it sees the
 passes as ``goat_kernels::forward`` without a weight and ``goat_kernels::folded_weight``, and the base product as

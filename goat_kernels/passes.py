@@ -107,12 +107,12 @@ class Passes(Protocol):
         """
 
     def packed_numel(self, adapter: Adapter, compute: torch.dtype, T: int) -> int:
-        """Elements of ``Routing.packed`` for T tokens of dtype ``compute``; looks at shapes and dtypes alone."""
+        """Elements of ``Routing.packed`` for T tokens of dtype ``compute``; looks only at shapes and dtypes."""
 
     def folds(self, x_TN: Tensor, weight_MN: Tensor, residual_A: Tensor) -> bool:
         """Whether forming W0 - B0 A0 for one product with x is cheaper than R' more hidden columns, and loses no bits.
 
-        Looks at shapes, dtypes, devices and types alone.
+        Looks only at shapes, dtypes, devices and types.
         """
 
     def folded_weight(self, weight_MN: Tensor, residual_A: Tensor, residual_B: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class Passes(Protocol):
         """Of lora_A [R, N], lora_B [M, R] and router [E, N] in the adapter's dtype; None for what is not needed.
 
         From one read of x, and one of dY unless ``gradient`` brings lora_B's sums. ``gradient`` may be None where
-        lora_B's alone is needed.
+        only lora_B's is needed.
         """
 
     def input_prefill(self, adapter: Adapter, routing: Routing, gradient: HiddenGradient) -> Tensor:

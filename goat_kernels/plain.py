@@ -58,7 +58,7 @@ def plain_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
 def _quiet_about_sizes():
     """No warnings of ``torch.jit.trace`` about branches on sizes: they are the adapter's, which the trace contains.
 
-    The number of tokens scales the balance loss alone, which a trace leaves out.
+    The number of tokens scales only the balance loss, which a trace leaves out.
     """
     if torch._C._get_tracing_state() is None:
         yield

@@ -2,7 +2,7 @@
 
 A backend is one object that implements :class:`Backend`; adding one is adding an entry to
 ``_BACKENDS``. ``"auto"`` takes the first entry that supports the tensors and is meant for their device; the environment
-variable ``GOAT_KERNELS_BACKEND`` stands in for ``"auto"`` where a call does not name a backend.
+variable ``GOAT_KERNELS_BACKEND`` replaces ``"auto"`` where a call does not name a backend.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 def _why_on_no_device(backend: Backend) -> str | None:
-    """None, or why ``backend`` computes float32 on none of this machine's devices: what its last one is told."""
+    """None, or why no device of this machine is supported."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
     reasons = [backend.unsupported_reason(device, torch.float32) for device in devices]
@@ -67,7 +67,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend that computes x of ``dtype`` on ``device``.
 
     Args:
-        name: a backend, or ``"auto"``, for which GOAT_KERNELS_BACKEND may stand in.
+        name: a backend, or ``"auto"``, which GOAT_KERNELS_BACKEND may replace.
         device: where the tensors are.
         dtype: the compute dtype, x's.
 
@@ -89,7 +89,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 _RESOLVED: dict[tuple[torch.device, torch.dtype, str], str] = {}
 
 
-@torch.compiler.assume_constant_result  # a tracer cannot follow the questions put to a GPU and to Triton
+@torch.compiler.assume_constant_result  # device queries, which Dynamo cannot trace
 def _resolve(device: torch.device, dtype: torch.dtype, asked: str, argument: str) -> str:
     if asked == "auto":
         reasons = {name: why_not_auto(name, device, dtype) for name in _BACKENDS}

@@ -1,4 +1,4 @@
-"""The passes in plain PyTorch: the fast path on a CPU and wherever Triton cannot run.
+"""The passes in plain PyTorch: the fast path on a CPU, and where Triton cannot run.
 
 Each pass is a handful of torch calls, because at small sizes the number of calls is the cost. Per-expert quantities
 are laid out expert-major, [E, T]: a softmax or a maximum over eight experts then runs along contiguous tokens, and
@@ -202,7 +202,7 @@ def _prefill(
     R, E, R0 = adapter.rank, adapter.num_experts, adapter.residual_rank
     compute, stats = x_TN.dtype, stats_dtype(x_TN)
 
-    # 1. Hidden columns and logits, from one product wherever the dtypes and the dropout allow it.
+    # 1. Hidden columns and logits, from one product where the dtypes and the dropout allow it.
     in_product = {
         "hidden": (adapter.lora_A, R if adapter.seed is None else 0),
         "logits": (adapter.router, E if compute == stats else 0),

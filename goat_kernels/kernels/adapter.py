@@ -2,7 +2,7 @@
 
 Where the adapter's dtype is another than x's (float32 adapters over a half-precision base) it is packed: cast once per
 forward, read by every row block, kept for the backward. The router becomes two parts, high and low, whose sum is the
-float32 weight to 16 bits or more: half precision alone picks other experts.
+float32 weight to 16 bits or more: the high part alone picks other experts.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ D times and summing D products are a broadcast and a sum over a reshaped registe
 beyond E, are zero. In memory everything is unpadded: column e * D + d.
 
 Triton's interpreter gets bfloat16 wrong (``tl.dot`` multiplies the raw 16-bit integers, a cast from float32 cuts off
-instead of rounding to nearest even): :func:`product` and :func:`cast` work round it, and no other file needs to.
+instead of rounding to nearest even): :func:`product` and :func:`cast` avoid both, so that no other file has to.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def precision(compute: torch.dtype) -> str:
 
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr, IMPRECISE: tl.constexpr = 0):
-    """accumulator + a b in float32. PRECISION ("ieee" or "tf32") matters to float32 operands alone.
+    """accumulator + a b in float32. PRECISION ("ieee" or "tf32") matters only to float32 operands.
 
     IMPRECISE is Triton's max_num_imprecise_acc.
     """
@@ -103,7 +103,7 @@ def hidden_columns(E: tl.constexpr, D: tl.constexpr, E_PAD: tl.constexpr, D_PAD:
     if D != D_PAD:
         index = (column // D_PAD) * D + column % D_PAD
         exists = (column // D_PAD < E) & (column % D_PAD < D)
-    return index, exists  # contiguous wherever D allows, so that loads are wide
+    return index, exists  # contiguous if D allows it, so that loads are wide
 
 
 @triton.jit

@@ -93,7 +93,7 @@ def shared_estimate(kernel: str, tile: Tile, columns: int, width: int, read_widt
 def invalid_reason(
     kernel: str, tile: Tile, columns: int, width: int, target: Target, read_width: int | None = None
 ) -> str | None:
-    """None, or why ``tile`` cannot run: the one predicate that the table, the tuner and files of tiles answer to.
+    """None, or why ``tile`` cannot run: the one predicate for the table, the tuner and files of tiles.
 
     Args:
         kernel: its function's name.
@@ -155,7 +155,7 @@ def find_tile(
         columns: hidden columns that one program accumulates.
         width: bytes of an element of x.
         target: the GPU.
-        T: tokens. The tallest tile is taken that is not twice as tall as T and, where programs divide the tokens alone,
+        T: tokens. The tallest tile is taken that is not twice as tall as T and, where programs divide only the tokens,
             whose programs fill the GPU.
         read_width: bytes of an element of the adapter as it is read; None is ``width``.
     """
@@ -247,7 +247,7 @@ def recorded_choices() -> Iterator[list[Choice]]:
 
 
 def is_overridden() -> bool:
-    """Whether somebody chooses the tiles, or looks at what is asked for."""
+    """Whether a test or tool overrides the tiles, or records which are asked for."""
     return bool(_overrides.tiles) or _overrides.asked is not None
 
 

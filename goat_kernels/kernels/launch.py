@@ -62,7 +62,7 @@ def observed(observer: Callable[[Launch], None]) -> Iterator[None]:
 
 
 def is_observed() -> bool:
-    """Whether somebody looks at the launches of this process."""
+    """Whether an observer is in place."""
     return _observer is not None
 
 

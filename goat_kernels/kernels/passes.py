@@ -1,4 +1,4 @@
-"""The passes of a layer in Triton: each puts its launches together, and they are made one after the other.
+"""The passes of a layer in Triton: each describes its launches, which are then made in order.
 
     prefill            forward.py (fused), staged_forward.py            backward of a layer: the three others
     hidden_gradient    hidden_gradient.py (both forms)
@@ -6,7 +6,7 @@
     input_prefill      expand.py
 
 A call that repeats an earlier one is replayed, and nothing here runs (``replay.py``; GOAT_KERNELS_REPLAY=0 turns it
-off, for a debugger's breakpoints say).
+off, for example to stop at breakpoints).
 """
 
 from __future__ import annotations

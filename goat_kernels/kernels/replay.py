@@ -12,7 +12,7 @@ The environment variable GOAT_KERNELS_REPLAY=0, set before the first call, turns
 a breakpoint in them stops. So does an observer of launches, for as long as it looks.
 
 Watching proves what a replay relies on: a pass that did anything to a tensor but allocate it, view it or hand it to a
-kernel (a copy of a transposed lora_A, say) gets no plan and simply runs, always.
+kernel (for example, copied a transposed lora_A) gets no plan and runs every time.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ class _Watch(TorchDispatchMode):
             self._launching = False
 
     def plan(self, result: Any) -> Plan | str:
-        """The plan for what was seen, or why there is none."""
+        """The plan made from what was seen, or why there is none."""
         if self._refusal is not None:
             return self._refusal
         starts = [tensor.data_ptr() for tensor in self._slots if tensor.numel()]

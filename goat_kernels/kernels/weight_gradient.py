@@ -30,7 +30,7 @@ _SMALL_SUM = Tile(rows=32, columns=128, warps=4, stages=1)
 
 
 class _Wanted(NamedTuple):
-    """The weight gradients to fill, contiguous in the parameters' dtypes; None for what nobody asked for."""
+    """The weight gradients to fill, contiguous in the parameters' dtypes; None for those not needed."""
 
     B_MR: Tensor | None = None
     A_RN: Tensor | None = None
@@ -170,7 +170,7 @@ def sum_over_tokens(
 ):  # fmt: skip
     """One split of hidden^T x [R, N] and logits x [E, N], for features ``block`` * BN .. and one block of R.
 
-    hidden_ptr compute [T, R]; logits_ptr float32 [E, T]; None for what nobody asked for. x is dropped in front of
+    hidden_ptr compute [T, R]; logits_ptr float32 [E, T]; None for those not needed. x is dropped in front of
     hidden's columns where seed_ptr is not None. The splits lie behind one another, of logits behind hidden's.
     """
     R: tl.constexpr = E * D
@@ -268,7 +268,7 @@ def weight_gradient(
             )  # fmt: skip
     if x_ptr is not None:
         reads_x = block >= blocks_M
-        if hidden_ptr is None:  # the router alone: one block along axis 2, whatever lora_B has
+        if hidden_ptr is None:  # the router only: one block along axis 2, however many lora_B has
             reads_x = reads_x & (tl.program_id(2) == 0)
         if reads_x:
             sum_over_tokens(
