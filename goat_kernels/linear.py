@@ -59,12 +59,16 @@ class GoatLinear(RoutedModule, nn.Module):
         TypeError, ValueError: a bad argument, by name; or a weight with too few singular values for the rule.
     """
 
+    # For type checkers: nn.Module tells them nothing of what is registered, nor that a call returns what forward does.
     weight: nn.Parameter
     bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    router: nn.Parameter
     residual_A: Tensor | None
     residual_B: Tensor | None
-
-    if TYPE_CHECKING:  # what nn.Module leaves open: a call returns what forward does
+    scaling: float | Tensor
+    if TYPE_CHECKING:
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
