@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,19 @@ class GoatLinear(RoutedModule, nn.Module):
     Raises:
         TypeError, ValueError: a bad argument, by name; or a weight with too few singular values for the rule.
     """
+
+    # For type checkers: nn.Module tells them nothing of what is registered, nor that a call returns what forward does.
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    router: nn.Parameter
+    residual_A: Tensor | None
+    residual_B: Tensor | None
+    scaling: float | Tensor
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(
         self,
@@ -122,7 +137,7 @@ class GoatLinear(RoutedModule, nn.Module):
         *,
         backend: str = "auto",
         generator: torch.Generator | None = None,
-        **settings,
+        **settings: Any,
     ) -> GoatLinear:
         """A GoatLinear on the weight and bias of ``linear``, which it shares (and freezes) rather than copies.
 
@@ -269,7 +284,7 @@ class GoatLinear(RoutedModule, nn.Module):
         return routed.output
 
     @contextlib.contextmanager
-    def disable_adapter(self):
+    def disable_adapter(self) -> Iterator[GoatLinear]:
         """Within this context the layer is the pretrained nn.Linear, bit for bit."""
         was_enabled, self._adapter_enabled = self._adapter_enabled, False
         self._folded_weight.restore()

@@ -21,10 +21,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    # The callback's base class needs transformers, which takes seconds to import and is not needed for the rest.
-    if name == "GoatCallback":
-        from goat_kernels.training.callback import GoatCallback
+if not TYPE_CHECKING:  # a type checker would take it to mean that every name exists
 
-        return GoatCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str):
+        # The callback's base class needs transformers, which takes seconds to import and is not needed for the rest.
+        if name == "GoatCallback":
+            from goat_kernels.training.callback import GoatCallback
+
+            return GoatCallback
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
