@@ -20,11 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from goat_kernels.rules import (
-    SCALING_RULES,
-    SEGMENT_RULES,
-    needs_only_largest,
-)
+from goat_kernels.rules import SCALING_RULES, SEGMENT_RULES, needs_only_largest
 from goat_kernels.settings import AdapterSettings
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +57,13 @@ class InitialAdapter:
     residual: tuple[Tensor, Tensor] | None
     svd_error: float = 0.0
 
+    def named(self) -> dict[str, Tensor]:
+        """Name -> tensor, of those that there are; as ``AdapterSettings.shapes`` names them."""
+        named = {"lora_A": self.lora_A, "lora_B": self.lora_B, "router": self.router}
+        if self.residual is not None:
+            named["residual_A"], named["residual_B"] = self.residual
+        return named | ({"scaling": self.scaling} if isinstance(self.scaling, Tensor) else {})
+
 
 @dataclass(frozen=True)
 class Triples:
@@ -93,12 +96,9 @@ def initialise_adapter(
         TypeError: the weight is not floating-point.
         ValueError: the weight is not a matrix, has non-finite entries, or has too few singular values for the rule.
     """
-    check_weight(weight, settings, name)
-    triples = None
-    if settings.init in SEGMENT_RULES:
-        _check_finite(weight, name)
-        triples = _svd(weight.detach(), settings, generator)
-    return _adapter_from_triples(weight, triples, settings, dtype, generator, name)
+    task = InitialisationTask(name, tuple(weight.shape), settings, lambda: weight, dtype)
+    ((_, adapter),) = _initialise_batch([task], settings, generator)
+    return adapter
 
 
 def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight") -> None:
@@ -182,20 +182,17 @@ def _initialise_batch(
         check_weight(weight, settings, task.name)
         if settings.init in SEGMENT_RULES:
             _check_finite(weight, task.name)
-    triples: dict[tuple, Triples | None] = {_identity(weight): None for weight in weights}
-    if settings.init in SEGMENT_RULES:
-        distinct = {_identity(weight): weight for weight in weights}
-        if settings.svd == "full" and len({(w.device, w.dtype) for w in weights}) == 1:
-            stacked = torch.stack([w.to(_svd_dtype(w)) for w in distinct.values()])
-            U, S, Vt = torch.linalg.svd(stacked, full_matrices=False)
-            triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(distinct)}
-        else:
-            triples = {key: _svd(weight, settings, generator) for key, weight in distinct.items()}
+    distinct = {_identity(weight): weight for weight in weights}
+    if settings.init not in SEGMENT_RULES:
+        triples = dict.fromkeys(distinct)
+    elif len(distinct) > 1 and settings.svd == "full" and len({(w.device, w.dtype) for w in weights}) == 1:
+        stacked = torch.stack([w.to(_svd_dtype(w)) for w in distinct.values()])
+        U, S, Vt = torch.linalg.svd(stacked, full_matrices=False)
+        triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(distinct)}
+    else:
+        triples = {key: _svd(weight, settings, generator) for key, weight in distinct.items()}
     for task, weight in zip(tasks, weights, strict=True):
-        yield (
-            task,
-            _adapter_from_triples(weight, triples[_identity(weight)], settings, task.dtype, generator, task.name),
-        )
+        yield task, _adapter_from_triples(weight, triples[_identity(weight)], task, generator)
 
 
 def _identity(weight: Tensor) -> tuple:
@@ -254,30 +251,24 @@ def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | No
 
 
 def _adapter_from_triples(
-    weight: Tensor,
-    triples: Triples | None,
-    settings: AdapterSettings,
-    dtype: torch.dtype | None,
-    generator: torch.Generator | None,
-    name: str,
+    weight: Tensor, triples: Triples | None, task: InitialisationTask, generator: torch.Generator | None
 ) -> InitialAdapter:
-    M, N = weight.shape
+    settings, (M, N) = task.settings, weight.shape
     E, D = settings.num_experts, settings.expert_rank
-    dtype = dtype or _svd_dtype(weight)
+    dtype = task.dtype or _svd_dtype(weight)
     router = draw_router(E, N, weight.device, dtype, generator)
     if triples is None:
-        rows = D if settings.init == "hydralora" else settings.r
         return InitialAdapter(
-            lora_A=_kaiming_uniform((rows, N), weight.device, dtype, generator),
+            lora_A=_kaiming_uniform(settings.shapes(N, M)["lora_A"], weight.device, dtype, generator),
             lora_B=torch.zeros(M, settings.r, device=weight.device, dtype=dtype),
             router=router,
-            scaling=adapter_scaling(settings, N, None),
+            scaling=adapter_scaling(settings, N),
             residual=None,
         )
 
     index = _segment_index(settings, min(M, N))
     S_segments = triples.S[index.to(triples.S.device)]  # [E, D]
-    _warn_about_idle_experts(S_segments, triples.S[0], max(M, N), name)
+    _warn_about_idle_experts(S_segments, triples.S[0], max(M, N), task.name)
     scaling = adapter_scaling(settings, N, S_segments.sum(dim=1))
     s_E = scaling.to(S_segments) if isinstance(scaling, Tensor) else S_segments.new_full((E,), scaling)
     root = (S_segments / (s_E[:, None] * settings.rho)).sqrt().reshape(-1)  # [R]
@@ -309,13 +300,13 @@ def draw_router(
     return _kaiming_uniform((num_experts, in_features), device, dtype, generator)
 
 
-def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None) -> float | Tensor:
+def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None = None) -> float | Tensor:
     """s for an adapter on a layer with ``in_features`` inputs: a float, or float32 [E] for the per-expert rules.
 
     Args:
         settings: the adapter's hyper-parameters.
         in_features: N.
-        segment_sums: [E] sums of the singular values of each expert's segment; None where there are none.
+        segment_sums: [E] sums of the singular values of each expert's segment; read by the per-expert rules alone.
     """
     if not isinstance(settings.scaling, str):
         return float(settings.scaling)

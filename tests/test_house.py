@@ -22,6 +22,7 @@ LAYERS = (
     ("backends",),
     ("operators", "plain"),
     ("functional",),
+    ("adapter",),
     ("linear",),
     ("checks",),
     ("training",),

@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from goat_kernels.numerics import relative_error
-from goat_kernels.peft.checkpoint import PREFIX, ConvertedAdapter
+from goat_kernels.peft.adapter import GoatAdapter
 from goat_kernels.peft.layer import GoatLinearLayer
+from goat_kernels.peft.storage import PREFIX, ConvertedAdapter
 from goat_kernels.reference import select_top_k
 
 GATES = ("mean", "uniform")
@@ -54,10 +55,8 @@ def approximate_lora(
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {key: tensor for key, tensor in saved.items() if ".goat_adapter." not in key}
     for name, layer in layers.items():
-        settings = layer.settings[adapter_name]
-        E = settings.num_experts
-        gate = mean[name] if gates == "mean" else torch.full((E,), 1 / E)
-        tensors.update(_pair(name, layer, adapter_name, gate))
+        gate = mean[name] if gates == "mean" else torch.full_like(mean[name], 1 / len(mean[name]))
+        tensors.update(_pair(name, layer.goat_adapter[adapter_name], gate))
     adapter = ConvertedAdapter(_lora_config(model.peft_config[adapter_name]), tensors)
     with tempfile.TemporaryDirectory() as folder:
         adapter.save(folder, overwrite=True)
@@ -86,7 +85,7 @@ def export_approximate_lora(
 
 
 def _has(module: nn.Module, adapter_name: str) -> bool:
-    return isinstance(module, GoatLinearLayer) and adapter_name in module.settings
+    return isinstance(module, GoatLinearLayer) and adapter_name in module.goat_adapter
 
 
 @contextlib.contextmanager
@@ -98,9 +97,10 @@ def _mean_gates(layers: dict[str, GoatLinearLayer], adapter_name: str):
 
     def watch(name: str, layer: GoatLinearLayer):
         def hook(module, arguments):
-            router = layer.goat_adapter[adapter_name].router.detach()
+            adapter = layer.goat_adapter[adapter_name]
+            router = adapter.router.detach()
             logits = arguments[0].detach().reshape(-1, layer.in_features).to(router) @ router.T
-            chosen = select_top_k(logits, layer.settings[adapter_name].top_k)
+            chosen = select_top_k(logits, adapter.settings.top_k)
             gate = torch.softmax(logits.masked_fill(~chosen, float("-inf")), dim=-1)
             sums[name] = sums.get(name, 0) + gate.sum(dim=0)
             tokens[name] = tokens.get(name, 0) + len(gate)
@@ -114,17 +114,13 @@ def _mean_gates(layers: dict[str, GoatLinearLayer], adapter_name: str):
         for handle in handles:
             handle.remove()
     for name, layer in layers.items():
-        E = layer.settings[adapter_name].num_experts  # a layer that the inputs did not reach gets 1/E
+        E = layer.goat_adapter[adapter_name].settings.num_experts  # a layer that the inputs did not reach gets 1/E
         mean[name] = sums[name] / tokens[name] if tokens.get(name) else torch.full((E,), 1 / E)
 
 
-def _pair(name: str, layer: GoatLinearLayer, adapter_name: str, gate: Tensor) -> dict[str, Tensor]:
-    adapter, settings = layer.goat_adapter[adapter_name], layer.settings[adapter_name]
-    lora_A, lora_B = adapter.lora_A.detach(), adapter.lora_B.detach()
-    if settings.init == "hydralora":
-        lora_A = lora_A.repeat(settings.num_experts, 1)
-    factor = (layer.scaling_of(adapter_name) * gate.to(lora_B)).repeat_interleave(settings.expert_rank)
-    lora_B = lora_B * factor
+def _pair(name: str, adapter: GoatAdapter, gate: Tensor) -> dict[str, Tensor]:
+    lora_A, lora_B = adapter.expand(adapter.lora_A.detach()), adapter.lora_B.detach()
+    lora_B = lora_B * (adapter.scaling * gate.to(lora_B)).repeat_interleave(adapter.settings.expert_rank)
     if adapter.residual_A is not None:
         lora_A = torch.cat([lora_A, adapter.residual_A.to(lora_A)])
         lora_B = torch.cat([lora_B, -adapter.residual_B.to(lora_B)], dim=1)
@@ -133,7 +129,7 @@ def _pair(name: str, layer: GoatLinearLayer, adapter_name: str, gate: Tensor) ->
 
 
 def _lora_config(config) -> LoraConfig:
-    times = 2 if config.has_residual else 1
+    times = 2 if config.settings().has_residual else 1
     ranks = {key: times * r for key, r in config.rank_pattern.items()}
     names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     names += ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "lora_dropout")

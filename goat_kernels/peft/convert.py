@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from goat_kernels.initialisation import initialise_adapter
 from goat_kernels.peft.base_check import fingerprint
 from goat_kernels.peft.base_layer import check_base_layer, pretrained_weight
-from goat_kernels.peft.checkpoint import PREFIX, Checkpoint, ConvertedAdapter, read_checkpoint, wide
 from goat_kernels.peft.config import GoatConfig
+from goat_kernels.peft.storage import PREFIX, Checkpoint, ConvertedAdapter, read_checkpoint, wide
 
 #: init_type of GOAT-PEFT -> init here, for those that change the base weight.
 _CHANGING = {name: name for name in ("goat", "goat_mini", "pissa", "milora", "pissa_milora")} | {"pissa_scale": "pissa"}

@@ -153,7 +153,7 @@ def _check_settings(config: GoatConfig, name: str, base: nn.Module, model: nn.Mo
             f"adapter of {numbers:,} numbers, {numbers // max(N * M, 1):,} times its own; that is no adapter any more, "
             "and was not made"
         )
-    if settings.residual == "fold" and config.has_residual and not is_meta(base):
+    if settings.residual == "fold" and settings.has_residual and not is_meta(base):
         check_foldable(base, name)
         sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if p is base.weight]
         if len(sharing) > 1:
