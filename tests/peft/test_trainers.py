@@ -6,8 +6,6 @@ reference never calls the package's balance loss: it is computed here from each 
 
 from __future__ import annotations
 
-import dataclasses
-
 import datasets
 import pytest
 import torch
