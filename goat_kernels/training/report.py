@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from goat_kernels.files import atomic_path
 from goat_kernels.training.statistics import RouterStatistics, routed_modules, router_statistics
 
 #: With more experts than this the table names the most and least used alone.
@@ -88,12 +89,8 @@ class RouterReport:
         every = -(-len(names) // _NAMED_LAYERS)
         axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
         figure.colorbar(image, ax=axes, extend="max").set_label("load over an even load (1: even, white)")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return path
 
 
