@@ -131,6 +131,57 @@ class Adapter(nn.Module):
         return self
 
 
+# --- residual="fold" ------------------------------------------------------------------------------------------------
+
+
+class FoldedWeight:
+    """Overwrites a weight with W0 - B0 A0 in place and restores W0 exactly.
+
+    The Parameter object stays the same, so optimisers, tied references and hooks keep seeing it. W0 is kept as a copy
+    on the CPU: a subtraction in half precision cannot be undone by an addition.
+
+    Attributes:
+        weight: the parameter.
+        original: W0 [M, N] on the CPU while the weight holds W0 - W_res, else None.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """``weight``: [M, N], float16, bfloat16, float32 or float64, on a real device."""
+        self.weight = weight
+        self.original: Tensor | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether the weight holds W0 - W_res."""
+        return self.original is not None
+
+    @torch.no_grad()
+    def fold(self, A0: Tensor, B0: Tensor) -> None:
+        """Overwrite the weight with W0 - B0 A0, computed in float32 or better and rounded once.
+
+        Args:
+            A0: [R', N].
+            B0: [M, R'], with every factor (s, 1/E) inside.
+
+        Raises:
+            RuntimeError: the weight is folded already.
+        """
+        if self.folded:
+            raise RuntimeError("the weight is folded already; restore() it before folding another pair")
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        W_res = B0.to(self.weight.device, wide) @ A0.to(self.weight.device, wide)
+        self.original = self.weight.detach().to("cpu", copy=True)
+        self.weight.copy_(self.weight.to(wide) - W_res)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write W0 back; does nothing on a weight that is not folded."""
+        if self.original is None:
+            return
+        self.weight.copy_(self.original)
+        self.original = None
+
+
 # --- tensors to start from ----------------------------------------------------------------------------------------
 
 

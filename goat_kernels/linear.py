@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from goat_kernels.adapter import Adapter, placeholders
+from goat_kernels.adapter import Adapter, FoldedWeight, placeholders
 from goat_kernels.argument_checks import check_pretrained_linear
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import BACKEND_NAMES
 from goat_kernels.initialisation import check_weight, initialise_adapter
-from goat_kernels.residual import FoldedWeight
 from goat_kernels.routed_module import RoutedModule, never_bypass
 from goat_kernels.settings import AdapterSettings, check_count, check_name
 

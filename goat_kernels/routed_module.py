@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -115,3 +117,10 @@ class RoutedModule:
         """Where the module routes; None while it has no parameters."""
         parameter = next(self.parameters(), None)
         return None if parameter is None else parameter.device
+
+
+def routed_modules(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
+    """(name, module) of every routed module in ``model``."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedModule):
+            yield name, module

@@ -47,7 +47,7 @@ class GoatAdapter(Adapter):
         self.may_start = may_start
         # Tensors that have not come yet: the placeholder itself, so that one put in its place is noticed.
         self._placeholders: dict[str, Tensor] = dict(self.tensors()) if pending else {}
-        self._awaited = len(self._placeholders)
+        self.awaited = len(self._placeholders)
 
     def forward(self):
         """What :meth:`Adapter.for_call` returns, as accelerate's hook has placed it."""
@@ -78,9 +78,9 @@ class GoatAdapter(Adapter):
         return list(self._placeholders)
 
     @property
-    def loaded_in_part(self) -> bool:
-        """Whether some of the tensors that were to be loaded have come and others have not."""
-        return 0 < len(self.missing()) < self._awaited
+    def pending(self) -> bool:
+        """Whether tensors are still to be loaded, as far as :meth:`missing` has looked."""
+        return bool(self._placeholders)
 
     def start(self, values: Mapping[str, Tensor]) -> None:
         """Write ``values`` (name -> tensor) in place of whatever is there; nothing is to be loaded any more."""

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from goat_kernels.adapter import placeholders
+from goat_kernels.adapter import FoldedWeight, placeholders
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.initialisation import initialise_adapter
 from goat_kernels.peft.adapter import AdapterDict, GoatAdapter
@@ -31,7 +31,6 @@ from goat_kernels.peft.base_layer import (
     pretrained_weight,
     unpack,
 )
-from goat_kernels.residual import FoldedWeight
 from goat_kernels.routed_module import RoutedModule, never_bypass
 from goat_kernels.settings import AdapterSettings
 
@@ -64,7 +63,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         self.goat_adapter = AdapterDict()
         self._disable_adapters = False
         self.merged_adapters = []
-        self._pending: set[str] = set()
         self._folded: FoldedWeight | None = None
         self._folded_adapter: str | None = None
         never_bypass(self)
@@ -111,7 +109,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
             tensors = placeholders(
                 settings, self.in_features, self.out_features, adapter_device(base), adapter_dtype(base)
             )
-            self._pending.add(adapter_name)
         self.goat_adapter[adapter_name] = GoatAdapter(settings, tensors, pending=pending, may_start=may_start)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -123,13 +120,13 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: some of its tensors came and others did not; or none, though they are in a file.
         """
-        if adapter_name not in self._pending:
+        if adapter_name not in self.goat_adapter:
             return
         adapter = self.goat_adapter[adapter_name]
-        if adapter.is_on_meta():
+        if not adapter.pending or adapter.is_on_meta():
             return
         missing = adapter.missing()
-        if adapter.loaded_in_part:
+        if 0 < len(missing) < adapter.awaited:
             raise RuntimeError(
                 f"adapter {adapter_name!r} on {self.name} was loaded in part: {', '.join(missing)} did not come. "
                 "Load a complete adapter, as save_pretrained writes it"
@@ -148,7 +145,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
                 self.pretrained_weight(), adapter.settings, generator=generator, name=self.name
             )
             adapter.start(initial.named())
-        self._pending.discard(adapter_name)
 
     def pretrained_weight(self) -> Tensor:
         """W0 [M, N], dequantised, whether or not an adapter is folded into the base weight."""
@@ -180,7 +176,8 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         if hook is not None:
             (x,), _ = hook.pre_forward(base, x)
         plain = has_plain_weight(base) if hook is not None else not args and not kwargs and is_plain(base)
-        if plain and _takes(base.weight, x):
+        # Where the dtypes do not fit, the base layer says what is wrong.
+        if plain and (x.dtype == base.weight.dtype or autocast_dtype(x) is not None):
             weight, bias = base.weight, base.bias
         else:
             if x.requires_grad and torch.is_grad_enabled():
@@ -218,9 +215,7 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         active = self.active_here()
         if not torch.compiler.is_compiling():
             self._check_folded_weight()
-        return not (self._pending and self._pending.intersection(active)) and (
-            self._folding_among(active) == self._folded_adapter
-        )
+        return not self._waits_for(active) and self._folding_among(active) == self._folded_adapter
 
     def settle(self) -> None:
         """Start the active adapters whose tensors never came, then fold the pair that belongs in the weight."""
@@ -259,6 +254,10 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
                 "and accelerate's dispatch_model); use residual='path'"
             )
 
+    def _waits_for(self, names: list[str]) -> bool:
+        adapters = self.goat_adapter
+        return any(adapters[name].pending for name in names)
+
     def _folding_among(self, names: list[str]) -> str | None:
         adapters = self.goat_adapter
         for name in names:
@@ -286,7 +285,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name == self._folded_adapter:
             self.unfold()
-        self._pending.discard(adapter_name)
         super().delete_adapter(adapter_name)
         self._settle_unless_waiting()
 
@@ -301,7 +299,7 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _settle_unless_waiting(self) -> None:
-        if not self._pending.intersection(self.active_here()):
+        if not self._waits_for(self.active_here()):
             self.settle()
 
     # --- PEFT -----------------------------------------------------------------------------------------------------
@@ -315,12 +313,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         if not adapter.is_on_meta():
             adapter.to(device)
 
-    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Give an adapter's trainable parameters another dtype."""
-        if adapter_name in self.goat_adapter:
-            for parameter in self.goat_adapter[adapter_name].parameters():
-                parameter.data = parameter.data.to(dtype)
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NO_MERGE)
 
@@ -329,11 +321,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "goat." + super().__repr__()
-
-
-def _takes(weight: Tensor, x: Tensor) -> bool:
-    """Whether the operator may multiply x with the weight itself; if not, the base layer says what is wrong."""
-    return x.dtype == weight.dtype or autocast_dtype(x) is not None
 
 
 def _pretrained_weight_into_state_dict(layer: GoatLinearLayer, state_dict: dict, prefix: str, local_metadata) -> None:
@@ -349,8 +336,7 @@ def _pretrained_weight_into_state_dict(layer: GoatLinearLayer, state_dict: dict,
 
 def _check_loaded(layer: GoatLinearLayer, incompatible_keys) -> None:
     """Note which adapters have come, and settle, so that a compiled first forward need not."""
-    for name in list(layer._pending):
-        adapter = layer.goat_adapter[name]
-        if not adapter.is_on_meta() and not adapter.missing():
-            layer._pending.discard(name)
+    for adapter in layer.goat_adapter.values():
+        if not adapter.is_on_meta():
+            adapter.missing()
     layer._settle_unless_waiting()

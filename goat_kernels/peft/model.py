@@ -181,8 +181,9 @@ class GoatModel(BaseTuner):
             return
         for layer in self._layers():
             weight = getattr(layer.get_base_layer(), "weight", None)
-            if weight is not None and weight.is_floating_point():
-                layer.cast_adapter(adapter_name, weight.dtype)
+            if adapter_name in layer.goat_adapter and weight is not None and weight.is_floating_point():
+                for parameter in layer.goat_adapter[adapter_name].parameters():
+                    parameter.data = parameter.data.to(weight.dtype)
 
     # --- switching, saving, unloading -----------------------------------------------------------------------------
 

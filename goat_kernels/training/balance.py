@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from goat_kernels.plain import is_transformed
-from goat_kernels.routed_module import RoutedModule
-from goat_kernels.training.statistics import routed_modules
+from goat_kernels.routed_module import RoutedModule, routed_modules
 
 _ATTRIBUTE = "goat_balance_scale"
 _IGNORED_LABEL = -100

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from goat_kernels.training.balance import balance_scales
-from goat_kernels.training.statistics import RouterStatistics, router_statistics
+from goat_kernels.training.report import RouterStatistics, router_statistics
 
 
 class GoatCallback(TrainerCallback):
