@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from goat_kernels.functional import RoutedOutput, routed_linear
-from goat_kernels.initialisation import adapter_scaling, draw_router
+from goat_kernels.initialisation import adapter_scaling, draw_uniform
 from goat_kernels.settings import AdapterSettings
 
 PARAMETERS = ("lora_A", "lora_B", "router")
@@ -213,7 +213,7 @@ def start_from_pair(
     start = {
         "lora_A": residual_A.clone(),
         "lora_B": residual_B / factor_R,
-        "router": draw_router(E, residual_A.shape[1], residual_A.device, residual_A.dtype),
+        "router": draw_uniform((E, residual_A.shape[1]), residual_A.device, residual_A.dtype),
         "residual_A": residual_A.clone(),
         "residual_B": residual_B.clone(),
     }

@@ -25,9 +25,6 @@ from goat_kernels.settings import AdapterSettings
 
 _logger = logging.getLogger(__name__)
 
-#: A singular value below this share of the largest one, times max(M, N), is zero to the SVD's precision.
-_RELATIVE_ZERO = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: torch.finfo(torch.float64).eps}
-
 #: Randomised SVD: extra columns beyond R, and power iterations. Both above the values Halko et al. (2011) advise.
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 6
@@ -256,10 +253,10 @@ def _adapter_from_triples(
     settings, (M, N) = task.settings, weight.shape
     E, D = settings.num_experts, settings.expert_rank
     dtype = task.dtype or _svd_dtype(weight)
-    router = draw_router(E, N, weight.device, dtype, generator)
+    router = draw_uniform((E, N), weight.device, dtype, generator)
     if triples is None:
         return InitialAdapter(
-            lora_A=_kaiming_uniform(settings.shapes(N, M)["lora_A"], weight.device, dtype, generator),
+            lora_A=draw_uniform(settings.shapes(N, M)["lora_A"], weight.device, dtype, generator),
             lora_B=torch.zeros(M, settings.r, device=weight.device, dtype=dtype),
             router=router,
             scaling=adapter_scaling(settings, N),
@@ -289,17 +286,6 @@ def _adapter_from_triples(
     )
 
 
-def draw_router(
-    num_experts: int,
-    in_features: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """A new router [E, N], as nn.Linear draws its weight; ``generator`` as for :func:`initialise_adapter`."""
-    return _kaiming_uniform((num_experts, in_features), device, dtype, generator)
-
-
 def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None = None) -> float | Tensor:
     """s for an adapter on a layer with ``in_features`` inputs: a float, or float32 [E] for the per-expert rules.
 
@@ -322,7 +308,7 @@ def _segment_index(settings: AdapterSettings, h: int) -> Tensor:
 
 
 def _warn_about_idle_experts(S_segments: Tensor, largest: Tensor, longest_side: int, name: str) -> None:
-    zero = largest * longest_side * _RELATIVE_ZERO[S_segments.dtype]
+    zero = largest * longest_side * torch.finfo(S_segments.dtype).eps  # zero to the SVD's precision
     idle = (S_segments <= zero).all(dim=1).nonzero().flatten().tolist()
     if idle:
         warnings.warn(
@@ -332,11 +318,10 @@ def _warn_about_idle_experts(S_segments: Tensor, largest: Tensor, longest_side: 
         )
 
 
-def _kaiming_uniform(
-    shape: tuple[int, int], device: torch.device, dtype: torch.dtype, generator: torch.Generator | None
+def draw_uniform(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None
 ) -> Tensor:
     """nn.Linear's default weight initialisation, uniform in +-1/sqrt(fan_in), drawn on the CPU in float32 or better."""
-    draw_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    values = torch.empty(shape, dtype=draw_dtype, device="cpu")
+    values = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
     torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     return values.to(device=device, dtype=dtype)

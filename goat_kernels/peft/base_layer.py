@@ -107,7 +107,7 @@ def pretrained_weight(base: nn.Module, name: str) -> Tensor:
                 raise TypeError(f"its weight is {weight.dtype}")
             if hasattr(weight, "full_tensor"):  # DTensor
                 weight = weight.full_tensor()
-            elif _is_remote(base):
+            elif is_remote(base):
                 weight = weight.clone()  # it leaves with the context
     except (TypeError, AttributeError, NotImplementedError) as error:
         raise TypeError(
@@ -176,7 +176,8 @@ def _gathered(parameters: Iterable[nn.Parameter]):
         yield
 
 
-def _is_remote(base: nn.Module) -> bool:
+def is_remote(base: nn.Module) -> bool:
+    """Whether the weights have to be fetched or gathered: accelerate's offloading, DeepSpeed's ZeRO-3."""
     return hasattr(base, "_hf_hook") or any(hasattr(parameter, "ds_id") for parameter in base.parameters())
 
 

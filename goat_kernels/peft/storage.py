@@ -35,9 +35,14 @@ _ADAPTER = ".goat_adapter."
 _DTYPES = ("F16", "BF16", "F32", "F64")
 
 
-def may_unpickle(allow_pickle: bool) -> bool:
-    """Whether the caller asked for pickled files, by argument or by ``GOAT_KERNELS_ALLOW_PICKLE=1``."""
-    return allow_pickle or os.environ.get(PICKLE_VARIABLE) == "1"
+def check_pickle_allowed(file: Path, allow_pickle: bool) -> None:
+    """Raise unless the caller asked for pickled files, by argument or by ``GOAT_KERNELS_ALLOW_PICKLE=1``."""
+    if not allow_pickle and os.environ.get(PICKLE_VARIABLE) != "1":
+        raise ValueError(
+            f"{file} is a pickle, which is not opened unless asked: save the adapter as safetensors, or, if you trust "
+            f"the file, pass allow_pickle=True (--allow-pickle for a command, or set {PICKLE_VARIABLE}=1); it is then "
+            "read with weights_only=True"
+        )
 
 
 def has_weights(folder: Path) -> bool:
@@ -72,12 +77,8 @@ def check_adapter_folder(
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
-        if (folder / PICKLE_FILE).is_file() and not may_unpickle(allow_pickle):
-            raise ValueError(
-                f"{folder / PICKLE_FILE} is a pickle, which is not opened unless asked: save the adapter as "
-                f"safetensors, or, if you trust the file, pass allow_pickle=True (or set {PICKLE_VARIABLE}=1); "
-                "it is then read with weights_only=True"
-            )
+        if (folder / PICKLE_FILE).is_file():
+            check_pickle_allowed(folder / PICKLE_FILE, allow_pickle)
         return {}
     shapes = read_shapes(file)
     if weights_sha256 is not None and sha256(file) != weights_sha256:
@@ -235,11 +236,7 @@ def read_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> Checkp
         return Checkpoint(folder, fields, load_file(folder / WEIGHTS_FILE))
     if not (folder / PICKLE_FILE).is_file():
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS_FILE}")
-    if not may_unpickle(allow_pickle):
-        raise ValueError(
-            f"{folder / PICKLE_FILE} is a pickle, which is not opened unless asked; if you trust the file, pass "
-            "allow_pickle=True (--allow-pickle): it is then read with weights_only=True"
-        )
+    check_pickle_allowed(folder / PICKLE_FILE, allow_pickle)
     return Checkpoint(folder, fields, torch.load(folder / PICKLE_FILE, map_location="cpu", weights_only=True))
 
 
