@@ -56,8 +56,7 @@ def hotswap_adapter(
 def _check_computes_alike(layer: GoatLinearLayer, adapter_name: str, config: GoatConfig, path: str) -> None:
     old, new = layer.goat_adapter[adapter_name].settings, config.settings(layer.name)
     differing = {name: (getattr(old, name), getattr(new, name)) for name in _COMPUTING}
-    if not (old.per_expert_scaling and new.per_expert_scaling):
-        differing["scaling"] = tuple(_scaling(settings, layer) for settings in (old, new))
+    differing["scaling"] = tuple(_scaling(settings, layer) for settings in (old, new))
     for name, (found, needed) in differing.items():
         if found != needed:
             raise ValueError(

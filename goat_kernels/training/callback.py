@@ -72,15 +72,11 @@ class GoatCallback(TrainerCallback):
         if not statistics:
             return
         summary = _summary(statistics)
-        self.history.append(
-            {
-                "step": state.global_step,
-                **summary,
-                "load_by_layer": {name: layer.load for name, layer in statistics.items()},
-                "balance_loss_by_layer": {name: layer.balance_loss for name, layer in statistics.items()},
-                "load_entropy_by_layer": {name: layer.load_entropy for name, layer in statistics.items()},
-            }
-        )
+        by_layer = {
+            f"{number}_by_layer": {name: getattr(layer, number) for name, layer in statistics.items()}
+            for number in ("load", "balance_loss", "load_entropy")
+        }
+        self.history.append({"step": state.global_step, **summary, **by_layer})
         entries = {f"goat/{name}": value for name, value in summary.items()}
         if self.per_layer:
             entries |= _layer_entries(statistics)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from goat_kernels.files import atomic_path
-from goat_kernels.routed_module import RoutedModule, routed_modules
+from goat_kernels.routed_module import routed_modules
 
 #: With more experts than this the table names the most and least used alone.
 _LISTED_EXPERTS = 16
@@ -49,23 +49,16 @@ class RouterStatistics:
 
 def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
     """The routing statistics of every layer that has run, by its name in ``model``; one transfer per device."""
-    ran = [(name, module) for name, module in routed_modules(model) if _has_run(module)]
+    rows = {}
+    for name, module in routed_modules(model):
+        if (balance_loss := module.balance_loss) is not None:
+            rows[name] = torch.cat((balance_loss.reshape(1).double(), module.expert_load.double()))
     numbers: dict[str, list[float]] = {}
-    for device in {module.expert_load.device for _, module in ran}:
-        here = [(name, module) for name, module in ran if module.expert_load.device == device]
-        rows = [torch.cat((_scalar(module.balance_loss, device), module.expert_load.double())) for _, module in here]
-        read = torch.cat(rows).tolist()
-        for (name, _), row in zip(here, rows, strict=True):
-            numbers[name], read = read[: len(row)], read[len(row) :]
-    return {name: RouterStatistics(numbers[name][0], tuple(numbers[name][1:])) for name, _ in ran}
-
-
-def _has_run(module: RoutedModule) -> bool:
-    return module.balance_loss is not None and module.expert_load is not None
-
-
-def _scalar(value: Tensor, device: torch.device) -> Tensor:
-    return value.to(device, torch.float64).reshape(1)
+    for device in {row.device for row in rows.values()}:
+        here = {name: row for name, row in rows.items() if row.device == device}
+        read = torch.cat(list(here.values())).cpu().split([len(row) for row in here.values()])
+        numbers |= {name: row.tolist() for name, row in zip(here, read, strict=True)}
+    return {name: RouterStatistics(numbers[name][0], tuple(numbers[name][1:])) for name in rows}
 
 
 @dataclass(frozen=True)
@@ -90,18 +83,10 @@ class RouterReport:
         rows = [head]
         for name, layer in zip(_short_names(list(self.layers)), self.layers.values(), strict=True):
             relative = layer.relative_load
-            shares = [f"{100 * share:.1f}" for share in layer.load] if listed else []
-            rows.append(
-                [
-                    name or "(the model)",
-                    f"{layer.balance_loss:.4f}",
-                    f"{layer.load_entropy:.4f}",
-                    _expert(relative, min(relative)),
-                    _expert(relative, max(relative)),
-                    *shares,
-                    *[""] * (listed - len(shares)),
-                ]
-            )
+            row = [name or "(the model)", f"{layer.balance_loss:.4f}", f"{layer.load_entropy:.4f}"]
+            row += [f"{relative.index(share)}: {share:.2f}x" for share in (min(relative), max(relative))]
+            row += [f"{100 * share:.1f}" for share in layer.load] if listed else []
+            rows.append(row + [""] * (len(head) - len(row)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * width for width in widths])
         lines = [
@@ -186,10 +171,6 @@ def _writable(path: str | os.PathLike) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the heatmap {str(path)!r} needs a folder that exists; {str(path.parent)!r} does not")
     return path
-
-
-def _expert(relative: tuple[float, ...], value: float) -> str:
-    return f"{relative.index(value)}: {value:.2f}x"
 
 
 def _short_names(names: list[str]) -> list[str]:
