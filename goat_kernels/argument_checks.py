@@ -119,13 +119,24 @@ def check_pretrained_linear(linear: nn.Linear) -> None:
             f"linear is a {kind}, the output projection of an nn.MultiheadAttention, which reads its weight without "
             "calling it, so an adapter would have no effect; adapt other layers"
         )
-    own = vars(linear).get("forward")  # accelerate leaves nn.Linear's there when it removes a hook
-    replaced = own is not None and getattr(own, "__func__", None) is not nn.Linear.forward
+    replaced = not is_forward_of_linear(vars(linear).get("forward"))
     if type(linear).forward is not nn.Linear.forward or replaced:
         whose = "has a replaced forward, which" if replaced else f"is a {kind}, whose own forward"
         raise TypeError(
             f"linear {whose} a GoatLinear in its place would not call; give a plain nn.Linear (of the same weight, if "
             "that is what it computes), or adapt it by peft.get_peft_model with a GoatConfig, which calls it as it is"
         )
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+    if has_hooks(linear):
         raise ValueError("linear has hooks, which a GoatLinear in its place would not call; remove them first")
+
+
+def is_forward_of_linear(own) -> bool:
+    """Whether an instance's own ``forward`` is none, or nn.Linear's, which accelerate leaves when a hook is removed."""
+    return own is None or getattr(own, "__func__", None) is nn.Linear.forward
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs hooks besides its forward and backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -20,17 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from goat_kernels.rules import (
-    SCALING_RULES,
-    SEGMENT_RULES,
-    needs_only_largest,
-)
+from goat_kernels.rules import SCALING_RULES, SEGMENT_RULES, needs_only_largest
 from goat_kernels.settings import AdapterSettings
 
 _logger = logging.getLogger(__name__)
-
-#: A singular value below this share of the largest one, times max(M, N), is zero to the SVD's precision.
-_RELATIVE_ZERO = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: torch.finfo(torch.float64).eps}
 
 #: Randomised SVD: extra columns beyond R, and power iterations. Both above the values Halko et al. (2011) advise.
 _OVERSAMPLING = 16
@@ -60,6 +53,13 @@ class InitialAdapter:
     scaling: float | Tensor
     residual: tuple[Tensor, Tensor] | None
     svd_error: float = 0.0
+
+    def named(self) -> dict[str, Tensor]:
+        """Name -> tensor, of those that there are; as ``AdapterSettings.shapes`` names them."""
+        named = {"lora_A": self.lora_A, "lora_B": self.lora_B, "router": self.router}
+        if self.residual is not None:
+            named["residual_A"], named["residual_B"] = self.residual
+        return named | ({"scaling": self.scaling} if isinstance(self.scaling, Tensor) else {})
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,9 @@ def initialise_adapter(
         TypeError: the weight is not floating-point.
         ValueError: the weight is not a matrix, has non-finite entries, or has too few singular values for the rule.
     """
-    check_weight(weight, settings, name)
-    triples = None
-    if settings.init in SEGMENT_RULES:
-        _check_finite(weight, name)
-        triples = _svd(weight.detach(), settings, generator)
-    return _adapter_from_triples(weight, triples, settings, dtype, generator, name)
+    task = InitialisationTask(name, tuple(weight.shape), settings, lambda: weight, dtype)
+    ((_, adapter),) = _initialise_batch([task], settings, generator)
+    return adapter
 
 
 def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight") -> None:
@@ -182,20 +179,17 @@ def _initialise_batch(
         check_weight(weight, settings, task.name)
         if settings.init in SEGMENT_RULES:
             _check_finite(weight, task.name)
-    triples: dict[tuple, Triples | None] = {_identity(weight): None for weight in weights}
-    if settings.init in SEGMENT_RULES:
-        distinct = {_identity(weight): weight for weight in weights}
-        if settings.svd == "full" and len({(w.device, w.dtype) for w in weights}) == 1:
-            stacked = torch.stack([w.to(_svd_dtype(w)) for w in distinct.values()])
-            U, S, Vt = torch.linalg.svd(stacked, full_matrices=False)
-            triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(distinct)}
-        else:
-            triples = {key: _svd(weight, settings, generator) for key, weight in distinct.items()}
+    distinct = {_identity(weight): weight for weight in weights}
+    if settings.init not in SEGMENT_RULES:
+        triples = dict.fromkeys(distinct)
+    elif len(distinct) > 1 and settings.svd == "full" and len({(w.device, w.dtype) for w in weights}) == 1:
+        stacked = torch.stack([w.to(_svd_dtype(w)) for w in distinct.values()])
+        U, S, Vt = torch.linalg.svd(stacked, full_matrices=False)
+        triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(distinct)}
+    else:
+        triples = {key: _svd(weight, settings, generator) for key, weight in distinct.items()}
     for task, weight in zip(tasks, weights, strict=True):
-        yield (
-            task,
-            _adapter_from_triples(weight, triples[_identity(weight)], settings, task.dtype, generator, task.name),
-        )
+        yield task, _adapter_from_triples(weight, triples[_identity(weight)], task, generator)
 
 
 def _identity(weight: Tensor) -> tuple:
@@ -254,30 +248,24 @@ def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | No
 
 
 def _adapter_from_triples(
-    weight: Tensor,
-    triples: Triples | None,
-    settings: AdapterSettings,
-    dtype: torch.dtype | None,
-    generator: torch.Generator | None,
-    name: str,
+    weight: Tensor, triples: Triples | None, task: InitialisationTask, generator: torch.Generator | None
 ) -> InitialAdapter:
-    M, N = weight.shape
+    settings, (M, N) = task.settings, weight.shape
     E, D = settings.num_experts, settings.expert_rank
-    dtype = dtype or _svd_dtype(weight)
-    router = draw_router(E, N, weight.device, dtype, generator)
+    dtype = task.dtype or _svd_dtype(weight)
+    router = draw_uniform((E, N), weight.device, dtype, generator)
     if triples is None:
-        rows = D if settings.init == "hydralora" else settings.r
         return InitialAdapter(
-            lora_A=_kaiming_uniform((rows, N), weight.device, dtype, generator),
+            lora_A=draw_uniform(settings.shapes(N, M)["lora_A"], weight.device, dtype, generator),
             lora_B=torch.zeros(M, settings.r, device=weight.device, dtype=dtype),
             router=router,
-            scaling=adapter_scaling(settings, N, None),
+            scaling=adapter_scaling(settings, N),
             residual=None,
         )
 
     index = _segment_index(settings, min(M, N))
     S_segments = triples.S[index.to(triples.S.device)]  # [E, D]
-    _warn_about_idle_experts(S_segments, triples.S[0], max(M, N), name)
+    _warn_about_idle_experts(S_segments, triples.S[0], max(M, N), task.name)
     scaling = adapter_scaling(settings, N, S_segments.sum(dim=1))
     s_E = scaling.to(S_segments) if isinstance(scaling, Tensor) else S_segments.new_full((E,), scaling)
     root = (S_segments / (s_E[:, None] * settings.rho)).sqrt().reshape(-1)  # [R]
@@ -298,24 +286,13 @@ def _adapter_from_triples(
     )
 
 
-def draw_router(
-    num_experts: int,
-    in_features: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """A new router [E, N], as nn.Linear draws its weight; ``generator`` as for :func:`initialise_adapter`."""
-    return _kaiming_uniform((num_experts, in_features), device, dtype, generator)
-
-
-def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None) -> float | Tensor:
+def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None = None) -> float | Tensor:
     """s for an adapter on a layer with ``in_features`` inputs: a float, or float32 [E] for the per-expert rules.
 
     Args:
         settings: the adapter's hyper-parameters.
         in_features: N.
-        segment_sums: [E] sums of the singular values of each expert's segment; None where there are none.
+        segment_sums: [E] sums of the singular values of each expert's segment; read by the per-expert rules alone.
     """
     if not isinstance(settings.scaling, str):
         return float(settings.scaling)
@@ -331,7 +308,7 @@ def _segment_index(settings: AdapterSettings, h: int) -> Tensor:
 
 
 def _warn_about_idle_experts(S_segments: Tensor, largest: Tensor, longest_side: int, name: str) -> None:
-    zero = largest * longest_side * _RELATIVE_ZERO[S_segments.dtype]
+    zero = largest * longest_side * torch.finfo(S_segments.dtype).eps  # zero to the SVD's precision
     idle = (S_segments <= zero).all(dim=1).nonzero().flatten().tolist()
     if idle:
         warnings.warn(
@@ -341,11 +318,10 @@ def _warn_about_idle_experts(S_segments: Tensor, largest: Tensor, longest_side: 
         )
 
 
-def _kaiming_uniform(
-    shape: tuple[int, int], device: torch.device, dtype: torch.dtype, generator: torch.Generator | None
+def draw_uniform(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator | None = None
 ) -> Tensor:
     """nn.Linear's default weight initialisation, uniform in +-1/sqrt(fan_in), drawn on the CPU in float32 or better."""
-    draw_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    values = torch.empty(shape, dtype=draw_dtype, device="cpu")
+    values = torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
     torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     return values.to(device=device, dtype=dtype)

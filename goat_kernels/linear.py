@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from goat_kernels.adapter import Adapter, FoldedWeight, placeholders
 from goat_kernels.argument_checks import check_pretrained_linear
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import BACKEND_NAMES
-from goat_kernels.functional import routed_linear
-from goat_kernels.initialisation import InitialAdapter, adapter_scaling, check_weight, initialise_adapter
-from goat_kernels.residual import FoldedWeight
+from goat_kernels.initialisation import check_weight, initialise_adapter
 from goat_kernels.routed_module import RoutedModule, never_bypass
-from goat_kernels.rules import ZERO_RULES
 from goat_kernels.settings import AdapterSettings, check_count, check_name
 
+_DEFAULT = AdapterSettings()
 
-class GoatLinear(RoutedModule, nn.Module):
+
+class GoatLinear(RoutedModule, Adapter):
     """nn.Linear with E routed LoRA experts on a frozen weight (GOAT).
 
     A new one draws its weight as nn.Linear does; :meth:`from_linear` adapts a pretrained layer. Weight and bias are
@@ -47,11 +47,7 @@ class GoatLinear(RoutedModule, nn.Module):
         weight: [M, N], W0 (``residual="path"``) or, while the adapter is on, W0 - W_res (``"fold"``). The state dict
             holds W0 either way.
         bias: [M] or None.
-        lora_A: [R, N]; [D, N] for ``hydralora``.
-        lora_B: [M, R].
-        router: [E, N].
-        scaling: s, a float, or float32 [E] for ``scaling="goat_s"``.
-        residual_A, residual_B: the frozen pair with W_res = B0 A0, or None where W_res is zero.
+        lora_A, lora_B, router, scaling, residual_A, residual_B: see :class:`goat_kernels.adapter.Adapter`.
         balance_loss, expert_load: of the last forward, detached.
         svd_error: of ``svd="randomized"``, see :class:`goat_kernels.initialisation.InitialAdapter`; 0 otherwise.
 
@@ -78,20 +74,20 @@ class GoatLinear(RoutedModule, nn.Module):
         out_features: int,
         bias: bool = True,
         *,
-        r: int = 32,
-        num_experts: int = 8,
-        top_k: int = 2,
-        scaling: str | float = "goat",
-        eta: float = 1.0,
-        rho: float = 10.0,
-        lora_alpha: float = 16,
-        init: str = "goat",
-        residual: str = "path",
-        residual_coefficient: float | None = None,
-        dropout: float = 0.0,
-        balance_coefficient: float = 0.0,
-        svd: str = "full",
-        seed: int = 0,
+        r: int = _DEFAULT.r,
+        num_experts: int = _DEFAULT.num_experts,
+        top_k: int = _DEFAULT.top_k,
+        scaling: str | float = _DEFAULT.scaling,
+        eta: float = _DEFAULT.eta,
+        rho: float = _DEFAULT.rho,
+        lora_alpha: float = _DEFAULT.lora_alpha,
+        init: str = _DEFAULT.init,
+        residual: str = _DEFAULT.residual,
+        residual_coefficient: float | None = _DEFAULT.residual_coefficient,
+        dropout: float = _DEFAULT.dropout,
+        balance_coefficient: float = _DEFAULT.balance_coefficient,
+        svd: str = _DEFAULT.svd,
+        seed: int = _DEFAULT.seed,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -174,11 +170,8 @@ class GoatLinear(RoutedModule, nn.Module):
     def _build(self, settings: AdapterSettings, weight: nn.Parameter, bias: nn.Parameter | None, backend: str) -> None:
         """Register every tensor with its final shape; values come with reset_adapter or a state dict."""
         check_name("backend", backend, BACKEND_NAMES)
-        self.settings = settings
         self.backend = backend
-        self.balance_coefficient = settings.balance_coefficient
         self.out_features, self.in_features = weight.shape
-        M, N, R, E = self.out_features, self.in_features, settings.r, settings.num_experts
         self.weight = weight
         self.bias = bias
         self._folded_weight = FoldedWeight(self.weight)
@@ -186,18 +179,8 @@ class GoatLinear(RoutedModule, nn.Module):
         never_bypass(self)
 
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        rows_A = settings.expert_rank if settings.init == "hydralora" else R
-        new = {"device": weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(rows_A, N, **new))
-        self.lora_B = nn.Parameter(torch.empty(M, R, **new))
-        self.router = nn.Parameter(torch.empty(E, N, **new))
-        has_residual = settings.init not in ZERO_RULES and settings.w_res_coefficient != 0
-        self.register_buffer("residual_A", torch.empty(R, N, **new) if has_residual else None)
-        self.register_buffer("residual_B", torch.empty(M, R, **new) if has_residual else None)
-        if settings.per_expert_scaling:
-            self.register_buffer("scaling", torch.ones(E, device=weight.device))
-        else:
-            self.scaling = adapter_scaling(settings, N, None)
+        tensors = placeholders(settings, self.in_features, self.out_features, weight.device, dtype)
+        self._register_adapter(settings, tensors)
         self._place_statistics()
 
     # --- values ---------------------------------------------------------------------------------------------------
@@ -217,19 +200,9 @@ class GoatLinear(RoutedModule, nn.Module):
         """Initialise the adapter from the pretrained weight, by the rules of ``settings``."""
         self._folded_weight.restore()
         initial = initialise_adapter(self.weight, self.settings, dtype=self.lora_A.dtype, generator=generator)
-        self._load_initial(initial)
-        self._fold_if_wanted()
-
-    def _load_initial(self, initial: InitialAdapter) -> None:
         self.svd_error = initial.svd_error
-        self.lora_A.copy_(initial.lora_A)
-        self.lora_B.copy_(initial.lora_B)
-        self.router.copy_(initial.router)
-        if initial.residual is not None:
-            self.residual_A.copy_(initial.residual[0])
-            self.residual_B.copy_(initial.residual[1])
-        if isinstance(initial.scaling, Tensor):
-            self.scaling.copy_(initial.scaling)
+        self.start(initial.named())
+        self._fold_if_wanted()
 
     def _fold_if_wanted(self) -> None:
         if self.settings.residual == "fold" and self.residual_A is not None and self._adapter_enabled:
@@ -259,27 +232,7 @@ class GoatLinear(RoutedModule, nn.Module):
                 "weight requires grad, but residual='fold' keeps W0 aside and would lose its updates; use "
                 "residual='path' to train the weight too"
             )
-        settings, lora_A, router = self.settings, self.lora_A, self.router
-        if settings.init == "hydralora":
-            lora_A = lora_A.repeat(settings.num_experts, 1)
-        residual = None
-        if settings.residual == "path" and (residual_A := self.residual_A) is not None:
-            residual = (residual_A, self.residual_B)
-        routed = routed_linear(
-            x,
-            lora_A,
-            self.lora_B,
-            router,
-            weight=weight,
-            bias=self.bias,
-            scaling=self.scaling,
-            top_k=settings.top_k,
-            dropout_p=settings.dropout if self.training else 0.0,
-            residual=residual,
-            balance_coefficient=self._injected(self.balance_coefficient, router),
-            balance_scale=self.balance_scale,
-            backend=self.backend,
-        )
+        routed = self.routed(x, weight=weight, bias=self.bias, balance_scale=self.balance_scale, backend=self.backend)
         self._remember(routed.balance_loss, routed.load)
         return routed.output
 
@@ -316,13 +269,10 @@ class GoatLinear(RoutedModule, nn.Module):
     # --- state ----------------------------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves and casts as nn.Module does; a per-expert scaling keeps its float32 values, a fold is of the new W0."""
+        """Moves and casts as nn.Module does; a fold is of the new W0."""
         was_folded = self._folded_weight.folded
         self._folded_weight.restore()
-        exact = self.scaling if isinstance(self.scaling, Tensor) else None
         super()._apply(fn, recurse)
-        if exact is not None and self.scaling.dtype != exact.dtype:
-            self.scaling = exact.to(self.scaling.device)
         self._folded_weight.weight = self.weight
         if was_folded and not self.weight.is_meta:
             self._fold_if_wanted()

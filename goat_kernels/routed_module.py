@@ -1,9 +1,11 @@
-"""What every module with routed experts shows to the outside: statistics of its last forward, balance-loss injection.
+"""What every module with routed experts shows to the outside: statistics of its last forward, and the balance scale.
 
 ``GoatLinear`` and the PEFT layer inherit it, so that the balance loss, callbacks and reports find both the same way.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,6 @@ class RoutedModule:
     """Mixin of the modules that route tokens to experts; it comes before nn.Module among their bases.
 
     Attributes:
-        balance_coefficient: weight of the balance loss that the layer injects in backward while training.
         balance_scale: 0-d float32 tensor read in backward, what the trainer scales its loss by; None is 1
             (``goat_kernels.training`` attaches it).
 
@@ -35,7 +36,6 @@ class RoutedModule:
     always a pair, [1] and [E], to write into; before the first forward its load is negative, which no load is.
     """
 
-    balance_coefficient: float = 0.0
     balance_scale: Tensor | None = None
     _balance_loss: Tensor | None = None
     _expert_load: Tensor | None = None
@@ -103,24 +103,6 @@ class RoutedModule:
                 self._balance_loss = self._balance_loss.to(router.device, dtype)
                 self._expert_load = load.to(router.device, dtype)
 
-    def _injected(self, coefficient: float, router: Tensor) -> float:
-        """``coefficient`` where a forward is to inject the balance loss: in training, where the router learns.
-
-        Raises:
-            RuntimeError: torch.compile traces a transform of torch.func, and would lose it without a word.
-        """
-        if not (coefficient and self.training and torch.is_grad_enabled()):
-            return 0.0
-        if router.requires_grad:
-            return coefficient
-        # In a transform that is compiled the router seems to require no gradient.
-        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                "torch.compile would lose the balance loss within a transform of torch.func, because it does not trace "
-                "a backward there: compile in eval mode or with balance_coefficient=0, or leave the transform eager"
-            )
-        return 0.0
-
     def _last_router(self) -> Tensor | None:
         """The router [E, N] whose load is kept; None while there is none."""
         return getattr(self, "router", None)
@@ -135,3 +117,10 @@ class RoutedModule:
         """Where the module routes; None while it has no parameters."""
         parameter = next(self.parameters(), None)
         return None if parameter is None else parameter.device
+
+
+def routed_modules(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
+    """(name, module) of every routed module in ``model``."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedModule):
+            yield name, module

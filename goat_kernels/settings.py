@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from goat_kernels.rules import INIT_RULES, PER_EXPERT_SCALINGS, SCALING_RULES, SEGMENT_RULES, ZERO_RULES
 
@@ -11,46 +13,66 @@ RESIDUAL_FORMS = ("path", "fold")
 SVD_METHODS = ("full", "randomized")
 
 
+def described(default: Any, text: str) -> Any:
+    """A dataclass field with a help text; ``default`` is the value, or a function that makes it."""
+    made = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**made, metadata={"help": text})
+
+
+def document_fields(cls: type) -> type:
+    """Class decorator: append the help text of every dataclass field that has one to the docstring."""
+    texts = [(f.name, f.metadata["help"]) for f in fields(cls) if "help" in f.metadata]
+    cls.__doc__ = "\n".join(
+        [inspect.cleandoc(cls.__doc__ or ""), "", "Fields:", *(f"    {n}: {text}" for n, text in texts)]
+    )
+    return cls
+
+
+@document_fields
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """Hyper-parameters of one adapter; a bad value raises as soon as the object is made.
 
-    Attributes:
-        r: total rank R over all experts; divisible by ``num_experts``.
-        num_experts: number of experts E, at least 1.
-        top_k: experts K that a token uses, in 1..E.
-        scaling: ``"goat"`` s = sqrt(3 eta N / D) (Thm 3.5), ``"goat_s"`` the same per expert, ``"lora"`` alpha / D,
-            ``"rslora"`` alpha / sqrt(D), or a positive number.
-        eta: full fine-tuning learning rate / LoRA learning rate, in the ``goat`` scalings; positive.
-        rho: divisor of the adapter's share of the weight: s * B0_i A0_i = segment / rho; positive.
-        lora_alpha: alpha of the ``lora`` and ``rslora`` scalings; read by no other rule.
-        init: which singular triples each expert starts from (``goat_kernels.rules``).
-        residual: how W_res is subtracted: ``"path"`` as frozen hidden columns, ``"fold"`` inside the weight.
-        residual_coefficient: W_res = coefficient * sum_i s_i B0_i A0_i; None means 1/E (Thm 3.4).
-        dropout: probability of an independent dropout per expert on x, in [0, 1).
-        balance_coefficient: weight of the balance loss that the layer injects in backward; 0 injects nothing.
-        svd: ``"full"``, or ``"randomized"`` for the rules that need only the R largest triples.
-        seed: seed of the triples that ``init="random"`` draws.
+    Every hyper-parameter is declared here alone, with its default and its help text: ``GoatConfig``, the command line
+    and the table in docs/peft.md take both from these fields.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument outside its range; the message names it, its value and what it needs.
     """
 
-    r: int = 32
-    num_experts: int = 8
-    top_k: int = 2
-    scaling: str | float = "goat"
-    eta: float = 1.0
-    rho: float = 10.0
-    lora_alpha: float = 16
-    init: str = "goat"
-    residual: str = "path"
-    residual_coefficient: float | None = None
-    dropout: float = 0.0
-    balance_coefficient: float = 0.0
-    svd: str = "full"
-    seed: int = 0
+    r: int = described(32, "Total rank R over all experts; divisible by num_experts.")
+    num_experts: int = described(8, "Number of experts E, at least 1.")
+    top_k: int = described(2, "Experts K that a token uses, in 1..num_experts.")
+    scaling: str | float = described(
+        "goat",
+        "s: 'goat' sqrt(3 eta N / D) (Thm 3.5), 'goat_s' the same per expert, 'lora' lora_alpha / D, 'rslora' "
+        "lora_alpha / sqrt(D), or a positive number. N is in_features, D = r / num_experts.",
+    )
+    eta: float = described(1.0, "Full fine-tuning learning rate / LoRA learning rate, in the goat scalings; positive.")
+    rho: float = described(
+        10.0, "Divisor of the adapter's share of the weight: s B0_i A0_i = segment_i / rho; positive."
+    )
+    lora_alpha: float = described(16, "alpha of the 'lora' and 'rslora' scalings; read by no other.")
+    init: str = described(
+        "goat",
+        "Which singular triples the experts start from: 'goat', 'goat_mini', 'pissa', 'milora', 'pissa_milora', "
+        "'random'; or none: 'lora', 'hydralora'.",
+    )
+    residual: str = described(
+        "path",
+        "How W_res is subtracted: 'path' as frozen hidden columns beside an untouched weight, 'fold' inside the "
+        "weight, which is restored exactly when the adapter is switched off, and which allows one active adapter.",
+    )
+    residual_coefficient: float | None = described(
+        None, "W_res = coefficient * sum_i s_i B0_i A0_i; None is 1 / num_experts (Thm 3.4), 0 is no residual."
+    )
+    dropout: float = described(0.0, "Probability of dropout on x, independent for each expert a token uses; in [0, 1).")
+    balance_coefficient: float = described(
+        0.0, "Weight of each layer's load-balancing loss, injected in backward while training; 0 injects nothing."
+    )
+    svd: str = described("full", "'full', or 'randomized' for init rules that need only the R largest triples.")
+    seed: int = described(0, "Seed of the triples that init='random' draws.")
 
     def __post_init__(self) -> None:
         check_count("r", self.r)
@@ -98,6 +120,22 @@ class AdapterSettings:
     def w_res_coefficient(self) -> float:
         """The coefficient of W_res, with the default 1/E filled in (Thm 3.4)."""
         return 1 / self.num_experts if self.residual_coefficient is None else float(self.residual_coefficient)
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the adapter carries a frozen pair: not for the zero rules, nor with a coefficient of 0."""
+        return self.init not in ZERO_RULES and self.w_res_coefficient != 0
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each tensor of an adapter on a weight [M, N] = [out_features, in_features]."""
+        N, M, R, E = in_features, out_features, self.r, self.num_experts
+        rows_of_A = self.expert_rank if self.init == "hydralora" else R  # hydralora's experts share one A
+        shapes = {"lora_A": (rows_of_A, N), "lora_B": (M, R), "router": (E, N)}
+        if self.has_residual:
+            shapes |= {"residual_A": (R, N), "residual_B": (M, R)}
+        if self.per_expert_scaling:
+            shapes["scaling"] = (E,)
+        return shapes
 
 
 def check_count(name: str, value: object) -> None:

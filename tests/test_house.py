@@ -16,13 +16,14 @@ PACKAGE = ROOT / "goat_kernels"
 #: From the bottom up; a module may import modules of lower layers, and of its own layer within one package.
 LAYERS = (
     ("passes", "dropout"),
-    ("rules", "reference", "routed_module", "residual", "autocast", "command_errors", "files", "registration"),
+    ("rules", "reference", "routed_module", "autocast", "command_errors", "files", "registration"),
     ("settings", "numerics"),
     ("argument_checks", "initialisation", "kernels"),
     ("backends",),
     ("forward_backward",),
     ("operators", "plain"),
     ("functional",),
+    ("adapter",),
     ("linear",),
     ("checks",),
     ("training",),

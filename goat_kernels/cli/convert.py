@@ -111,7 +111,7 @@ def _approximate(arguments: argparse.Namespace, fields: dict) -> int:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from goat_kernels.peft.approximate import REPORT_FILE, export_approximate_lora
+    from goat_kernels.peft.convert import REPORT_FILE, export_approximate_lora
 
     try:
         inputs = load_file(arguments.inputs)

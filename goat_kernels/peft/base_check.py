@@ -17,22 +17,13 @@ import math
 import struct
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from goat_kernels.peft.base_layer import (
-    _is_remote,
-    features,
-    has_plain_weight,
-    is_meta,
-    pretrained_weight,
-)
-
-if TYPE_CHECKING:
-    from goat_kernels.peft.config import GoatConfig
+from goat_kernels.peft.base_layer import features, has_plain_weight, is_meta, is_remote, pretrained_weight
+from goat_kernels.peft.config import GoatConfig
 
 _SAMPLES = 8
 _QUANTISED = "quantised"
@@ -60,7 +51,7 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 def _sample(base: nn.Module, name: str) -> tuple[str, list[float]] | None:
     """(dtype, entries) of W0 at the fixed places; None where it is not at hand."""
     weight = getattr(base, "weight", None)
-    if weight is None or is_meta(base) or _is_remote(base) or hasattr(weight, "full_tensor"):
+    if weight is None or is_meta(base) or is_remote(base) or hasattr(weight, "full_tensor"):
         return None
     if has_plain_weight(base):
         W0 = base.weight.detach()
@@ -72,14 +63,8 @@ def _sample(base: nn.Module, name: str) -> tuple[str, list[float]] | None:
             return None
     if W0.ndim != 2 or W0.numel() == 0:
         return None
-    places = [(2 * k + 1) * W0.numel() // (2 * _SAMPLES) for k in range(_SAMPLES)]
-    rows, columns = (torch.tensor(index, device=W0.device) for index in _unravel(places, W0))
-    return dtype, W0[rows, columns].float().tolist()
-
-
-def _unravel(places: list[int], W0: Tensor) -> tuple[list[int], list[int]]:
-    N = W0.shape[1]
-    return [place // N for place in places], [place % N for place in places]
+    places = torch.tensor([(2 * k + 1) * W0.numel() // (2 * _SAMPLES) for k in range(_SAMPLES)], device=W0.device)
+    return dtype, W0[places // W0.shape[1], places % W0.shape[1]].float().tolist()
 
 
 def check_base(config: GoatConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
@@ -117,10 +102,8 @@ def name_of(model: nn.Module) -> str:
 
 
 def _adapters_base(config: GoatConfig) -> str:
-    kind = (config.auto_mapping or {}).get("base_model_class") or "a model"
-    return (
-        f"{kind} {config.base_model_name_or_path!r}" if config.base_model_name_or_path else f"{kind} (without a name)"
-    )
+    kind, name = (config.auto_mapping or {}).get("base_model_class") or "a model", config.base_model_name_or_path
+    return f"{kind} {name!r}" if name else f"{kind} (without a name)"
 
 
 def _check_shapes(shapes: dict, modules: Mapping[str, nn.Module], made_on: str, loaded_onto: str) -> None:

@@ -16,6 +16,8 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from goat_kernels.argument_checks import has_hooks, is_forward_of_linear
+
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INSTEAD = "name other modules in target_modules, or leave this one out with exclude_modules"
 
@@ -105,7 +107,7 @@ def pretrained_weight(base: nn.Module, name: str) -> Tensor:
                 raise TypeError(f"its weight is {weight.dtype}")
             if hasattr(weight, "full_tensor"):  # DTensor
                 weight = weight.full_tensor()
-            elif _is_remote(base):
+            elif is_remote(base):
                 weight = weight.clone()  # it leaves with the context
     except (TypeError, AttributeError, NotImplementedError) as error:
         raise TypeError(
@@ -174,7 +176,8 @@ def _gathered(parameters: Iterable[nn.Parameter]):
         yield
 
 
-def _is_remote(base: nn.Module) -> bool:
+def is_remote(base: nn.Module) -> bool:
+    """Whether the weights have to be fetched or gathered: accelerate's offloading, DeepSpeed's ZeRO-3."""
     return hasattr(base, "_hf_hook") or any(hasattr(parameter, "ds_id") for parameter in base.parameters())
 
 
@@ -248,19 +251,11 @@ def is_plain(base: nn.Module) -> bool:
     """
     return (
         type(base) is nn.Linear
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
-        and not base._backward_hooks
-        and not base._backward_pre_hooks
-        and _is_linear_forward(base.__dict__.get("forward"))
+        and not has_hooks(base)
+        and is_forward_of_linear(base.__dict__.get("forward"))
         and "_hf_hook" not in base.__dict__
         and has_plain_weight(base)
     )
-
-
-def _is_linear_forward(forward) -> bool:
-    """Whether an instance's own ``forward`` is none, or nn.Linear's, which accelerate leaves when a hook is removed."""
-    return forward is None or getattr(forward, "__func__", None) is nn.Linear.forward
 
 
 def offloading_hook(base: nn.Module) -> AlignDevicesHook | None:
@@ -268,8 +263,7 @@ def offloading_hook(base: nn.Module) -> AlignDevicesHook | None:
     hook = base.__dict__.get("_hf_hook")
     if type(base) is not nn.Linear or type(hook) is not AlignDevicesHook:
         return None
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return hook if _is_linear_forward(base.__dict__.get("_old_forward")) and not hooked else None
+    return hook if is_forward_of_linear(base.__dict__.get("_old_forward")) and not has_hooks(base) else None
 
 
 def has_plain_weight(base: nn.Module) -> bool:

@@ -1,20 +1,21 @@
 """``GoatConfig``: a GOAT adapter's hyper-parameters and targets, as PEFT saves and loads them."""
 
+# ruff: noqa: RUF009 -- the calls make fields
 from __future__ import annotations
 
 import enum
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from packaging.version import Version
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from goat_kernels import __version__
-from goat_kernels.peft.integrity import check_adapter_folder, config_of_killed_save, has_weights
-from goat_kernels.rules import ZERO_RULES
-from goat_kernels.settings import AdapterSettings, check_dropout, check_name, check_number
+from goat_kernels.peft.storage import check_adapter_folder, config_of_killed_save, has_weights
+from goat_kernels.settings import AdapterSettings, check_dropout, check_name, check_number, described, document_fields
 
 BIAS_OPTIONS = ("none", "all", "goat_only")
 OTHER_BASE_OPTIONS = ("refuse", "warn")
@@ -23,17 +24,24 @@ OTHER_BASE_OPTIONS = ("refuse", "warn")
 _NOT_SAVED = ("other_base", "allow_pickle", "weights_sha256")
 
 
+def _of_settings(name: str, **changed) -> Any:
+    """The field ``name`` of AdapterSettings, with its default and help text."""
+    declared = AdapterSettings.__dataclass_fields__[name]
+    return field(**{"default": declared.default, "metadata": declared.metadata, **changed})
+
+
 class GoatPeftType(enum.StrEnum):
     """GOAT's entry in PEFT's tables. PEFT, transformers and Trainer read ``.value``, so a plain string will not do."""
 
     GOAT = "GOAT"
 
 
+@document_fields
 @dataclass
 class GoatConfig(PeftConfig):
     """Configuration of a GOAT adapter for ``peft.get_peft_model``.
 
-    The fields that :class:`goat_kernels.settings.AdapterSettings` has mean the same and have the same defaults, but for
+    The hyper-parameters are those of :class:`goat_kernels.AdapterSettings`, with the same defaults, but for
     ``balance_coefficient`` (1e-3, the paper's) and ``lora_dropout`` (``dropout`` there). The targeting fields are
     those of ``peft.LoraConfig``.
 
@@ -42,127 +50,67 @@ class GoatConfig(PeftConfig):
         ValueError: an argument outside its range; the message names it, its value and what it needs.
     """
 
-    r: int = field(default=32, metadata={"help": "Total rank R over all experts; divisible by num_experts."})
-    num_experts: int = field(default=8, metadata={"help": "Number of experts E."})
-    top_k: int = field(default=2, metadata={"help": "Experts K that a token uses, in 1..num_experts."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules to adapt, a regular expression, or 'all-linear' for every linear layer but "
-            "the output layer. By default PEFT's choice for LoRA on the model's architecture."
-        },
+    r: int = _of_settings("r")
+    num_experts: int = _of_settings("num_experts")
+    top_k: int = _of_settings("top_k")
+    target_modules: list[str] | str | None = described(
+        None,
+        "Names of the modules to adapt, a regular expression, or 'all-linear' for every linear layer but the output "
+        "layer. By default PEFT's choice for LoRA on the model's architecture.",
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of modules, or a regular expression, that target_modules matches but that are left out."
-        },
+    exclude_modules: list[str] | str | None = described(
+        None, "Names of modules, or a regular expression, that target_modules matches but that are left out."
     )
-    scaling: str | float = field(
-        default="goat",
-        metadata={
-            "help": "s: 'goat' sqrt(3 eta N / D), 'goat_s' the same per expert, 'lora' lora_alpha / D, 'rslora' "
-            "lora_alpha / sqrt(D), or a positive number."
-        },
+    scaling: str | float = _of_settings("scaling")
+    eta: float = _of_settings("eta")
+    rho: float = _of_settings("rho")
+    lora_alpha: float = _of_settings("lora_alpha")
+    init: str = _of_settings("init")
+    residual: str = _of_settings("residual")
+    residual_coefficient: float | None = _of_settings("residual_coefficient")
+    lora_dropout: float = _of_settings("dropout")
+    bias: str = described(
+        "none",
+        "Which biases train: 'none', 'all', or 'goat_only' for those of the adapted modules. With biases trained, "
+        "disabling the adapter does not give the base model back.",
     )
-    eta: float = field(
-        default=1.0, metadata={"help": "Full fine-tuning learning rate / LoRA learning rate, in the goat scalings."}
+    balance_coefficient: float = _of_settings("balance_coefficient", default=1e-3)
+    svd: str = _of_settings("svd")
+    seed: int = _of_settings("seed")
+    init_weights: bool = described(
+        True, "False starts from small random A and B and a zero residual, for tests; True follows init."
     )
-    rho: float = field(
-        default=10.0, metadata={"help": "Divisor of the adapter's share of the weight: s B0_i A0_i = segment_i / rho."}
+    modules_to_save: list[str] | None = described(
+        None, "Further modules to train and save with the adapter, such as a classification head."
     )
-    lora_alpha: float = field(
-        default=16, metadata={"help": "alpha of the 'lora' and 'rslora' scalings; read by no other."}
+    layers_to_transform: list[int] | int | None = described(
+        None, "Indices of the layers to adapt; only with a list of target_modules."
     )
-    init: str = field(
-        default="goat",
-        metadata={
-            "help": "Which singular triples the experts start from: 'goat', 'goat_mini', 'pissa', 'milora', "
-            "'pissa_milora', 'random'; or none: 'lora', 'hydralora'."
-        },
+    layers_pattern: list[str] | str | None = described(
+        None, "Name of the model's list of layers, for layers_to_transform where PEFT cannot tell."
     )
-    residual: str = field(
-        default="path",
-        metadata={
-            "help": "How W_res is subtracted: 'path' as frozen hidden columns beside an untouched weight, 'fold' "
-            "inside the weight, which is restored exactly when the adapter is switched off, and which allows one "
-            "active adapter."
-        },
+    rank_pattern: dict | None = described(dict, "Module name or regular expression -> r, where it differs.")
+    alpha_pattern: dict | None = described(dict, "Module name or regular expression -> lora_alpha, where it differs.")
+    initialised: bool = described(
+        False,
+        "Written as true beside a saved adapter, whose tensors are then expected to be loaded: no SVD is run. Not to "
+        "be set by hand.",
     )
-    residual_coefficient: float | None = field(
-        default=None,
-        metadata={"help": "W_res = coefficient * sum_i s_i B0_i A0_i; None is 1 / num_experts, 0 is no residual."},
+    base_weights: dict | None = described(
+        None,
+        "Fingerprint of the base weights that the adapter was made on (goat_kernels.peft.base_check), compared with "
+        "the model at loading. Filled in by itself.",
     )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of dropout on x, independent for each expert a token uses."}
-    )
-    bias: str = field(
-        default="none",
-        metadata={
-            "help": "Which biases train: 'none', 'all', or 'goat_only' for those of the adapted modules. With biases "
-            "trained, disabling the adapter does not give the base model back."
-        },
-    )
-    balance_coefficient: float = field(
-        default=1e-3,
-        metadata={"help": "Weight of each layer's load-balancing loss, injected in backward; 0 injects nothing."},
-    )
-    svd: str = field(
-        default="full",
-        metadata={"help": "'full', or 'randomized' for init rules that need only the R largest triples."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the triples that init='random' draws."})
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "False starts from small random A and B and a zero residual, for tests; True follows init."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further modules to train and save with the adapter, such as a classification head."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt; only with a list of target_modules."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the model's list of layers, for layers_to_transform where PEFT cannot tell."},
-    )
-    rank_pattern: dict | None = field(
-        default_factory=dict, metadata={"help": "Module name or regular expression -> r, where it differs."}
-    )
-    alpha_pattern: dict | None = field(
-        default_factory=dict, metadata={"help": "Module name or regular expression -> lora_alpha, where it differs."}
-    )
-    initialised: bool = field(
-        default=False,
-        metadata={
-            "help": "Written as true beside a saved adapter, whose tensors are then expected to be loaded: no SVD is "
-            "run. Not to be set by hand."
-        },
-    )
-    base_weights: dict | None = field(
-        default=None,
-        metadata={
-            "help": "Fingerprint of the base weights that the adapter was made on (goat_kernels.peft.base_check), "
-            "compared with the model at loading. Filled in by itself."
-        },
-    )
-    weights_sha256: str | None = field(
-        default=None, metadata={"help": "SHA-256 of the saved weights file. Filled in by itself."}
-    )
+    weights_sha256: str | None = described(None, "SHA-256 of the saved weights file. Filled in by itself.")
     goat_kernels_version: str | None = field(
         default=__version__, compare=False, metadata={"help": "Version that saved the adapter. Filled in by itself."}
     )
-    other_base: str = field(
-        default="refuse",
-        metadata={
-            "help": "For loading: 'refuse' a base model that the adapter was not made on, or 'warn' and load. "
-            "Not saved."
-        },
+    other_base: str = described(
+        "refuse",
+        "For loading: 'refuse' a base model that the adapter was not made on, or 'warn' and load. Not saved.",
     )
-    allow_pickle: bool = field(
-        default=False,
-        metadata={"help": "For loading: whether a .bin file may be read, with weights_only=True. Not saved."},
+    allow_pickle: bool = described(
+        False, "For loading: whether a .bin file may be read, with weights_only=True. Not saved."
     )
 
     def __post_init__(self) -> None:
@@ -192,11 +140,13 @@ class GoatConfig(PeftConfig):
             if not isinstance(pattern, dict):
                 raise TypeError(f"{name} must be a dict from module name to number, got {pattern!r}")
         for key, r in self.rank_pattern.items():
-            self._settings_for(f"rank_pattern[{key!r}]", r=r)
+            try:
+                self.settings(r=r)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"rank_pattern[{key!r}]: {error}") from None
         for key, alpha in self.alpha_pattern.items():
             check_number(f"alpha_pattern[{key!r}]", alpha, minimum=0, exclusive=True)
-        if self.bias not in BIAS_OPTIONS:
-            raise ValueError(f"bias={self.bias!r} is unknown; it must be one of {', '.join(BIAS_OPTIONS)}")
+        check_name("bias", self.bias, BIAS_OPTIONS)
         check_name("other_base", self.other_base, OTHER_BASE_OPTIONS)
         if not isinstance(self.allow_pickle, bool):
             raise TypeError(f"allow_pickle must be True or False, got {self.allow_pickle!r}")
@@ -214,12 +164,6 @@ class GoatConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, which is None; set it"
             )
 
-    def _settings_for(self, where: str, **changes) -> AdapterSettings:
-        try:
-            return self.settings(**changes)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{where}: {error}") from None
-
     def settings(self, module_name: str | None = None, **changes) -> AdapterSettings:
         """The hyper-parameters of one module's adapter.
 
@@ -228,19 +172,12 @@ class GoatConfig(PeftConfig):
                 config's own values.
             changes: values in place of the config's.
         """
-        values = {
-            name: getattr(self, name) for name in AdapterSettings.__dataclass_fields__ if name not in ("dropout",)
-        }
+        values = {name: getattr(self, name) for name in AdapterSettings.__dataclass_fields__ if name != "dropout"}
         values["dropout"] = self.lora_dropout
         if module_name is not None:
             values["r"] = _matching(self.rank_pattern, module_name, self.r)
             values["lora_alpha"] = _matching(self.alpha_pattern, module_name, self.lora_alpha)
         return AdapterSettings(**{**values, **changes})
-
-    @property
-    def has_residual(self) -> bool:
-        """Whether the adapter carries a frozen pair: not for the zero rules, nor with a coefficient of 0."""
-        return self.init not in ZERO_RULES and self.settings().w_res_coefficient != 0
 
     def to_dict(self) -> dict:
         """The fields that are saved."""
@@ -276,7 +213,7 @@ class GoatConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if isinstance(config, GoatConfig) and folder.is_dir():
-            prepared = config_of_killed_save(folder, config)
+            prepared = config_of_killed_save(folder, config.weights_sha256)
             if prepared is not None:
                 warnings.warn(
                     f"the last save into {folder} was killed before its configuration was in its place; it is read "
@@ -284,7 +221,9 @@ class GoatConfig(PeftConfig):
                     stacklevel=2,
                 )
                 config = super().from_pretrained(str(prepared), **kwargs)
-            config.shapes_in_file = check_adapter_folder(folder, config)
+            config.shapes_in_file = check_adapter_folder(
+                folder, config.settings, weights_sha256=config.weights_sha256, allow_pickle=config.allow_pickle
+            )
             if not has_weights(folder):  # there is nothing to load: settings for a new adapter
                 config.initialised, config.base_weights = False, None
         return config

@@ -45,7 +45,7 @@ def hotswap_adapter(
         raise ValueError(f"path={path!r} holds a {type(config).__name__} adapter; a GOAT one is needed")
     config.other_base = model.peft_config[adapter_name].other_base
     for layer in model.modules():
-        if isinstance(layer, GoatLinearLayer) and adapter_name in layer.settings:
+        if isinstance(layer, GoatLinearLayer) and adapter_name in layer.goat_adapter:
             _check_computes_alike(layer, adapter_name, config, path)
     state = load_peft_weights(path, device=torch_device, **hub_options)
     state = {present_name(key): tensor for key, tensor in state.items()}
@@ -54,10 +54,9 @@ def hotswap_adapter(
 
 
 def _check_computes_alike(layer: GoatLinearLayer, adapter_name: str, config: GoatConfig, path: str) -> None:
-    old, new = layer.settings[adapter_name], config.settings(layer.name)
+    old, new = layer.goat_adapter[adapter_name].settings, config.settings(layer.name)
     differing = {name: (getattr(old, name), getattr(new, name)) for name in _COMPUTING}
-    if not (old.per_expert_scaling and new.per_expert_scaling):
-        differing["scaling"] = tuple(_scaling(settings, layer) for settings in (old, new))
+    differing["scaling"] = tuple(_scaling(settings, layer) for settings in (old, new))
     for name, (found, needed) in differing.items():
         if found != needed:
             raise ValueError(
@@ -67,7 +66,7 @@ def _check_computes_alike(layer: GoatLinearLayer, adapter_name: str, config: Goa
 
 
 def _scaling(settings, layer: nn.Module) -> float | str:
-    return settings.scaling if settings.per_expert_scaling else adapter_scaling(settings, layer.in_features, None)
+    return settings.scaling if settings.per_expert_scaling else adapter_scaling(settings, layer.in_features)
 
 
 def _check_tensors_alike(old: dict[str, Tensor], new: dict[str, Tensor], path: str) -> None:

@@ -1,17 +1,23 @@
 """``GoatLinearLayer``: a linear layer of any kind with GOAT adapters on it, as PEFT's tuner layers are built.
 
 The base layer stays where it is (``base_layer``). Each adapter is a :class:`GoatAdapter` in ``goat_adapter``, a dict
-keyed by adapter name.
+keyed by adapter name. Of adapters with ``residual="fold"`` one, if any, is inside the base weight: :meth:`settle`
+follows everything that may change which, so that a forward, which a compiler may be tracing, finds it settled.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from goat_kernels.adapter import FoldedWeight, placeholders
 from goat_kernels.autocast import autocast_dtype
-from goat_kernels.functional import routed_linear
 from goat_kernels.initialisation import initialise_adapter
 from goat_kernels.peft.adapter import AdapterDict, GoatAdapter
 from goat_kernels.peft.base_layer import (
@@ -25,8 +31,6 @@ from goat_kernels.peft.base_layer import (
     pretrained_weight,
     unpack,
 )
-from goat_kernels.peft.folding import FoldingLayer
-from goat_kernels.peft.tensors import AdapterTensors, pending_tensors
 from goat_kernels.routed_module import RoutedModule, never_bypass
 from goat_kernels.settings import AdapterSettings
 
@@ -35,18 +39,20 @@ NO_MERGE = (
     "output. unload() returns the base model without the adapter; keep the adapter beside the base model to use it."
 )
 
+#: A first forward may come from several threads at once. Not the layer's own: it could be neither copied nor pickled.
+_LOCK = threading.RLock()
 
-class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
+
+class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
     """GOAT adapters on one base layer.
 
     "Linear" is in the name because PEFT looks for it when "all-linear" meets a model that has adapters already.
 
-    ``goat_adapter`` holds the adapters' tensors by adapter name, in float32 (float64 over a float64 base); ``settings``
-    their hyper-parameters, ``r`` their rank and ``scaling`` their s, where it is one number for all experts.
+    ``goat_adapter`` holds the adapters by name, with tensors in float32 (float64 over a float64 base); ``settings``,
+    ``r`` and ``scaling`` are views of their hyper-parameters, ranks and s.
     """
 
     adapter_layer_names = ("goat_adapter",)
-    other_param_names = ("settings", "scaling", "r")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         """``name`` is the module's name in the model, for messages."""
@@ -55,26 +61,38 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
         self.name = name
         self.in_features, self.out_features = features(self.get_base_layer())
         self.goat_adapter = AdapterDict()
-        self.settings: dict[str, AdapterSettings] = {}
-        self.scaling: dict[str, float] = {}
-        self.r: dict[str, int] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        self._pending: set[str] = set()
-        FoldingLayer.__init__(self)
+        self._folded: FoldedWeight | None = None
+        self._folded_adapter: str | None = None
         never_bypass(self)
         self.register_state_dict_post_hook(_pretrained_weight_into_state_dict)
         self.register_load_state_dict_post_hook(_check_loaded)
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
+    @property
+    def settings(self) -> Mapping[str, AdapterSettings]:
+        return self._of_adapters("settings")
+
+    @property
+    def scaling(self) -> Mapping[str, float | Tensor]:
+        return self._of_adapters("scaling")
+
+    @property
+    def r(self) -> Mapping[str, int]:
+        return MappingProxyType({name: settings.r for name, settings in self.settings.items()})
+
+    def _of_adapters(self, attribute: str) -> Mapping:
+        """Adapter name -> attribute; read-only, since writing to it would change nothing."""
+        return MappingProxyType({name: getattr(adapter, attribute) for name, adapter in self.goat_adapter.items()})
+
     def update_layer(
         self,
         adapter_name: str,
         settings: AdapterSettings,
-        tensors: AdapterTensors | None,
+        tensors: Mapping[str, Tensor] | None,
         *,
-        has_residual: bool,
         may_start: bool = True,
     ) -> None:
         """Add an adapter.
@@ -82,31 +100,18 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
         Args:
             adapter_name: its name.
             settings: its hyper-parameters on this module.
-            tensors: what it starts from; None for an adapter whose tensors are to be loaded.
-            has_residual: whether it will carry the frozen pair.
+            tensors: name -> tensor that it starts from; None for an adapter whose tensors are to be loaded.
             may_start: whether an adapter whose tensors never come starts afresh; otherwise its first forward raises.
         """
         base = self.get_base_layer()
-        device, dtype = adapter_device(base), adapter_dtype(base)
         pending = tensors is None
         if pending:
-            tensors = pending_tensors(
-                settings, self.in_features, self.out_features, has_residual=has_residual, device=device, dtype=dtype
+            tensors = placeholders(
+                settings, self.in_features, self.out_features, adapter_device(base), adapter_dtype(base)
             )
-            self._pending.add(adapter_name)
-        self.settings[adapter_name] = settings
-        self.r[adapter_name] = settings.r
-        self.goat_adapter[adapter_name] = GoatAdapter(tensors, pending=pending)
-        self.goat_adapter[adapter_name].may_start = may_start
-        if not isinstance(tensors.scaling, Tensor):
-            self.scaling[adapter_name] = tensors.scaling
+        self.goat_adapter[adapter_name] = GoatAdapter(settings, tensors, pending=pending, may_start=may_start)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
-
-    def scaling_of(self, adapter_name: str) -> float | Tensor:
-        """s of one adapter: a float, or float32 [E] where it differs by expert."""
-        per_expert = self.goat_adapter[adapter_name].scaling
-        return self.scaling[adapter_name] if per_expert is None else per_expert
 
     @torch.no_grad()
     def initialise_pending(self, adapter_name: str) -> None:
@@ -115,13 +120,13 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
         Raises:
             RuntimeError: some of its tensors came and others did not; or none, though they are in a file.
         """
-        if adapter_name not in self._pending:
+        if adapter_name not in self.goat_adapter:
             return
         adapter = self.goat_adapter[adapter_name]
-        if any(tensor.device.type == "meta" for tensor in adapter.tensors().values()):
+        if not adapter.pending or adapter.is_on_meta():
             return
         missing = adapter.missing()
-        if adapter.loaded_in_part:
+        if 0 < len(missing) < adapter.awaited:
             raise RuntimeError(
                 f"adapter {adapter_name!r} on {self.name} was loaded in part: {', '.join(missing)} did not come. "
                 "Load a complete adapter, as save_pretrained writes it"
@@ -135,15 +140,11 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
             )
         if missing:
             # Every process of a distributed run lands here on its own, so the draws may not depend on the process.
-            settings = self.settings[adapter_name]
+            generator = torch.Generator().manual_seed(adapter.settings.seed)
             initial = initialise_adapter(
-                self.pretrained_weight(),
-                settings,
-                generator=torch.Generator().manual_seed(settings.seed),
-                name=self.name,
+                self.pretrained_weight(), adapter.settings, generator=generator, name=self.name
             )
-            adapter.start(AdapterTensors.of(initial).named())
-        self._pending.discard(adapter_name)
+            adapter.start(initial.named())
 
     def pretrained_weight(self) -> Tensor:
         """W0 [M, N], dequantised, whether or not an adapter is folded into the base weight."""
@@ -175,7 +176,8 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
         if hook is not None:
             (x,), _ = hook.pre_forward(base, x)
         plain = has_plain_weight(base) if hook is not None else not args and not kwargs and is_plain(base)
-        if plain and _takes(base.weight, x):
+        # Where the dtypes do not fit, the base layer says what is wrong.
+        if plain and (x.dtype == base.weight.dtype or autocast_dtype(x) is not None):
             weight, bias = base.weight, base.bias
         else:
             if x.requires_grad and torch.is_grad_enabled():
@@ -184,36 +186,84 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
             check_output_of_base(x, output, self.out_features, self.name)
         balance_loss = None
         for name in active:
-            routed = self._routed(name, x, weight, bias, output)
+            routed = self.goat_adapter[name].routed(
+                x, weight=weight, bias=bias, base_output=output, balance_scale=self.balance_scale
+            )
             weight, bias, output = None, None, routed.output
             balance_loss = routed.balance_loss if balance_loss is None else balance_loss + routed.balance_loss
         self._remember(balance_loss, routed.load)
         return output if hook is None else hook.post_forward(base, output)
 
-    def _routed(self, name: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, output: Tensor | None):
-        """One adapter, on the base product (``weight``) or on what has been computed so far (``output``)."""
-        settings = self.settings[name]
-        lora_A, lora_B, router, residual_A, residual_B, scaling_E = self.goat_adapter[name].fetched()
-        if settings.init == "hydralora":
-            lora_A = lora_A.repeat(settings.num_experts, 1)
-        residual = None
-        if residual_A is not None and settings.residual == "path":
-            residual = (residual_A, residual_B)
-        return routed_linear(
-            x,
-            lora_A,
-            lora_B,
-            router,
-            weight=weight,
-            bias=bias,
-            base_output=output,
-            scaling=self.scaling[name] if scaling_E is None else scaling_E,
-            top_k=settings.top_k,
-            dropout_p=settings.dropout if self.training else 0.0,
-            residual=residual,
-            balance_coefficient=self._injected(settings.balance_coefficient, router),
-            balance_scale=self.balance_scale,
-        )
+    # --- residual="fold" ------------------------------------------------------------------------------------------
+
+    def check_alone(self, adapter_names: list[str]) -> None:
+        """Raise ValueError where several adapters would be active and one of them is folded into the weight."""
+        here = [name for name in adapter_names if name in self.goat_adapter]
+        folded = [name for name in here if self.goat_adapter[name].settings.residual == "fold"]
+        if folded and len(here) > 1:
+            raise ValueError(
+                f"adapters {here} cannot be active together: residual='fold' of {folded} changes the base weight that "
+                "the others see; activate one, or create them with residual='path'"
+            )
+
+    def active_here(self) -> list[str]:
+        """Active adapters that this layer has; none while they are disabled."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.goat_adapter]
+
+    def is_settled(self) -> bool:
+        """Whether every active adapter has its tensors and the weight is in the state that they need."""
+        active = self.active_here()
+        if not torch.compiler.is_compiling():
+            self._check_folded_weight()
+        return not self._waits_for(active) and self._folding_among(active) == self._folded_adapter
+
+    def settle(self) -> None:
+        """Start the active adapters whose tensors never came, then fold the pair that belongs in the weight."""
+        with _LOCK:
+            if self.is_settled():
+                return
+            active = self.active_here()
+            for name in active:
+                self.initialise_pending(name)
+            self.unfold()
+            folding = self._folding_among(active)
+            base = self.get_base_layer()
+            if folding is None or base.weight.is_meta:
+                return
+            A0, B0 = self.goat_adapter[folding].residual_A, self.goat_adapter[folding].residual_B
+            self._folded = FoldedWeight(base.weight)
+            if isinstance(base, Conv1D):
+                self._folded.fold(B0.T, A0.T)  # its weight is W0^T
+            else:
+                self._folded.fold(A0, B0)
+            self._folded_adapter = folding
+
+    def unfold(self) -> None:
+        """Write W0 back, bit for bit."""
+        self._check_folded_weight()
+        if self._folded is not None:
+            self._folded.restore()
+            self._folded, self._folded_adapter = None, None
+
+    def _check_folded_weight(self) -> None:
+        """Raise where the base layer has another weight now than the one that was folded: W0 can no longer be put back,
+        and "disabled" would silently mean W0 - W_res."""
+        if self._folded is not None and self._folded.weight is not self.get_base_layer().weight:
+            raise RuntimeError(
+                f"the weight of {self.name} was replaced while an adapter was folded into it (fully_shard does that, "
+                "and accelerate's dispatch_model); use residual='path'"
+            )
+
+    def _waits_for(self, names: list[str]) -> bool:
+        adapters = self.goat_adapter
+        return any(adapters[name].pending for name in names)
+
+    def _folding_among(self, names: list[str]) -> str | None:
+        adapters = self.goat_adapter
+        for name in names:
+            if adapters[name].settings.residual == "fold" and adapters[name].residual_A is not None:
+                return name
+        return None
 
     # --- switching and loading: whatever may change which pair belongs in the weight -------------------------------
 
@@ -235,7 +285,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name == self._folded_adapter:
             self.unfold()
-        self._pending.discard(adapter_name)
         super().delete_adapter(adapter_name)
         self._settle_unless_waiting()
 
@@ -250,7 +299,7 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _settle_unless_waiting(self) -> None:
-        if not self._pending.intersection(self.active_here()):
+        if not self._waits_for(self.active_here()):
             self.settle()
 
     # --- PEFT -----------------------------------------------------------------------------------------------------
@@ -261,14 +310,8 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
         if adapter_name not in self.goat_adapter:
             return
         adapter = self.goat_adapter[adapter_name]
-        if all(tensor.device.type != "meta" for tensor in adapter.tensors().values()):
+        if not adapter.is_on_meta():
             adapter.to(device)
-
-    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Give an adapter's trainable parameters another dtype."""
-        if adapter_name in self.goat_adapter:
-            for parameter in self.goat_adapter[adapter_name].parameters():
-                parameter.data = parameter.data.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(NO_MERGE)
@@ -278,11 +321,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer, FoldingLayer):
 
     def __repr__(self) -> str:
         return "goat." + super().__repr__()
-
-
-def _takes(weight: Tensor, x: Tensor) -> bool:
-    """Whether the operator may multiply x with the weight itself; if not, the base layer says what is wrong."""
-    return x.dtype == weight.dtype or autocast_dtype(x) is not None
 
 
 def _pretrained_weight_into_state_dict(layer: GoatLinearLayer, state_dict: dict, prefix: str, local_metadata) -> None:
@@ -298,9 +336,7 @@ def _pretrained_weight_into_state_dict(layer: GoatLinearLayer, state_dict: dict,
 
 def _check_loaded(layer: GoatLinearLayer, incompatible_keys) -> None:
     """Note which adapters have come, and settle, so that a compiled first forward need not."""
-    for name in list(layer._pending):
-        adapter = layer.goat_adapter[name]
-        on_meta = any(tensor.device.type == "meta" for tensor in adapter.tensors().values())
-        if not on_meta and not adapter.missing():
-            layer._pending.discard(name)
+    for adapter in layer.goat_adapter.values():
+        if not adapter.is_on_meta():
+            adapter.missing()
     layer._settle_unless_waiting()

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from goat_kernels.adapter import random_start, start_from_pair
 from goat_kernels.initialisation import InitialisationTask, initialise_adapters
 from goat_kernels.peft.adapter import present_name
 from goat_kernels.peft.base_check import check_base, fingerprint
@@ -27,7 +28,6 @@ from goat_kernels.peft.config import GoatConfig
 from goat_kernels.peft.layer import NO_MERGE, GoatLinearLayer
 from goat_kernels.peft.saving import save_whole
 from goat_kernels.peft.targets import choose_targets
-from goat_kernels.peft.tensors import AdapterTensors, random_tensors, start_from_pair
 from goat_kernels.rules import ZERO_RULES
 from goat_kernels.training.balance import attach_balance_scale, detach_balance_scale
 
@@ -68,7 +68,7 @@ class GoatModel(BaseTuner):
     ) -> None:
         """Add the adapter's layers: checked first, initialised second, and only then put into the model."""
         config = self.peft_config[adapter_name]
-        self._initial: dict[str, AdapterTensors] = {}
+        self._initial: dict[str, dict[str, torch.Tensor]] = {}  # module -> what its adapter starts from
         self._asked = config.target_modules
         self._twin = next(
             (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
@@ -93,7 +93,8 @@ class GoatModel(BaseTuner):
     def _prepare_model(self, peft_config: GoatConfig, model: nn.Module) -> None:
         """PEFT calls this when the configuration is complete and before it replaces the first module."""
         _warn_about_top_1(peft_config)
-        if peft_config.has_residual or peft_config.settings().per_expert_scaling:
+        settings = peft_config.settings()
+        if settings.has_residual or settings.per_expert_scaling:
             check_loading_of_base(model)
         targets = choose_targets(peft_config, model, self._asked)
         self._check_base(peft_config, targets, model)
@@ -101,14 +102,8 @@ class GoatModel(BaseTuner):
             return
         if not peft_config.init_weights:
             for name, base in targets.items():
-                N, M = features(base)
-                self._initial[name] = random_tensors(
-                    peft_config.settings(name),
-                    N,
-                    M,
-                    has_residual=peft_config.has_residual,
-                    device=adapter_device(base),
-                    dtype=adapter_dtype(base),
+                self._initial[name] = random_start(
+                    peft_config.settings(name), *features(base), adapter_device(base), adapter_dtype(base)
                 )
             return
         self._start_like_twin(peft_config, targets, model)
@@ -124,7 +119,7 @@ class GoatModel(BaseTuner):
             if not is_meta(base) and name not in self._initial
         ]
         for task, initial in initialise_adapters(tasks):
-            self._initial[task.name] = AdapterTensors.of(initial)
+            self._initial[task.name] = initial.named()
 
     def _start_like_twin(self, peft_config: GoatConfig, targets: dict[str, nn.Module], model: nn.Module) -> None:
         """Start the layers of an adapter that shares its configuration object with one that is there from that one's
@@ -137,12 +132,10 @@ class GoatModel(BaseTuner):
             if not isinstance(module, GoatLinearLayer) or self._twin not in module.goat_adapter:
                 continue
             twin, settings = module.goat_adapter[self._twin], peft_config.settings(name)
-            if settings != module.settings[self._twin]:
+            if settings != twin.settings:
                 continue  # the configuration was changed since then
             if twin.residual_A is not None and not twin.residual_A.is_meta and not twin.missing():
-                self._initial[name] = start_from_pair(
-                    settings, twin.residual_A, twin.residual_B, module.scaling_of(self._twin)
-                )
+                self._initial[name] = start_from_pair(settings, twin.residual_A, twin.residual_B, twin.scaling)
 
     def _check_base(self, peft_config: GoatConfig, targets: dict[str, nn.Module], model: nn.Module) -> None:
         """Hold a loaded adapter's fingerprint of its base weights against the model's; note that of a new one."""
@@ -160,15 +153,15 @@ class GoatModel(BaseTuner):
     ) -> None:
         settings = peft_config.settings(current_key)
         tensors = self._initial.pop(current_key, None)
-        options = {"has_residual": peft_config.has_residual, "may_start": not peft_config.initialised}
+        may_start = not peft_config.initialised
         if isinstance(target, GoatLinearLayer):
-            target.update_layer(adapter_name, settings, tensors, **options)
+            target.update_layer(adapter_name, settings, tensors, may_start=may_start)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_base_layer(base, current_key)  # again: targets named by a state_dict come unchecked
         layer = GoatLinearLayer(target, current_key)
         layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, settings, tensors, **options)
+        layer.update_layer(adapter_name, settings, tensors, may_start=may_start)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -188,8 +181,9 @@ class GoatModel(BaseTuner):
             return
         for layer in self._layers():
             weight = getattr(layer.get_base_layer(), "weight", None)
-            if weight is not None and weight.is_floating_point():
-                layer.cast_adapter(adapter_name, weight.dtype)
+            if adapter_name in layer.goat_adapter and weight is not None and weight.is_floating_point():
+                for parameter in layer.goat_adapter[adapter_name].parameters():
+                    parameter.data = parameter.data.to(weight.dtype)
 
     # --- switching, saving, unloading -----------------------------------------------------------------------------
 

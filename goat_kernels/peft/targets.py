@@ -3,10 +3,16 @@
 A layer that the user named and GOAT cannot adapt is refused. Where "all-linear" or PEFT's default for the architecture
 named it, it is left out, with one warning that lists all of them. Then ``target_modules`` become the names of what is
 adapted, so that a saved adapter is loaded onto the same layers by PEFT's own rules.
+
+Experts of mixture-of-experts models are parameters rather than linear layers, and are named where they are left out.
+transformers 5 keeps the experts of a layer in stacked parameters, such as ``mlp.experts.gate_up_proj`` of shape
+[experts, 2 * intermediate, hidden]. PEFT's LoRA adapts them through ``target_parameters``, and turns names such as
+``gate_proj`` into these; GOAT adapts modules alone.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterable
@@ -21,11 +27,13 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from goat_kernels.initialisation import check_weight
 from goat_kernels.peft.base_layer import check_base_layer, check_foldable, features, is_meta
 from goat_kernels.peft.config import GoatConfig
-from goat_kernels.peft.experts import patterns, warn_about_experts
 from goat_kernels.peft.weight_readers import Reader, weight_readers
 
 #: An adapter of so many numbers for each of its weight, and of more than a gigabyte, is a mistake or an attack.
@@ -48,7 +56,7 @@ def choose_targets(config: GoatConfig, model: nn.Module, asked: object) -> dict[
     """
     all_linear = isinstance(asked, str) and asked.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     if not config.initialised:
-        warn_about_experts(config, model, all_linear=all_linear)
+        _warn_about_experts(config, model, all_linear=all_linear)
     _maybe_include_all_linear_layers(config, model)
     targets = matched_layers(config, model)
     problems = _problems(config, targets, model)
@@ -122,7 +130,7 @@ def _refuse_read_layer(config: GoatConfig, name: str, reader: Reader) -> None:
 def _warn_about_left_out(problems: dict[str, Exception], adapted: Iterable[str], asked: str) -> None:
     groups: dict[str, list[str]] = {}
     for name in problems:
-        groups.setdefault(patterns([name])[0], []).append(name)
+        groups.setdefault(_patterns([name])[0], []).append(name)
     lines = [
         f"{pattern}{f' ({len(names)} layers)' if len(names) > 1 else ''}: {problems[names[0]]}"
         for pattern, names in groups.items()
@@ -153,7 +161,7 @@ def _check_settings(config: GoatConfig, name: str, base: nn.Module, model: nn.Mo
             f"adapter of {numbers:,} numbers, {numbers // max(N * M, 1):,} times its own; that is no adapter any more, "
             "and was not made"
         )
-    if settings.residual == "fold" and config.has_residual and not is_meta(base):
+    if settings.residual == "fold" and settings.has_residual and not is_meta(base):
         check_foldable(base, name)
         sharing = [n for n, p in model.named_parameters(remove_duplicate=False) if p is base.weight]
         if len(sharing) > 1:
@@ -161,3 +169,117 @@ def _check_settings(config: GoatConfig, name: str, base: nn.Module, model: nn.Mo
                 f"residual='fold' would change a weight that is shared by {', '.join(sharing)}; use residual='path', "
                 f"or leave {name} out (exclude_modules)"
             )
+
+
+# --- experts --------------------------------------------------------------------------------------------------------
+
+
+def _warn_about_experts(config: GoatConfig, model: nn.Module, *, all_linear: bool) -> None:
+    """Warn once, naming the experts' weights that ``config`` asks for and GOAT leaves out, and their share.
+
+    Args:
+        config: whose ``target_modules`` are still what the user asked for.
+        model: the model that is to be adapted.
+        all_linear: whether that was "all-linear".
+    """
+    experts = _experts(model)
+    if not experts:
+        return
+    if all_linear:
+        config = copy.copy(config)
+        config.target_modules = ".*"
+    former = _former_names(model)
+    left_out = {name: p for name, p in experts.items() if _asked_for(config, name, former)}
+    if not left_out:
+        return
+    share = sum(map(_numbers, left_out.values())) / max(_numbers_of_body(model), 1)
+    asked = "'all-linear'" if all_linear else f"target_modules={_short(config.target_modules)}"
+    containers = sorted({_container(name) for name in left_out})
+    warnings.warn(
+        f"{asked} does not reach the experts of this model: they are stacked parameters, not linear layers, and GOAT "
+        f"adapts linear layers alone. Left frozen: {', '.join(_patterns(left_out))} ({len(left_out)} parameters), "
+        f"{share:.0%} of the model's parameters without embeddings and output layer. Experts cannot be adapted yet: "
+        f"choose other modules beside them. exclude_modules={containers} says that this is meant, and silences this",
+        stacklevel=2,
+    )
+
+
+def _patterns(names) -> list[str]:
+    """The names with ``*`` for each number in them, every pattern once, in order."""
+    return list(dict.fromkeys(re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name) for name in names))
+
+
+def _experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> weight of everything called an expert that is a parameter of its own; quantised weights included."""
+    found, adapted = {}, ()
+    for owner_name, owner in model.named_modules():
+        if isinstance(owner, BaseTunerLayer):
+            adapted = (*adapted, owner_name + ".")
+        if owner_name.startswith(adapted) or isinstance(owner, BaseTunerLayer):
+            continue
+        if type(owner).__module__.startswith("torch.nn."):
+            continue
+        if "expert" not in owner_name.lower() and "expert" not in type(owner).__name__.lower():
+            continue
+        if isinstance(owner, nn.Linear | nn.Embedding):  # subclasses, quantised ones
+            continue
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and not re.search("bias|scale|norm", leaf):
+                found[f"{owner_name}.{leaf}" if owner_name else leaf] = parameter
+    return found
+
+
+def _asked_for(config: GoatConfig, name: str, former: dict[str, set[str]]) -> bool:
+    """Whether ``target_modules`` match the parameter, or a linear layer that it was before experts were stacked."""
+    owner, _, leaf = name.rpartition(".")
+    names = [name]
+    for old in sorted(former.get(leaf, ())):
+        names += [f"{owner}.{old}", f"{owner}.0.{old}"]
+    path = owner.split(".")
+    around = [".".join(path[:length]) for length in range(1, len(path) + 1)]
+    if any(isinstance(check_target_module_exists(config, n), _ExcludedModule) for n in [*around, *names]):
+        return False
+    return any(check_target_module_exists(config, n) for n in names)
+
+
+def _former_names(model: nn.Module) -> dict[str, set[str]]:
+    """A stacked parameter's last name -> those of the linear layers that checkpoints have in its place."""
+    former = {"gate_up_proj": {"gate_proj", "up_proj"}}
+    if not isinstance(model, PreTrainedModel):
+        return former
+    for conversion in get_model_conversion_mapping(model) or ():
+        if isinstance(conversion, WeightConverter):
+            for target in conversion.target_patterns:
+                former.setdefault(_last_name(target), set()).update(map(_last_name, conversion.source_patterns))
+    return former
+
+
+def _last_name(pattern: str) -> str:
+    """``gate_proj`` of ``experts.*.gate_proj.weight``."""
+    words = [word for word in re.findall(r"[A-Za-z_]\w*", pattern) if word != "weight"]
+    return words[-1] if words else pattern
+
+
+def _container(name: str) -> str:
+    """What to exclude: the module that is called after its experts, or else the parameter's own."""
+    path = name.split(".")[:-1]
+    return next((part for part in path if "expert" in part.lower()), path[-1] if path else name)
+
+
+def _numbers_of_body(model: nn.Module) -> int:
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    around = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head]
+    outside = {id(p) for module in around for p in module.parameters()}
+    return sum(_numbers(p) for p in model.parameters() if id(p) not in outside)
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter holds, also where ZeRO-3 has partitioned it or bitsandbytes packed two in a byte."""
+    if hasattr(parameter, "ds_numel"):
+        return parameter.ds_numel
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes' 4-bit weights
+    return packed.shape.numel() if packed is not None else parameter.numel()
+
+
+def _short(target_modules) -> str:
+    return repr(target_modules) if isinstance(target_modules, str) else repr(sorted(target_modules))

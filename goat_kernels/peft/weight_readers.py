@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -135,15 +136,14 @@ def _reads(code: CodeType) -> tuple[list[_Read], bool]:
 
 def _collect(node: ast.AST, self_name: str, conditions: tuple, found: list[_Read]) -> None:
     if isinstance(node, ast.If | ast.IfExp):
-        branches = [(node.body, True), (node.orelse, False)]
         _collect(node.test, self_name, conditions, found)
-        for branch, outcome in branches:
+        for branch, outcome in ((node.body, True), (node.orelse, False)):
             for child in branch if isinstance(branch, list) else [branch]:
                 _collect(child, self_name, (*conditions, (node.test, outcome)), found)
         return
     if isinstance(node, ast.Attribute) and node.attr in _DESCRIPTIONS:
         return
-    if isinstance(node, ast.Compare) and all(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops):
+    if isinstance(node, ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
         return
     if isinstance(node, ast.Call) and _name(node.func) in _ASKING:
         node = node.func  # its arguments are asked about; what a method is called on may be computed with
@@ -192,13 +192,6 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         inner = _truth(test.operand, module)
         return None if inner is None else not inner
-    if isinstance(test, ast.Compare) and len(test.ops) == 1:
-        try:
-            left, right = _value(test.left, module), _value(test.comparators[0], module)
-            compare = _COMPARISONS[type(test.ops[0])]
-            return bool(compare(left, right))
-        except Exception:
-            return None
     try:
         return bool(_value(test, module))
     except Exception:  # whatever a module's attribute does when it is asked
@@ -206,28 +199,31 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
 
 
 _COMPARISONS: dict[type, Callable] = {
-    ast.Eq: lambda a, b: a == b,
-    ast.NotEq: lambda a, b: a != b,
-    ast.Gt: lambda a, b: a > b,
-    ast.GtE: lambda a, b: a >= b,
-    ast.Lt: lambda a, b: a < b,
-    ast.LtE: lambda a, b: a <= b,
-    ast.Is: lambda a, b: a is b,
-    ast.IsNot: lambda a, b: a is not b,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
 }
 
 
 def _value(node: ast.expr, module: nn.Module):
     if isinstance(node, ast.Constant):
         return node.value
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        compare = _COMPARISONS[type(node.ops[0])]
+        return compare(_value(node.left, module), _value(node.comparators[0], module))
     path = _path(node, "self")
     if not path or "[]" in path or "training" in path or "gradient_checkpointing" in path:
         raise LookupError("not decided by the module's attributes")
     value = module
     for part in path:
-        if isinstance(inspect.getattr_static(type(value), part, None), property) or isinstance(value, Tensor):
-            raise LookupError("nothing of the user's is run, and no tensor is read")
+        if isinstance(inspect.getattr_static(type(value), part, None), property):
+            raise LookupError("nothing of the user's is run")
         value = getattr(value, part)
-    if isinstance(value, Tensor):
-        raise LookupError("a tensor's value is not read")
+        if isinstance(value, Tensor):
+            raise LookupError("no tensor is read")
     return value

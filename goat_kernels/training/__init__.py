@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING
 
 from goat_kernels.training.balance import attach_balance_scale, balance_scales, detach_balance_scale
-from goat_kernels.training.report import RouterReport, router_report
-from goat_kernels.training.statistics import RouterStatistics, router_statistics
+from goat_kernels.training.report import RouterReport, RouterStatistics, router_report, router_statistics
 
 if TYPE_CHECKING:
     from goat_kernels.training.callback import GoatCallback

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from goat_kernels.plain import is_transformed
-from goat_kernels.routed_module import RoutedModule
-from goat_kernels.training.statistics import routed_modules
+from goat_kernels.routed_module import RoutedModule, routed_modules
 
 _ATTRIBUTE = "goat_balance_scale"
 _IGNORED_LABEL = -100
@@ -60,17 +59,14 @@ class BalanceScale:
             module.balance_scale = None
         self._handles, self._modules = [], []
 
-    def publish(self, value: Tensor | float) -> None:
-        """Write the scale.
+    def reset(self) -> None:
+        """Write the default.
 
         Through ``.data``: the tensors are inputs of graphs that torch.compile saves, and those graphs must see the
         new value rather than an error about a changed input.
         """
         for tensor in self._tensors.values():
-            if isinstance(value, Tensor):
-                tensor.data.copy_(value)
-            else:
-                tensor.data.fill_(value)
+            tensor.data.fill_(self.default)
 
     def _tap(self, loss: Tensor, share: Tensor | None) -> Tensor:
         return _tap(loss, list(self._tensors.values()), share)
@@ -97,7 +93,7 @@ class BalanceScale:
             if _in_backward():
                 return
             self._place()
-        self.publish(self.default)
+        self.reset()
 
     def _reset_beneath_transforms(self) -> None:
         """Write the default past torch.func's transforms, in which a tensor of the outside may not be written.
@@ -107,7 +103,7 @@ class BalanceScale:
         if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
             with torch._C._DisableFuncTorch():
                 self._place()
-                self.publish(self.default)
+                self.reset()
 
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
         if not torch.is_grad_enabled() or is_transformed(torch.compiler.is_compiling()):

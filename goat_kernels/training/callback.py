@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import weakref
-from collections.abc import Callable, Iterator
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from goat_kernels.training.balance import balance_scales
-from goat_kernels.training.statistics import RouterStatistics, router_statistics
+from goat_kernels.training.report import RouterStatistics, router_statistics
 
 
 class GoatCallback(TrainerCallback):
@@ -52,24 +50,19 @@ class GoatCallback(TrainerCallback):
             raise TypeError(f"per_layer must be True or False, got {per_layer!r}")
         self.per_layer = per_layer
         self.history: list[dict] = []
-        self._end_guard: Callable[[], None] | None = None
-
-    def _unguard(self) -> None:
-        if self._end_guard is not None:
-            self._end_guard()
-        self._end_guard = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        _log_before_others(self)
-        self._unguard()
-        self._end_guard = _guard_training(model)
+        trainer = _trainer_that_calls(self)
+        if trainer is not None:
+            _log_before_others(self, trainer.callback_handler)
+            _guard_training(trainer, model)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs) -> None:
         batches = _accumulated_batches(args.gradient_accumulation_steps, state.global_step, train_dataloader)
         _set_default(model, _loss_scale(optimizer) / batches)
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        self._unguard()
+        _unguard(_trainer_that_calls(self))
         _set_default(model, 1.0)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs) -> None:
@@ -79,15 +72,11 @@ class GoatCallback(TrainerCallback):
         if not statistics:
             return
         summary = _summary(statistics)
-        self.history.append(
-            {
-                "step": state.global_step,
-                **summary,
-                "load_by_layer": {name: layer.load for name, layer in statistics.items()},
-                "balance_loss_by_layer": {name: layer.balance_loss for name, layer in statistics.items()},
-                "load_entropy_by_layer": {name: layer.load_entropy for name, layer in statistics.items()},
-            }
-        )
+        by_layer = {
+            f"{number}_by_layer": {name: getattr(layer, number) for name, layer in statistics.items()}
+            for number in ("load", "balance_loss", "load_entropy")
+        }
+        self.history.append({"step": state.global_step, **summary, **by_layer})
         entries = {f"goat/{name}": value for name, value in summary.items()}
         if self.per_layer:
             entries |= _layer_entries(statistics)
@@ -132,32 +121,30 @@ def _set_default(model, value: float) -> None:
         scale.default = value
 
 
-def _guard_training(model) -> Callable[[], None] | None:
+def _guard_training(trainer: Trainer, model) -> None:
     """Put the default back where training ends in an exception, which Trainer tells no callback of.
 
-    A loop of the user's own would otherwise find the scale of a step that never ended. The trainer's method that runs
-    an epoch is wrapped until training ends either way; the function returned unwraps it.
+    A loop of the user's own would otherwise use the scale of a step that never ended. The trainer's method that runs an
+    epoch is wrapped until training ends either way.
     """
-    trainer = next((caller for caller in _callers() if isinstance(caller, Trainer)), None)
-    if trainer is None:
-        return None
-    run_epoch, reference = trainer._run_epoch, weakref.ref(trainer)
-
-    def unwrap() -> None:
-        if reference() is not None:
-            reference().__dict__.pop("_run_epoch", None)
+    _unguard(trainer)  # a training that failed before its first epoch has left its wrapper there
+    run_epoch = trainer._run_epoch
 
     @functools.wraps(run_epoch)
     def run_epoch_or_reset(*args, **kwargs):
         try:
             return run_epoch(*args, **kwargs)
         except BaseException:
-            unwrap()
+            _unguard(trainer)
             _set_default(model, 1.0)
             raise
 
     trainer._run_epoch = run_epoch_or_reset
-    return unwrap
+
+
+def _unguard(trainer: Trainer | None) -> None:
+    if trainer is not None:
+        vars(trainer).pop("_run_epoch", None)
 
 
 def _loss_scale(optimizer) -> float:
@@ -177,47 +164,38 @@ def _accumulated_batches(steps: int, global_step: int, dataloader) -> int:
     return max(1, batches - (updates - 1) * steps) if last else steps
 
 
-# --- order --------------------------------------------------------------------------------------------------------
+# --- the trainer --------------------------------------------------------------------------------------------------
 
 
-def _log_before_others(callback: GoatCallback) -> None:
+def _trainer_that_calls(callback: GoatCallback) -> Trainer | None:
+    """The trainer whose event ``callback`` is handling, found among the callers; None where something else calls.
+
+    Trainer hands callbacks no way to itself or to its list of callbacks, and it tells them of no exception. Without the
+    trainer, `test_training_report::test_every_callback_reads_the_entries`, `::test_reaches_report_to` and
+    `test_training_balance::test_an_exception_in_training_leaves_no_scale_behind` fail; the entries then reach the
+    history and later callbacks alone.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and any(c is callback for c in caller.callback_handler.callbacks):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _log_before_others(callback: GoatCallback, handler: CallbackHandler) -> None:
     """Order the trainer's callbacks: ``callback``, the others, and last those that print.
 
     Trainer's own callbacks, which write the logs to ``report_to``, come before the user's, so they would read the logs
     before ``callback`` adds to them. A new list, since Trainer is going through the present one.
     """
-    handler = _handler_that_calls(callback)
-    if handler is None:
-        return
     others = [c for c in handler.callbacks if c is not callback and not isinstance(c, _ShortConsole)]
     console = [c for c in others if _prints(c)]
-    others = [c for c in others if not _prints(c)]
-    handler.callbacks = [callback, *others, _ShortConsole(), *console]
+    handler.callbacks = [callback, *(c for c in others if not _prints(c)), _ShortConsole(), *console]
 
 
 def _prints(callback: TrainerCallback) -> bool:
     # The notebook's needs IPython to import, so it is known by where it comes from.
     in_notebook = type(callback).__module__ == "transformers.utils.notebook"
     return in_notebook or isinstance(callback, PrinterCallback | ProgressCallback)
-
-
-def _handler_that_calls(callback: GoatCallback) -> CallbackHandler | None:
-    """The trainer's list of callbacks, found among the callers.
-
-    Trainer hands callbacks no way to it, and a copy of the logs to its history, so nothing that a callback is given
-    comes before what TensorBoard's reads. None (the entries then reach the history and later callbacks alone) where
-    another caller runs the events.
-    """
-    for caller in _callers():
-        if isinstance(caller, CallbackHandler) and any(c is callback for c in caller.callbacks):
-            return caller
-    return None
-
-
-def _callers() -> Iterator[object]:
-    """The objects whose methods are running, innermost first."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if (caller := frame.f_locals.get("self")) is not None:
-            yield caller
-        frame = frame.f_back

@@ -1,20 +1,64 @@
-"""What the routers of a model did in its last forward, for people: a table, and a heatmap of the load."""
+"""What the routers of a model did in its last forward: as numbers, and for people a table and a heatmap of the load."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from goat_kernels.training.statistics import RouterStatistics, routed_modules, router_statistics
+from goat_kernels.files import atomic_path
+from goat_kernels.routed_module import routed_modules
 
 #: With more experts than this the table names the most and least used alone.
 _LISTED_EXPERTS = 16
 #: More layers than this are not all named in the heatmap.
 _NAMED_LAYERS = 40
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """The routing of one layer's last forward.
+
+    Attributes:
+        balance_loss: E * sum_i f_i P_i; K when the load is even.
+        load: f_i, the share of tokens that used expert i; sums to K.
+    """
+
+    balance_loss: float
+    load: tuple[float, ...]
+
+    @property
+    def relative_load(self) -> tuple[float, ...]:
+        """The load over an even load, E f_i / K: 1 is even; zeros for a batch without tokens."""
+        total = sum(self.load) or 1.0
+        return tuple(share * len(self.load) / total for share in self.load)
+
+    @property
+    def load_entropy(self) -> float:
+        """-sum_i p_i ln p_i / ln E, p_i = f_i / K: 1 is even, 0 is one expert for all; 1 where there is only one."""
+        if len(self.load) == 1:
+            return 1.0
+        shares = [relative / len(self.load) for relative in self.relative_load]
+        return sum(-share * math.log(share) for share in shares if share > 0) / math.log(len(shares))
+
+
+def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
+    """The routing statistics of every layer that has run, by its name in ``model``; one transfer per device."""
+    rows = {}
+    for name, module in routed_modules(model):
+        if (balance_loss := module.balance_loss) is not None:
+            rows[name] = torch.cat((balance_loss.reshape(1).double(), module.expert_load.double()))
+    numbers: dict[str, list[float]] = {}
+    for device in {row.device for row in rows.values()}:
+        here = {name: row for name, row in rows.items() if row.device == device}
+        read = torch.cat(list(here.values())).cpu().split([len(row) for row in here.values()])
+        numbers |= {name: row.tolist() for name, row in zip(here, read, strict=True)}
+    return {name: RouterStatistics(numbers[name][0], tuple(numbers[name][1:])) for name in rows}
 
 
 @dataclass(frozen=True)
@@ -39,18 +83,10 @@ class RouterReport:
         rows = [head]
         for name, layer in zip(_short_names(list(self.layers)), self.layers.values(), strict=True):
             relative = layer.relative_load
-            shares = [f"{100 * share:.1f}" for share in layer.load] if listed else []
-            rows.append(
-                [
-                    name or "(the model)",
-                    f"{layer.balance_loss:.4f}",
-                    f"{layer.load_entropy:.4f}",
-                    _expert(relative, min(relative)),
-                    _expert(relative, max(relative)),
-                    *shares,
-                    *[""] * (listed - len(shares)),
-                ]
-            )
+            row = [name or "(the model)", f"{layer.balance_loss:.4f}", f"{layer.load_entropy:.4f}"]
+            row += [f"{relative.index(share)}: {share:.2f}x" for share in (min(relative), max(relative))]
+            row += [f"{100 * share:.1f}" for share in layer.load] if listed else []
+            rows.append(row + [""] * (len(head) - len(row)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * width for width in widths])
         lines = [
@@ -88,12 +124,8 @@ class RouterReport:
         every = -(-len(names) // _NAMED_LAYERS)
         axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
         figure.colorbar(image, ax=axes, extend="max").set_label("load over an even load (1: even, white)")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return path
 
 
@@ -139,10 +171,6 @@ def _writable(path: str | os.PathLike) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the heatmap {str(path)!r} needs a folder that exists; {str(path.parent)!r} does not")
     return path
-
-
-def _expert(relative: tuple[float, ...], value: float) -> str:
-    return f"{relative.index(value)}: {value:.2f}x"
 
 
 def _short_names(names: list[str]) -> list[str]:

@@ -15,8 +15,7 @@ from goat_kernels import goat_reference
 from goat_kernels.cli import main
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.peft import GoatConfig, GoatLinearLayer
-from goat_kernels.peft.approximate import REPORT_FILE, export_approximate_lora
-from goat_kernels.peft.convert import from_goat_peft, from_lora
+from goat_kernels.peft.convert import REPORT_FILE, export_approximate_lora, from_goat_peft, from_lora
 
 PREFIX = "base_model.model."
 NAMES = [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in ("q_proj", "v_proj")]

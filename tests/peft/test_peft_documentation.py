@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft_tiny_models import tiny_llama
 
 from goat_kernels.peft import GoatConfig
+from goat_kernels.settings import AdapterSettings
 
 TESTS = Path(__file__).parents[1]
 DOCS = TESTS.parent / "docs"
@@ -40,6 +41,19 @@ def test_every_row_of_the_page_for_peft_users_names_a_test():
 
 def names(config) -> set[str]:
     return {field.name for field in dataclasses.fields(config) if field.init}
+
+
+def test_the_table_of_hyper_parameters_is_what_the_settings_declare():
+    declared = []
+    for field in dataclasses.fields(AdapterSettings):
+        name = "lora_dropout" if field.name == "dropout" else field.name
+        default = GoatConfig.__dataclass_fields__[name].default
+        declared.append(f"| `{name}` | `{default!r}` | {field.metadata['help']} |")
+    table = (DOCS / "peft.md").read_text().partition("## Hyper-parameters")[2].partition("## Fields")[0]
+    assert [line for line in table.splitlines() if line.startswith("| `")] == declared
+    for kind in (AdapterSettings, GoatConfig):
+        for field in dataclasses.fields(AdapterSettings):
+            assert f": {field.metadata['help']}" in kind.__doc__
 
 
 def test_fields_that_are_not_available():

@@ -6,8 +6,6 @@ reference never calls the package's balance loss: it is computed here from each 
 
 from __future__ import annotations
 
-import dataclasses
-
 import datasets
 import pytest
 import torch
@@ -74,9 +72,8 @@ class ByHand:
         self.losses = []
 
     def __enter__(self):
-        self.settings = [layer.settings["default"] for layer in self.layers]
         for layer in self.layers:
-            layer.settings["default"] = dataclasses.replace(layer.settings["default"], balance_coefficient=0.0)
+            layer.goat_adapter["default"].balance_coefficient = 0.0
         self.handles = [layer.register_forward_pre_hook(self._record) for layer in self.layers]
         return self
 
@@ -86,8 +83,8 @@ class ByHand:
     def __exit__(self, *exception):
         for handle in self.handles:
             handle.remove()
-        for layer, settings in zip(self.layers, self.settings, strict=True):
-            layer.settings["default"] = settings
+        for layer in self.layers:
+            layer.goat_adapter["default"].balance_coefficient = COEFFICIENT
 
 
 def model_loss(model, inputs):

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from peft_tiny_models import MODELS, TARGETS, batch, tokens
 from torch import nn
 
-import goat_kernels.peft.layer as layer_module
+import goat_kernels.adapter as layer_module
 from goat_kernels.peft import GoatConfig
 from goat_kernels.training import GoatCallback, balance_scales
 
