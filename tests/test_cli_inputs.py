@@ -140,7 +140,7 @@ def test_bad_input(arguments, parts, capsys, tiny_pretraining):
 @pytest.mark.parametrize(("arguments", "parts"), READING.values(), ids=READING.keys())
 def test_bad_text_data(arguments, parts):
     from goat_kernels.command_errors import CommandError
-    from goat_kernels.finetuning.data import read_texts
+    from goat_kernels.finetuning.texts import read_texts
 
     with pytest.raises(CommandError) as caught:
         read_texts("--data", *arguments)
@@ -155,10 +155,10 @@ def test_unknown_command(capsys):
 
 def test_data_from_the_hub_needs_the_extra(monkeypatch):
     from goat_kernels.command_errors import CommandError
-    from goat_kernels.finetuning.data import read_texts
+    from goat_kernels.finetuning.texts import read_texts
 
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CommandError, match=r"pip install 'goat-kernels\[data\]'"):
+    with pytest.raises(CommandError, match=r"pip install 'goat-kernels\[demo\]'"):
         read_texts("--data", "someone/data", "text", None)
 
 

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from goat_kernels.command_errors import CommandError
-from goat_kernels.files import atomic_path, write_json
-from goat_kernels.finetuning.options import TrainingOptions
+from goat_kernels.files import write_json, written_whole
+from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.train import train
 
 #: Names the cache folder.
@@ -41,7 +41,7 @@ def pretrained(
     build: Callable[[], PreTrainedModel],
     dataset: Dataset,
     collate: Callable,
-    plan: TrainingOptions,
+    plan: FinetuneOptions,
     learning_rate: float,
     *,
     identity: dict[str, object],
@@ -78,7 +78,7 @@ def pretrained(
         )
     if record.diverged_at_step is not None:
         raise CommandError(f"the pretraining of {name} diverged at step {record.diverged_at_step}; nothing is cached")
-    with atomic_path(folder) as temporary:
+    with written_whole(folder) as temporary:
         model.cpu().save_pretrained(temporary)
         if beside is not None:
             beside(temporary)

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from goat_kernels.peft.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, written_whole
+from goat_kernels.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, written_whole
 from goat_kernels.peft.integrity import may_unpickle, read_shapes, stamp
 
 PREFIX = "base_model.model."

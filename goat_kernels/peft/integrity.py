@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from goat_kernels.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, prepared_config_files
 from goat_kernels.peft.adapter import present_name
-from goat_kernels.peft.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, prepared_config_files
 
 if TYPE_CHECKING:
     from goat_kernels.peft.config import GoatConfig
