@@ -162,6 +162,15 @@ def test_data_from_the_hub_needs_the_extra(monkeypatch):
         read_texts("--data", "someone/data", "text", None)
 
 
+def test_a_package_that_is_not_installed_is_named_with_the_extra(monkeypatch, capsys):
+    for name in ("run", "results"):
+        monkeypatch.delitem(sys.modules, f"goat_kernels.finetuning.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    assert main(["finetune"]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "tabulate is not installed; it needs pip install 'goat-kernels[demo]'" in message
+
+
 HEAVY = ("torch", "transformers", "peft", "sklearn", "matplotlib", "numpy", "PIL")
 
 

@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli_tasks import bert, causal_lm, photos, results, reviews, save_tokenizer, vit, write_reviews
-from transformers import AutoTokenizer, CLIPConfig, CLIPForImageClassification, RobertaConfig, RobertaModel
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPForImageClassification,
+    DataCollatorForSeq2Seq,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from goat_kernels.cli import build_parser, main
 from goat_kernels.cli.finetune import options_from
-from goat_kernels.finetuning.examples import IGNORED, PadRight, Responses
+from goat_kernels.finetuning.examples import IGNORED, Responses
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.recipes import RECIPES
 
@@ -133,9 +140,9 @@ def test_the_loss_is_on_the_response_alone():
     end = tokenizer.eos_token_id
     # The first is one token too long, and loses the beginning of its prompt.
     first, second = responses[0], responses[1]
-    assert first["input_ids"].tolist() == [words["good"], words["film"], words["bad"], words["book"], end]
-    assert first["labels"].tolist() == [IGNORED, IGNORED, words["bad"], words["book"], end]
-    batch = PadRight(tokenizer.pad_token_id)([first, second])
+    assert first["input_ids"] == [words["good"], words["film"], words["bad"], words["book"], end]
+    assert first["labels"] == [IGNORED, IGNORED, words["bad"], words["book"], end]
+    batch = DataCollatorForSeq2Seq(tokenizer)([first, second])
     assert batch["labels"][1].tolist() == [IGNORED, words["fine"], end, IGNORED, IGNORED]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
 

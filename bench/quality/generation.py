@@ -18,7 +18,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     default_data_collator,
 )
@@ -184,24 +183,15 @@ def _pretrained(pretraining: Pretraining) -> Path:
         eos_token_id=_END,
     )
 
-    def build() -> PreTrainedModel:
-        torch.manual_seed(pretraining.seed)
-        return LlamaForCausalLM(config)
-
-    plan = FinetuneOptions(
-        max_steps=pretraining.steps,
-        batch_size=pretraining.batch_size,
-        seed=pretraining.seed,
-    )
+    options = FinetuneOptions(max_steps=pretraining.steps, batch_size=pretraining.batch_size, seed=pretraining.seed)
     return pretrained(
         "python-llama",
-        build,
+        LlamaForCausalLM,
+        config,
         _examples(blocks),
-        default_data_collator,
-        plan,
+        options,
         pretraining.learning_rate,
         identity={"data": digest(blocks), "pretraining": asdict(pretraining)},
-        config=config,
         beside=tokenizer.save_pretrained,
     )
 

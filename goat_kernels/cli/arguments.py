@@ -67,35 +67,26 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
     groups = {}
     kinds = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
-        more = field.metadata
+        more, kind = field.metadata, kinds[field.name]
         if more["group"] not in groups:
             groups[more["group"]] = parser.add_argument_group(more["group"])
         shown = more.get("shown", f"{field.default:g}" if isinstance(field.default, float) else field.default)
         text = more["help"] + (f" (default: {shown})" if shown is not None and shown is not False else "")
-        kind: dict = {"action": "store_true"}
-        if kinds[field.name] is not bool:
-            kind = {
-                "metavar": more["metavar"],
-                "type": _parser(kinds[field.name], more),
-                "choices": more.get("choices"),
-            }
-        groups[more["group"]].add_argument(
-            more.get("flag", f"--{field.name.replace('_', '-')}"),
-            dest=field.name,
-            default=argparse.SUPPRESS,
-            help=text.replace("%", "%%"),
-            **kind,
-        )
+        how = {"action": "store_true"} if kind is bool else _parsing(kind, more)
+        flag = more.get("flag", f"--{field.name.replace('_', '-')}")
+        groups[more["group"]].add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=text, **how)
 
 
-def _parser(kind: object, more: Mapping) -> Callable[[str], object]:
-    """What makes a value of a field's type from text."""
+def _parsing(kind: object, more: Mapping) -> dict[str, object]:
+    """What argparse needs to know to make a value of a field's type."""
     union = typing.get_args(kind) if typing.get_origin(kind) is types.UnionType else (kind,)
     kinds = {*union} - {type(None)}
     if kinds == {int}:
-        return integer(more["least"])
+        return {"metavar": "N", "type": integer(more["least"])}
     if kinds == {float}:
-        return number(more.get("least", more.get("above")), more.get("below", math.inf), inclusive="least" in more)
-    if kinds == {str, float}:
-        return name_or_number
-    return names_or_pattern if kinds == {str, tuple[str, ...]} else str
+        least = more.get("least", more.get("above"))
+        return {"metavar": "X", "type": number(least, more.get("below", math.inf), inclusive="least" in more)}
+    parse = str
+    if len(kinds) > 1:
+        parse = name_or_number if float in kinds else names_or_pattern
+    return {"metavar": more.get("metavar"), "choices": more.get("choices"), "type": parse}

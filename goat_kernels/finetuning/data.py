@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from goat_kernels.command_errors import CommandError
+from goat_kernels.command_errors import CommandError, one_line
 
 #: Suffixes of tables, in lower case: with separators, and of JSON.
 SEPARATED_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".json", ".jsonl", ".ndjson")
@@ -87,10 +87,9 @@ def read_hub(argument: str, source: str, wanted: Sequence[tuple[str, str]]) -> l
     try:
         table = datasets.load_dataset(match["id"], match["config"], split=match["split"] or "train")
     except Exception as error:  # the library raises a dozen types, for a missing id, config, split or network
-        reason = " ".join(str(error).split())
         raise CommandError(
-            f"{argument} {source!r} is not a local path, and no data set of that name could be loaded from the hub; "
-            f"it needs an existing path, or ID[:CONFIG][@SPLIT] and a network ({type(error).__name__}: {reason:.200})"
+            f"{argument} {source!r} is not a local path, and no data set of that name could be loaded from the hub; it "
+            f"needs an existing path, or ID[:CONFIG][@SPLIT] and a network ({type(error).__name__}: {one_line(error)})"
         ) from None
     for option, name in wanted:
         if name not in table.column_names:

@@ -96,20 +96,15 @@ def pretrained_digits(device: str, pretraining: Pretraining) -> tuple[Path, list
         num_labels=_PRETRAINING_CLASSES,
     )
 
-    def build() -> ViTForImageClassification:
-        torch.manual_seed(pretraining.seed)
-        return ViTForImageClassification(config)
-
     folder = pretrained(
         "digits-vit",
-        build,
+        ViTForImageClassification,
+        config,
         Tensors(pixel_values=images, labels=ids),
-        default_data_collator,
         FinetuneOptions(
             max_steps=pretraining.steps, batch_size=pretraining.batch_size, seed=pretraining.seed, device=device
         ),
         pretraining.learning_rate,
         identity={"data": digest(images, ids), "pretraining": asdict(pretraining), "sklearn": sklearn.__version__},
-        config=config,
     )
     return folder, train_part, held_out_part

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from goat_kernels.command_errors import CommandError
+from goat_kernels.command_errors import CommandError, one_line
 
 #: The label of a token that the loss leaves out, in torch and transformers.
 IGNORED = -100
@@ -104,12 +104,13 @@ class Responses(_Tokenised):
             raise CommandError(f"{argument} needs two columns, a prompt and its response, as --text-column names them")
         super().__init__(items, tokenizer, max_length)
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
         prompt, response = self._parts(i)
         response = response[: self._max_length - 1]
         prompt = prompt[-(self._max_length - len(response)) :]
-        labels = torch.tensor([*[IGNORED] * len(prompt), *response])
-        return {"input_ids": torch.tensor([*prompt, *response]), "labels": labels}
+        tokens = [*prompt, *response]
+        labels = [*[IGNORED] * len(prompt), *response]
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
     def _whole(self) -> Iterator[list[int]]:
         for i in range(len(self)):
@@ -128,20 +129,6 @@ class Responses(_Tokenised):
         return prompt, response
 
 
-class PadRight:
-    """Collates token sequences of different lengths."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self._fill = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
-
-    def __call__(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        examples = [{**one, "attention_mask": torch.ones_like(one["input_ids"])} for one in examples]
-        return {
-            name: nn.utils.rnn.pad_sequence([one[name] for one in examples], batch_first=True, padding_value=fill)
-            for name, fill in self._fill.items()
-        }
-
-
 def from_chats(argument: str, chats: Sequence[list[dict]], tokenizer) -> list[str]:
     """Each chat as one text, by the tokenizer's chat template.
 
@@ -158,9 +145,8 @@ def from_chats(argument: str, chats: Sequence[list[dict]], tokenizer) -> list[st
         try:
             texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
         except Exception as error:  # a template raises what it likes
-            reason = " ".join(str(error).split())
             raise CommandError(
-                f"{argument}: row {number} does not fit the tokenizer's chat template ({reason:.200})"
+                f"{argument}: row {number} does not fit the tokenizer's chat template ({one_line(error)})"
             ) from None
     return texts
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from goat_kernels.command_errors import CommandError
+from goat_kernels.command_errors import CommandError, one_line
 from goat_kernels.finetuning.data import Examples, is_hidden, local_path, looks_like_path, read_hub, visible_files
 from goat_kernels.finetuning.texts import as_labels
 
@@ -299,4 +299,4 @@ def _reason(error: Exception) -> str:
         )
     if isinstance(error, Image.UnidentifiedImageError):
         return "no format of an image, or damaged at its beginning"
-    return " ".join(f"{error}".split())[:100] or type(error).__name__
+    return one_line(error, 100) or type(error).__name__

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from goat_kernels.backends import resolve_backend
-from goat_kernels.command_errors import CommandError
+from goat_kernels.command_errors import CommandError, one_line
 from goat_kernels.finetuning.data import local_path, looks_like_path
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.options import FinetuneOptions
@@ -65,10 +65,9 @@ def load_config(source: str, auto_class) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise CommandError(
             f"--model {source!r} is neither a local folder nor a model that could be loaded from the hub; "
-            f"it needs an existing folder, or an id and a network ({reason:.200})"
+            f"it needs an existing folder, or an id and a network ({one_line(error)})"
         ) from None
     if type(config) not in auto_class._model_mapping:
         raise CommandError(
@@ -232,10 +231,9 @@ def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
     try:
         model = get_peft_model(model, adapter_config("lora", options, base.new_modules))
     except ValueError as error:
-        reason = " ".join(str(error).split())
         without = f" without --exclude-modules {options.exclude_modules!r}" if options.exclude_modules else ""
         raise CommandError(
-            f"--target-modules {options.target_modules!r}{without} does not fit the model: {reason:.300}"
+            f"--target-modules {options.target_modules!r}{without} does not fit the model: {one_line(error, 300)}"
         ) from None
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
@@ -253,7 +251,7 @@ def options_named() -> Iterator[None]:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
         message = re.sub(rf"\b({names})(?==)", lambda match: _OPTION_OF_SETTING[match[1]], str(error))
-        raise CommandError(" ".join(message.split())) from None
+        raise CommandError(one_line(message, None)) from None
 
 
 def save(model: PreTrainedModel | PeftModel, folder: Path) -> None:

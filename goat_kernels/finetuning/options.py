@@ -19,21 +19,19 @@ from goat_kernels.settings import RESIDUAL_FORMS, AdapterSettings
 _SETTINGS = {declared.name: declared for declared in fields(AdapterSettings)}
 
 
-def _option(group: str, default: object, metavar: str | None, help_text: str, **more):
+def _option(group: str, default: object, help_text: str, **more):
     """A field that is an option of the command line.
 
     Args:
         group: its heading in the help text.
         default: where neither the command line nor the recipe nor the task (``recipes.TASKS``) has a value.
-        metavar, help_text: as argparse takes them.
-        more: ``shown``, what the help text has as the default in place of ``default``; ``choices``; bounds of a number:
-            ``least`` (included) or ``above`` (excluded), and ``below`` (excluded); ``setting``, see :func:`_setting`;
-            ``flag``, the option's name where it is not the field's.
+        help_text: what it is for.
+        more: ``shown``, what the help text has as the default in place of ``default``; ``choices``, ``metavar`` as
+            argparse takes them; ``flag``, the option's name where it is not the field's; bounds of a number: ``least``
+            (included) or ``above`` (excluded), and ``below`` (excluded); ``setting``, see :func:`_setting`.
     """
-    metadata = {"group": group, "metavar": metavar, "help": help_text, **more}
-    return (
-        field(default_factory=dict, metadata=metadata) if default is dict else field(default=default, metadata=metadata)
-    )
+    made = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**made, metadata={"group": group, "help": help_text, **more})
 
 
 _run = partial(_option, "what to run")
@@ -42,143 +40,128 @@ _adapter = partial(_option, "GOAT and LoRA")
 _training = partial(_option, "training")
 
 
-def _setting(name: str, metavar: str, note: str = "", **more):
+def _setting(name: str, note: str = "", **more):
     """An option that is a hyper-parameter of ``AdapterSettings``, which has its help text and its default."""
     declared = _SETTINGS[name]
     text = declared.metadata.get("help", "").replace("num_experts", "--experts").replace("lora_alpha", "--lora-alpha")
     default = more.pop("default", declared.default)
-    return _adapter(default, metavar, f"{text} {note}".strip(), setting=name, **more)
+    return _adapter(default, f"{text} {note}".strip(), setting=name, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions:
-    """One run: every field whose metadata has a help text is an option of ``goat-kernels finetune``.
+    """One run; every field is an option of ``goat-kernels finetune``.
 
     Names of modules are a tuple, a regular expression is a string. :func:`settle` fills in what depends on the task.
     """
 
     recipe: str | None = _run(
         None,
-        "NAME",
         "the paper's settings for one of its domains, where no option says otherwise: "
         + "; ".join(f"{name} ({recipe.summary})" for name, recipe in RECIPES.items())
         + ". Needs --data, and a network unless --model names a folder",
     )
-    task: str = _run("digits", "TASK", f"one of {', '.join(TASKS)}; digits is the built-in demonstration above")
+    task: str = _run("digits", f"one of {', '.join(TASKS)}; digits is the built-in demonstration above")
     methods: tuple[str, ...] = _run(
         (),
-        "LIST",
         "comma-separated, of: " + "; ".join(f"{name} ({method.meaning})" for name, method in METHODS.items()),
         shown=f"{TASKS['digits']['methods']} for the digits, {TASKS['causal-lm']['methods']} with your own model",
     )
-    output: str = _run("goat-output", "FOLDER", "where results go")
+    output: str = _run("goat-output", "the folder for the results")
     overwrite: bool = _run(
-        False, None, "replace the results of an earlier run in --output; what this command did not write stays"
+        False, "replace the results of an earlier run in --output; what this command did not write stays"
     )
     resume: bool = _run(
         False,
-        None,
         "go on with the interrupted run in --output: finished methods are kept, the interrupted one continues from its "
         "checkpoint. Give the same options as before",
     )
-    seed: int = _run(0, "N", "seed of everything random", least=0)
+    seed: int = _run(0, "seed of everything random", least=0)
 
-    model: str | None = _data(None, "PATH_OR_ID", "a folder that transformers can load, or a model's id on the hub")
+    model: str | None = _data(None, "a folder that transformers can load, or a model's id on the hub")
     data: str | None = _data(
         None,
-        "PATH_OR_ID",
         "image-classification: a folder with one subfolder of images per class, or with train/ and test/ (or val/) of "
         "such folders; text-classification: CSV, TSV, JSON or JSONL; causal-lm: a text file, a folder of .txt files, "
         "or a table like those; or a data set's id on the hub, ID[:CONFIG][@SPLIT], which needs a network",
     )
-    eval_data: str | None = _data(None, "PATH_OR_ID", "held-out data, in place of a part of --data")
+    eval_data: str | None = _data(None, "held-out data, in place of a part of --data")
     eval_fraction: float = _data(
         0.2,
-        "F",
         "part of --data held out, the same part of every class",
         shown="0.2; the digits hold out half",
         above=0,
         below=1,
     )
     skip_bad_files: bool = _data(
-        False, None, "go on without images that cannot be read, instead of refusing them before anything is trained"
+        False, "go on without images that cannot be read, instead of refusing them before anything is trained"
     )
     text_column: str = _data(
         "text",
-        "NAME[,NAME]",
         "column of the text, or (causal-lm) of chats, lists of messages to which the tokenizer's chat template is "
         "applied; or of two: a pair to classify, or (causal-lm) a prompt and the response, on which alone the loss is "
         "taken",
+        metavar="NAME[,NAME]",
     )
-    label_column: str = _data("label", "NAME", "column of the class")
-    image_column: str = _data("image", "NAME", "column of the image, for hub data")
-    max_length: int = _data(256, "N", "tokens kept of a text, or of a prompt with its response", least=1)
-    block_size: int = _data(256, "N", "causal-lm: texts are packed into blocks of this many tokens", least=2)
+    label_column: str = _data("label", "column of the class", metavar="NAME")
+    image_column: str = _data("image", "column of the image, for hub data", metavar="NAME")
+    max_length: int = _data(256, "tokens kept of a text, or of a prompt with its response", least=1)
+    block_size: int = _data(256, "causal-lm: texts are packed into blocks of this many tokens", least=2)
 
-    rank: int = _setting("r", "R", "LoRA's rank too.", least=1)
-    experts: int = _setting("num_experts", "E", least=1)
-    top_k: int = _setting("top_k", "K", least=1)
-    scaling: str | float = _setting("scaling", f"{{{','.join(SCALING_RULES)},NUMBER}}")
+    rank: int = _setting("r", "LoRA's rank too.", least=1)
+    experts: int = _setting("num_experts", least=1)
+    top_k: int = _setting("top_k", least=1)
+    scaling: str | float = _setting("scaling", metavar=f"{{{','.join(SCALING_RULES)},X}}")
     eta: float | None = _setting(
-        "eta", "X", default=None, shown="the paper's, 1 for classification and 0.1 for causal-lm", above=0
+        "eta", default=None, shown="the paper's, 1 for classification and 0.1 for causal-lm", above=0
     )
-    rho: float = _setting("rho", "X", above=0)
-    init: str = _setting("init", f"{{{','.join(INIT_RULES)}}}")
-    residual: str = _setting("residual", f"{{{','.join(RESIDUAL_FORMS)}}}")
-    balance_coefficient: float = _setting("balance_coefficient", "C", default=1e-3, least=0)
-    dropout: float = _setting("dropout", "P", "LoRA's dropout too.", least=0, below=1)
-    lora_alpha: float | None = _setting("lora_alpha", "ALPHA", "LoRA's alpha too.", default=None, shown="2 R", above=0)
+    rho: float = _setting("rho", above=0)
+    init: str = _setting("init", metavar=f"{{{','.join(INIT_RULES)}}}")
+    residual: str = _setting("residual", metavar=f"{{{','.join(RESIDUAL_FORMS)}}}")
+    balance_coefficient: float = _setting("balance_coefficient", default=1e-3, least=0)
+    dropout: float = _setting("dropout", "LoRA's dropout too.", least=0, below=1)
+    lora_alpha: float | None = _setting("lora_alpha", "LoRA's alpha too.", default=None, shown="2 R", above=0)
     target_modules: str | tuple[str, ...] = _adapter(
         "all-linear",
-        "NAMES",
         "linear layers to adapt: all-linear (all but the head), comma-separated names, or a regular expression",
+        metavar="NAMES",
     )
     exclude_modules: str | tuple[str, ...] | None = _adapter(
         None,
-        "NAMES",
         "modules not to adapt, with all that is in them, whatever --target-modules says: comma-separated names, or a "
         "regular expression. The head is never adapted: it is trained in full",
+        metavar="NAMES",
     )
-    backend: str = _adapter("auto", "NAME", "auto, torch or triton, for GOAT's layers")
+    backend: str = _adapter("auto", "auto, torch or triton, for GOAT's layers")
 
     epochs: float | None = _training(
-        None,
-        "N",
-        "passes over the training data",
-        shown=f"by task, {TASKS['digits']['epochs']} for the digits",
-        above=0,
+        None, "passes over the training data", shown=f"by task, {TASKS['digits']['epochs']} for the digits", above=0
     )
-    max_steps: int | None = _training(None, "N", "optimiser steps, in place of --epochs", least=1)
-    batch_size: int = _training(16, "N", "examples per batch", shown="by task", least=1)
-    accumulation: int = _training(1, "N", "batches per optimiser step", least=1)
+    max_steps: int | None = _training(None, "optimiser steps, in place of --epochs", least=1)
+    batch_size: int = _training(16, "examples per batch", shown="by task", least=1)
+    accumulation: int = _training(1, "batches per optimiser step", least=1)
     learning_rates: Mapping[str, float] = _training(
         dict,
-        "LR",
         "one number for all methods, or for some of them: full=1e-5,lora=2e-4",
         shown="by task and method; for the digits "
         + ", ".join(f"{name} {rate:g}" for name, rate in TASKS["digits"]["learning_rates"].items()),
         flag="--learning-rate",
+        metavar="LR",
     )
     warmup: float = _training(
-        0.1,
-        "F",
-        "part of the steps over which the learning rate rises, before it falls to 0",
-        least=0,
-        below=1,
+        0.1, "part of the steps over which the learning rate rises, before it falls to 0", least=0, below=1
     )
-    weight_decay: float = _training(0.0, "W", "AdamW's", least=0)
-    save_steps: int | None = _training(None, "N", "write a checkpoint every N steps, against power cuts", least=1)
-    device: str = _training("auto", None, "auto uses a GPU where there is one", choices=("auto", "cpu"))
+    weight_decay: float = _training(0.0, "AdamW's", least=0)
+    save_steps: int | None = _training(None, "write a checkpoint every so many steps, against power cuts", least=1)
+    device: str = _training("auto", "auto uses a GPU where there is one", choices=("auto", "cpu"))
     threads: int | None = _training(
         None,
-        "N",
         "CPU threads of torch",
         shown="torch's choice; 1 for the digits, whose model is too small for more",
         least=1,
     )
     dtype: str = _training(
         "float32",
-        None,
         "the base model's dtype; adapters stay in float32",
         choices=("float32", "bfloat16", "float16"),
     )
@@ -205,7 +188,7 @@ def settle(given: Mapping[str, object]) -> FinetuneOptions:
     name = given.get("recipe")
     if name is not None and name not in RECIPES:
         raise CommandError(f"--recipe {name!r} is unknown; it must be one of {', '.join(RECIPES)}")
-    recipe = Recipe(summary="", task="digits") if name is None else RECIPES[name]
+    recipe = Recipe("digits") if name is None else RECIPES[name]
     task = given.get("task", recipe.task)
     if task not in TASKS:
         raise CommandError(f"--task {task!r} is unknown; it must be one of {', '.join(TASKS)}")

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from goat_kernels.command_errors import CommandError, Interrupted
+from goat_kernels.command_errors import CommandError, Interrupted, one_line
 from goat_kernels.files import write_json, written_whole
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.models import (
@@ -69,8 +69,8 @@ def run(options: FinetuneOptions) -> list[dict]:
         # torch.save has no exception of its own for a write that fails
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        reason = " ".join(str(error).split())
-        raise CommandError(f"a file could not be read or written ({reason:.200}). {_how_to_go_on(options)}") from error
+        reason = f"a file could not be read or written ({one_line(error)})"
+        raise CommandError(f"{reason}. {_how_to_go_on(options)}") from error
 
 
 def _run_methods(task: Task, options: FinetuneOptions, root: Path) -> list[dict]:

@@ -16,14 +16,15 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     default_data_collator,
 )
 
-from goat_kernels.command_errors import CommandError
+from goat_kernels.command_errors import CommandError, one_line
 from goat_kernels.finetuning.data import Examples, class_ids, class_names, describe_classes, split
 from goat_kernels.finetuning.demo import digits_task
-from goat_kernels.finetuning.examples import Images, PadRight, Responses, Tensors, Texts, from_chats, pack
+from goat_kernels.finetuning.examples import Images, Responses, Tensors, Texts, from_chats, pack
 from goat_kernels.finetuning.images import (
     check_images,
     describe_ranges,
@@ -99,38 +100,36 @@ def _causal_lm(options: FinetuneOptions) -> Task:
     config = load_config(options.model, AutoModelForCausalLM)
     tokenizer = _tokenizer(options.model)
     positions, rows = text_limits(config, AutoModelForCausalLM)
-    prompted = "," in options.text_column
     length = _max_length(options, positions, 2)
-    block = min(options.block_size, positions or options.block_size)
-
     items = {
         argument: read_texts(argument, source, options.text_column, None).items
         for argument, source in _sources(options.data, options.eval_data).items()
     }
-    kinds = {argument: "texts" if isinstance(those[0], str) else "chat messages" for argument, those in items.items()}
-    if not prompted and len(set(kinds.values())) > 1:
-        has = ", ".join(f"{argument} has {kind}" for argument, kind in kinds.items())
-        raise CommandError(f"{has}; both need the same, or the perplexity is not that of the training's format")
-    parts: list[Responses] | list[Tensor] = []
-    for argument, those in items.items():
-        if prompted:
-            parts.append(Responses(argument, those, tokenizer, length))
-            continue
-        texts = those if isinstance(those[0], str) else from_chats(argument, those, tokenizer)
-        parts.append(pack(argument, texts, tokenizer, block))
-    if prompted:
+    if "," in options.text_column:
+        parts = [Responses(argument, pairs, tokenizer, length) for argument, pairs in items.items()]
         highest = max(_report_cut(parts, length, options), tokenizer.pad_token_id)
+        tokenizer.padding_side = "right"
+        collate = DataCollatorForSeq2Seq(tokenizer)
     else:
-        highest = max(int(blocks.max()) for blocks in parts)
+        kinds = {name: "texts" if isinstance(those[0], str) else "chat messages" for name, those in items.items()}
+        if len(set(kinds.values())) > 1:
+            has = ", ".join(f"{argument} has {kind}" for argument, kind in kinds.items())
+            raise CommandError(f"{has}; both need the same, or the perplexity is not that of the training's format")
+        block = min(options.block_size, positions or options.block_size)
+        blocks = [
+            pack(name, those if kinds[name] == "texts" else from_chats(name, those, tokenizer), tokenizer, block)
+            for name, those in items.items()
+        ]
+        parts = [Tensors(input_ids=tokens, labels=tokens) for tokens in blocks]  # the model shifts the labels itself
+        highest = max(int(tokens.max()) for tokens in blocks)
+        collate = default_data_collator
     _check_tokens(options.model, tokenizer, highest, rows)
     if len(parts) == 1:
         halves = split(len(parts[0]), None, options.eval_fraction, options.seed, "--data")
-        parts = [Subset(parts[0], half) if prompted else parts[0][half] for half in halves]
-    collate = PadRight(tokenizer.pad_token_id) if prompted else default_data_collator
-    train, held_out = parts if prompted else (Tensors(input_ids=blocks, labels=blocks) for blocks in parts)
+        parts = [Subset(parts[0], half) for half in halves]
     # A language model's output is no new module, whatever its name.
     base = BaseModel(base_model(options.model, AutoModelForCausalLM, options.seed, options.dtype).load, ())
-    return Task(_describe(options), train, held_out, collate, base, "perplexity")
+    return Task(_describe(options), *parts, collate, base, "perplexity")
 
 
 def _sources(data: str, eval_data: str | None) -> dict[str, str]:
@@ -173,8 +172,7 @@ def _tokenizer(source: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CommandError(f"--model {source!r} has no tokenizer that could be loaded ({reason:.200})") from None
+        raise CommandError(f"--model {source!r} has no tokenizer that could be loaded ({one_line(error)})") from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise CommandError(f"--model {source!r} has a tokenizer with neither a pad nor an eos token; it needs one")

@@ -1,7 +1,8 @@
-"""One training run through ``transformers.Trainer``: progress, timing, checkpoints, Ctrl-C, divergence."""
+"""One training run through ``transformers.Trainer``: progress, time, memory, checkpoints, Ctrl-C, divergence."""
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -20,11 +22,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from goat_kernels.finetuning.measure import PeakMemory
 from goat_kernels.finetuning.options import FinetuneOptions
 
 #: Losses kept of a run: every step up to this many, then every second one, and so on.
 _LOGGED_STEPS = 2000
+
+#: Between two looks at the memory of the process.
+_SAMPLE_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,51 @@ def _training_arguments(
 def _finite_parameters(model: PreTrainedModel | PeftModel) -> bool:
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return all(bool(torch.isfinite(parameter).all()) for parameter in trained)
+
+
+class PeakMemory:
+    """Context manager: by how many MiB memory rose, at its peak, above where it stood at the start.
+
+    On a GPU that is torch's allocator (exact). On a CPU it is the resident memory of the process, sampled every 5 ms;
+    memory that the process had freed but not given back to the system is given back first, where psutil can do that.
+
+    Attributes:
+        peak_mib: set when the block ends.
+        source: what was measured, in words.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak_mib = 0.0
+        self.source = "GPU memory allocated by torch" if device.type == "cuda" else "resident memory of the process"
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device)
+            return self
+        if hasattr(psutil, "heap_trim"):
+            psutil.heap_trim()
+        self._process, self._stop = psutil.Process(), threading.Event()
+        self._start = self._peak = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._device.type == "cuda":
+            self._peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._stop.set()
+            self._thread.join()
+        self.peak_mib = (self._peak - self._start) / 2**20
+
+    def _sample(self) -> None:
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(_SAMPLE_S)
+            self._peak = max(self._peak, self._process.memory_info().rss)
 
 
 class _Watch(TrainerCallback):
