@@ -55,7 +55,7 @@ def local_path(argument: str, text: str, needs: str) -> Path:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` and below, sorted; without hidden ones, and those that systems put into every folder."""
+    """The files in ``folder`` and below, sorted; without hidden ones and those that operating systems leave."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -64,7 +64,7 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of that name is none of the user's data: ``._a.png``, ``.ipynb_checkpoints``, ..."""
+    """Whether a file or folder is not the user's data, by its name: ``._a.png``, ``.ipynb_checkpoints``, ..."""
     return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini", "__macosx")
 
 

@@ -258,7 +258,7 @@ def as_labels(source: str, name: str, values: Sequence) -> list[str]:
         examples = ", ".join(map(str, sorted(set(decimals))[:3]))
         raise CommandError(
             f"{where} has decimal numbers ({examples}, ...): classification needs classes, and regression is not "
-            "offered; if they are classes, write them as words"
+            "supported; if they are classes, write them as words"
         )
     spellings = defaultdict(set)
     for label in set(labels):
