@@ -75,7 +75,7 @@ def test_a_run_repeated_gives_the_same_scores(tmp_path):
 def test_methods_train_as_many_parameters_as_their_size_says(method, task):
     base = load(task, quick=True).base(0)
     options = MAIN[method].options(base)
-    model = build(method, base, options, seed=0)
+    model = build(method, base, options)
     in_adapters = sum(
         p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name
     )
@@ -94,7 +94,7 @@ def test_methods_start_at_the_pretrained_model(method):
     batch = data.collate([data.test[0]])
     with torch.no_grad():
         expected = base.load()(**batch).logits
-        found = build(method, base, MAIN[method].options(base), seed=0)(**batch).logits
+        found = build(method, base, MAIN[method].options(base))(**batch).logits
     assert torch.allclose(found, expected, atol=1e-5)
 
 

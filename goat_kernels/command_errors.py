@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early on purpose."""
+"""The two ways in which a command ends early on purpose, and how they quote other errors."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ class CommandError(Exception):
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after everything worth keeping has been written. The message says what was kept and how to go on."""
+
+
+def one_line(error: object, length: int | None = 200) -> str:
+    """The message of an error as part of a line, at most ``length`` characters of it."""
+    return " ".join(str(error).split())[:length]

@@ -1,35 +1,47 @@
-"""Writing files and folders so that a reader finds all of them or nothing."""
+"""The one place that writes files and folders so that a reader finds all of them or nothing.
+
+Everything is written under a temporary name on the same file system and then renamed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+#: The files of an adapter, by PEFT's names.
+CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+#: A save over an existing folder is prepared in a folder inside it, whose name begins like this.
+SAVING = ".goat-save."
+
+#: A temporary folder older than this was left by a process that was killed.
+_ABANDONED_S = 3600
 
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary name beside ``target`` to write a file or folder to; renamed to ``target`` when the block succeeds.
+    """A temporary name beside ``target`` to write a file to; renamed to ``target`` when the block succeeds.
 
-    A folder replaces a folder that exists at ``target``, a file never does; of a symbolic link there the link is
-    replaced and never what it points to. When the block raises, what it wrote is removed.
+    A symbolic link at ``target`` is replaced, never the file it points to. When the block raises, what it wrote is
+    removed.
 
     Raises:
         OSError: nothing can be written there, or a folder is where the file goes.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        if temporary.is_dir():  # a file takes the place of a file or a link by itself
-            _remove(target)
         os.replace(temporary, target)
     finally:
-        _remove(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(target: Path, content: object) -> None:
@@ -48,8 +60,45 @@ def _finite(content: object) -> object:
     return content
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write to, whose files take their places in ``folder`` when the block succeeds.
+
+    Files of ``folder`` that the block did not write stay. When the block raises, ``folder`` is as it was, or absent as
+    it was. When the process is killed, every file of ``folder`` is whole: the old ones, the new ones, or, between two
+    renames, new weights beside an old configuration, whose own :func:`prepared_config_files` then finds.
+    """
+    folder = folder.absolute()
+    exists = folder.is_dir()
+    parent, prefix = (folder, SAVING) if exists else (folder.parent, f".{folder.name}.")
+    temporary = parent / f"{prefix}{secrets.token_hex(4)}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if not exists and not folder.exists():
+            os.replace(temporary, folder)
+        else:
+            # JSON files come last: an adapter's configuration has the digest of the weights that it belongs to.
+            written = [path for path in temporary.rglob("*") if path.is_file()]
+            for path in sorted(written, key=lambda path: path.suffix == ".json"):
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+        _remove_abandoned(parent, prefix)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prepared_config_files(folder: Path) -> list[Path]:
+    """Configurations of adapters for ``folder`` that killed saves had prepared and not put into their place."""
+    folder, saves = folder.absolute(), f"{SAVING}*.tmp"
+    further = f"{saves}/{glob.escape(folder.name)}/{CONFIG_FILE}"  # a further adapter's, in a subfolder
+    return [*folder.glob(f"{saves}/{CONFIG_FILE}"), *folder.parent.glob(further)]
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove what killed saves left, after a save that succeeded: until then it may hold the weights' configuration."""
+    for left in parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)

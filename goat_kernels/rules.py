@@ -2,7 +2,8 @@
 
 Two tables: ``SEGMENT_RULES`` says which singular triples of the pretrained weight each expert receives, and
 ``SCALING_RULES`` says how the adapter's scaling s is derived. A new rule is one function and one entry here;
-the names are checked, and listed in error messages, from these tables.
+the names are checked, and listed in error messages, from these tables. torch is imported where a rule runs, so that the
+names and help texts of a command line need nothing heavy.
 
 Symbols (docs/math.md): N in_features, M out_features, E experts, R total rank, D = R / E, s scaling.
 """
@@ -11,41 +12,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # --- which singular triples an expert gets ------------------------------------------------------------------------
 #
 # A segment rule maps (h, E, D, generator) to indices [E, D] into the h singular values in descending order.
 # It may assume that they fit: D <= h // E has been checked.
 
-SegmentRule = Callable[[int, int, int, torch.Generator | None], torch.Tensor]
+SegmentRule = Callable[[int, int, int, "torch.Generator | None"], "torch.Tensor"]
 
 
 def _chunk_heads(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
     """``goat``: the largest D triples of each of E equal chunks, [i*t, i*t + D) with t = h // E; the paper's rule."""
+    import torch
+
     t = h // E
     return torch.arange(E)[:, None] * t + torch.arange(D)
 
 
 def _chunk_tails(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
     """``goat_mini``: the smallest D triples of each chunk, [(i+1)*t - D, (i+1)*t)."""
+    import torch
+
     t = h // E
     return (torch.arange(E)[:, None] + 1) * t - D + torch.arange(D)
 
 
 def _principal(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
     """``pissa``: the R largest triples, D consecutive ones per expert."""
+    import torch
+
     return torch.arange(E * D).reshape(E, D)
 
 
 def _minor(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
     """``milora``: the R smallest triples, D consecutive ones per expert."""
+    import torch
+
     return (h - E * D + torch.arange(E * D)).reshape(E, D)
 
 
 def _principal_and_minor(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
     """``pissa_milora``: the ceil(R/2) largest triples, then the floor(R/2) smallest."""
+    import torch
+
     R = E * D
     largest, smallest = R - R // 2, R // 2
     return torch.cat([torch.arange(largest), torch.arange(h - smallest, h)]).reshape(E, D)
@@ -53,6 +66,8 @@ def _principal_and_minor(h: int, E: int, D: int, generator: torch.Generator | No
 
 def _random(h: int, E: int, D: int, generator: torch.Generator | None) -> torch.Tensor:
     """``random``: R distinct triples drawn without replacement; each expert's triples in descending order."""
+    import torch
+
     drawn = torch.randperm(h, generator=generator)[: E * D].reshape(E, D)
     return drawn.sort(dim=1).values
 
@@ -82,7 +97,7 @@ def needs_only_largest(init: str, num_experts: int) -> bool:
 # A scaling rule maps (N, D, eta, lora_alpha, segment_sums) to s: a float, or one number per expert [E].
 # segment_sums [E] is the sum of the singular values of each expert's segment, None for the zero rules.
 
-ScalingRule = Callable[[int, int, float, float, torch.Tensor | None], "float | torch.Tensor"]
+ScalingRule = Callable[[int, int, float, float, "torch.Tensor | None"], "float | torch.Tensor"]
 
 
 def _theorem(N: int, D: int, eta: float, lora_alpha: float, segment_sums: torch.Tensor | None) -> float:

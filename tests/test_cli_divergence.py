@@ -11,12 +11,10 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from test_cli_finetune import TINY, finetune, tiny_demo
 
-from goat_kernels.cli import comparison, figure
-from goat_kernels.cli.report import MethodResult, format_table
 from goat_kernels.files import write_json
-from goat_kernels.finetuning import demo
-from goat_kernels.finetuning.evaluate import evaluate
-from goat_kernels.finetuning.tasks import Task
+from goat_kernels.finetuning import demo, run
+from goat_kernels.finetuning.results import draw_losses, format_table
+from goat_kernels.finetuning.task import Task, evaluate
 
 __all__ = ["tiny_demo"]  # fixture
 
@@ -94,14 +92,14 @@ def test_a_pretraining_that_diverges_is_not_cached(tiny_demo, monkeypatch, capsy
 
 
 def test_outputs_that_are_nan_before_and_after_are_bit_equal(tiny_demo, monkeypatch):
-    real = comparison.outputs
+    real = run.outputs
 
     def with_nan(*args):
         found = real(*args)
         found[0] = math.nan
         return found
 
-    monkeypatch.setattr(comparison, "outputs", with_nan)
+    monkeypatch.setattr(run, "outputs", with_nan)
     assert finetune("--methods", "head") == 0
     assert strict_json(tiny_demo / "goat-output" / "results.json")["methods"][0]["reload_bit_equal"] is True
 
@@ -126,16 +124,16 @@ def evaluated(logits: torch.Tensor, labels: torch.Tensor, metric: str):
 
 def test_an_output_that_is_nan_is_no_right_answer():
     # argmax of a row with NaN is the NaN's place, here that of the right class
-    assert evaluated(torch.tensor([math.nan, 1.0, 0.0]), torch.tensor(0), "accuracy").value == 0
-    assert evaluated(torch.tensor([2.0, 1.0, 0.0]), torch.tensor(0), "accuracy").value == 1
+    assert evaluated(torch.tensor([math.nan, 1.0, 0.0]), torch.tensor(0), "accuracy").held_out == 0
+    assert evaluated(torch.tensor([2.0, 1.0, 0.0]), torch.tensor(0), "accuracy").held_out == 1
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite():
     logits = torch.tensor([[0.0, 5000.0]]).repeat(3, 1)
-    assert evaluated(logits, torch.tensor([0, 0, 0]), "perplexity").value == math.inf
+    assert evaluated(logits, torch.tensor([0, 0, 0]), "perplexity").held_out == math.inf
 
 
-def result(**changes) -> MethodResult:
+def result(**changes) -> dict:
     values = {
         "method": "goat",
         "learning_rate": 1e-3,
@@ -153,18 +151,19 @@ def result(**changes) -> MethodResult:
         "held_out_standard_error": math.nan,
         "held_out_examples": 5,
         "load_by_layer": {},
+        "diverged_at_step": None,
     }
-    return MethodResult(**{**values, **changes})
+    return {**values, **changes}
 
 
-def test_what_is_not_finite_becomes_null_and_back(tmp_path):
-    write_json(tmp_path / "result.json", vars(result()))
+def test_what_is_not_finite_becomes_null_and_can_be_shown(tmp_path):
+    write_json(tmp_path / "result.json", result())
     written = strict_json(tmp_path / "result.json")
     assert (written["losses"], written["held_out"], written["time_per_step_ms"]) == ([1.0, 2.0, None], None, None)
-    back = MethodResult.read(tmp_path / "result.json")
-    assert math.isnan(back.losses[2]) and math.isnan(back.time_per_step_ms) and back.held_out is None
-    assert back.failed and "not finite" in format_table([back], "title")
-    assert not result(held_out=3.0).failed
+    assert "not finite" in format_table([written], "title")
+    axes = Figure().subplots()
+    draw_losses(axes, [written])
+    assert [math.isnan(loss) for loss in axes.lines[1].get_ydata()] == [False, False, True]
 
 
 def test_a_table_of_methods_that_all_diverged_has_no_note_on_errors():
@@ -174,7 +173,7 @@ def test_a_table_of_methods_that_all_diverged_has_no_note_on_errors():
 
 def test_the_figure_names_the_step(tmp_path):
     axes = Figure().subplots()
-    figure._draw_losses(axes, [result(diverged_at_step=17), result(method="lora")])
+    draw_losses(axes, [result(diverged_at_step=17), result(method="lora")])
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["GOAT (diverged at step 17)", "PEFT's LoRA"]
 
 

@@ -12,8 +12,8 @@ from fault_tools import bound_by_permissions, in_child, no_file_longer_than
 from test_cli_finetune import TINY, assert_same_weights, weights
 from transformers import TrainerState
 
-from goat_kernels.cli import comparison, main
-from goat_kernels.finetuning import demo, pretraining
+from goat_kernels.cli import main
+from goat_kernels.finetuning import demo, pretraining, run
 
 OPTIONS = ["--methods", "goat", "--max-steps", "6", "--batch-size", "100", "--rank", "8", "--experts", "4"]
 OPTIONS += ["--dropout", "0.1", "--save-steps", "2", "--device", "cpu"]
@@ -39,8 +39,8 @@ def whole(tmp_path_factory):
 def place(whole, tmp_path, monkeypatch):
     """An empty folder to run in, with the pretrained model in the cache; what only takes time is left out."""
     monkeypatch.setattr(demo, "PRETRAINING", TINY)
-    monkeypatch.setattr(comparison, "_warm_up", lambda task, options: None)
-    monkeypatch.setattr(comparison, "write_figure", lambda path, results, title: path.write_bytes(b"figure"))
+    monkeypatch.setattr(run, "_warm_up", lambda task, options: None)
+    monkeypatch.setattr(run, "write_figure", lambda path, results, title: path.write_bytes(b"figure"))
     monkeypatch.setenv(pretraining.CACHE_VARIABLE, str(whole / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -68,16 +68,16 @@ def _ctrl_c_arrives():
 
 #: Phase -> (module, its function that begins the phase).
 PHASES = {
-    "start-up": (comparison, "load_task"),
+    "start-up": (run, "load_task"),
     "pretraining": (pretraining, "train"),
-    "checking": (comparison, "check_adapters"),
-    "warming-up": (comparison, "_warm_up"),
-    "building": (comparison, "build"),
-    "saving": (comparison, "save"),
-    "loading-back": (comparison, "load_back"),
-    "evaluating": (comparison, "evaluate"),
-    "report": (comparison, "results_json"),
-    "figure": (comparison, "write_figure"),
+    "checking": (run, "check_adapters"),
+    "warming-up": (run, "_warm_up"),
+    "building": (run, "build"),
+    "saving": (run, "save"),
+    "loading-back": (run, "load_back"),
+    "evaluating": (run, "evaluate"),
+    "report": (run, "results_json"),
+    "figure": (run, "write_figure"),
 }
 BEFORE_THE_FOLDER = ("start-up", "pretraining", "checking")
 

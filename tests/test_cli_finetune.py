@@ -15,8 +15,11 @@ from transformers import TrainerCallback
 
 from goat_kernels.cli import main
 from goat_kernels.finetuning import demo, pretraining
-from goat_kernels.finetuning.methods import DEFAULT_METHODS, METHODS
+from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
+from goat_kernels.finetuning.recipes import TASKS
+
+DEFAULT_METHODS = TASKS["digits"]["methods"].split(",")
 
 #: Small enough for a test, large enough for every part to have something to do.
 TINY = demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
@@ -59,16 +62,16 @@ class InterruptAt(TrainerCallback):
 
 def interrupt_training(monkeypatch, description: str, step: int) -> None:
     """Send this process a real SIGINT while the run called ``description`` is in ``step``."""
-    from goat_kernels.cli import comparison
+    from goat_kernels.finetuning import run
 
-    train = comparison.train
+    train = run.train
 
     def interrupted(*args, **kwargs):
         if kwargs["description"] == description:
             kwargs["callbacks"] = [*kwargs["callbacks"], InterruptAt(step)]
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(comparison, "train", interrupted)
+    monkeypatch.setattr(run, "train", interrupted)
 
 
 def test_demo_leaves_table_figure_numbers_and_models(tiny_demo, capsys):
@@ -84,7 +87,7 @@ def test_demo_leaves_table_figure_numbers_and_models(tiny_demo, capsys):
 
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     rows = {row["method"]: row for row in results["methods"]}
-    assert list(rows) == list(DEFAULT_METHODS)
+    assert list(rows) == DEFAULT_METHODS
     for row in rows.values():
         p = row["held_out"]
         assert row["held_out_standard_error"] == pytest.approx((p * (1 - p) / 898) ** 0.5)
@@ -166,17 +169,17 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tiny_demo, capsys, m
 
 
 def test_interrupt_while_evaluating_keeps_the_training(tiny_demo, monkeypatch):
-    from goat_kernels.cli import comparison
+    from goat_kernels.finetuning import run
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "evaluate", interrupted)
+        patch.setattr(run, "evaluate", interrupted)
         assert finetune("--methods", "goat") == 130
     before = weights(tiny_demo / "goat-output", "goat")
 
-    monkeypatch.setattr(comparison, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(run, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     assert finetune("--methods", "goat", "--resume") == 0
     assert_same_weights(before, weights(tiny_demo / "goat-output", "goat"))
 
@@ -230,9 +233,9 @@ def test_resume_needs_a_run(tiny_demo, capsys):
 
 
 def test_a_reload_that_differs_is_reported(tiny_demo, capsys, monkeypatch):
-    from goat_kernels.cli import comparison
+    from goat_kernels.finetuning import run
 
-    real = comparison.load_back
+    real = run.load_back
 
     def damaged(method, *args):
         model = real(method, *args)
@@ -240,7 +243,7 @@ def test_a_reload_that_differs_is_reported(tiny_demo, capsys, monkeypatch):
             next(p for name, p in model.named_parameters() if name.endswith("classifier.bias")).add_(1e-3)
         return model
 
-    monkeypatch.setattr(comparison, "load_back", damaged)
+    monkeypatch.setattr(run, "load_back", damaged)
     assert finetune("--methods", "full") == 1
     assert "bit-equal outputs: False" in capsys.readouterr().out
 

@@ -8,10 +8,18 @@ import pytest
 from PIL import Image, ImageDraw
 from test_cli_tasks import finetune, results, vit
 
-from goat_kernels.cli import comparison
 from goat_kernels.command_errors import CommandError
-from goat_kernels.finetuning.image_folders import image_suffixes, read_images, split_folders
-from goat_kernels.finetuning.images import check_images, merged, open_image, pixel_range, reader, to_rgb
+from goat_kernels.finetuning import run
+from goat_kernels.finetuning.images import (
+    check_images,
+    image_suffixes,
+    merged,
+    open_image,
+    pixel_range,
+    read_images,
+    split_folders,
+    to_rgb,
+)
 from goat_kernels.finetuning.tasks import load_task
 
 __all__ = ["vit"]  # fixture
@@ -45,7 +53,7 @@ def read(folder: str = "set", argument: str = "--data", skip: bool = False):
 
 def greys(item, extremes) -> list[list[int]]:
     """The RGB values of a dark and of a bright pixel."""
-    image = reader(extremes)(item)
+    image = to_rgb(open_image(item), extremes)
     assert image.mode == "RGB" and image.size == (8, 6)
     return [list(image.getpixel((x, 3))) for x in (1, 6)]
 
@@ -243,7 +251,7 @@ def test_data_and_eval_data_share_one_range_of_pixels(tops, vit, capsys, monkeyp
             put(f"train/{label}/{i}.tiff", halves(0, tops[0], np.int32))
             put(f"held/{label}/{i}.tiff", halves(0, tops[1], np.int32))
     tasks = []
-    monkeypatch.setattr(comparison, "load_task", lambda options: tasks.append(load_task(options)) or tasks[0])
+    monkeypatch.setattr(run, "load_task", lambda options: tasks.append(load_task(options)) or tasks[0])
     arguments = ["--task", "image-classification", "--model", vit, "--data", "train", "--eval-data", "held"]
     assert finetune(*arguments, "--methods", "head", "--max-steps", "1") == 0
     assert "32-bit integer pixels are scaled: 0 is black, 4e+06 is white" in capsys.readouterr().out

@@ -140,7 +140,7 @@ def test_bad_input(arguments, parts, capsys, tiny_pretraining):
 @pytest.mark.parametrize(("arguments", "parts"), READING.values(), ids=READING.keys())
 def test_bad_text_data(arguments, parts):
     from goat_kernels.command_errors import CommandError
-    from goat_kernels.finetuning.data import read_texts
+    from goat_kernels.finetuning.texts import read_texts
 
     with pytest.raises(CommandError) as caught:
         read_texts("--data", *arguments)
@@ -155,11 +155,20 @@ def test_unknown_command(capsys):
 
 def test_data_from_the_hub_needs_the_extra(monkeypatch):
     from goat_kernels.command_errors import CommandError
-    from goat_kernels.finetuning.data import read_texts
+    from goat_kernels.finetuning.texts import read_texts
 
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CommandError, match=r"pip install 'goat-kernels\[data\]'"):
+    with pytest.raises(CommandError, match=r"pip install 'goat-kernels\[demo\]'"):
         read_texts("--data", "someone/data", "text", None)
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_extra(monkeypatch, capsys):
+    for name in ("run", "results"):
+        monkeypatch.delitem(sys.modules, f"goat_kernels.finetuning.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    assert main(["finetune"]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "tabulate is not installed; it needs pip install 'goat-kernels[demo]'" in message
 
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "matplotlib", "numpy", "PIL")

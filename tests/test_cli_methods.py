@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli_tasks import bert, causal_lm, photos, results, reviews, save_tokenizer, vit, write_reviews
-from transformers import AutoTokenizer, CLIPConfig, CLIPForImageClassification, RobertaConfig, RobertaModel
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPForImageClassification,
+    DataCollatorForSeq2Seq,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from goat_kernels.cli import build_parser, main
-from goat_kernels.cli.options import options_from
-from goat_kernels.finetuning.examples import IGNORED, PadRight, Responses
+from goat_kernels.cli.finetune import options_from
+from goat_kernels.finetuning.examples import IGNORED, Responses
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.recipes import RECIPES
 
@@ -66,21 +73,20 @@ def test_every_method_trains_and_loads_back(bert):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_the_papers_settings(name):
     found = options("--recipe", name, "--data", "somewhere")
-    adapter = found.adapter
-    settings = (adapter.experts, adapter.top_k, adapter.rank, adapter.eta, adapter.rho)
-    assert (*settings, found.training.learning_rates["goat"]) == PAPER[name]
-    assert (adapter.init, adapter.scaling, adapter.balance_coefficient, adapter.dropout) == ("goat", "goat", 1e-3, 0.05)
+    settings = (found.experts, found.top_k, found.rank, found.eta, found.rho)
+    assert (*settings, found.learning_rates["goat"]) == PAPER[name]
+    assert (found.init, found.scaling, found.balance_coefficient, found.dropout) == ("goat", "goat", 1e-3, 0.05)
 
 
 def test_options_go_before_the_recipe():
     given = ["--rank", "16", "--model", "mine", "--learning-rate", "goat=3e-4", "--dropout", "0", "--dtype", "float32"]
     for arguments in (["--recipe", "nlg", *given], [*given, "--recipe", "nlg"]):
         found = options(*arguments, "--data", "somewhere")
-        assert (found.adapter.rank, found.adapter.dropout, found.data.model) == (16, 0.0, "mine")
-        assert (found.training.dtype, found.training.learning_rates["goat"]) == ("float32", 3e-4)
-        assert found.adapter.target_modules == RECIPES["nlg"].adapter.target_modules
+        assert (found.rank, found.dropout, found.model) == (16, 0.0, "mine")
+        assert (found.dtype, found.learning_rates["goat"]) == ("float32", 3e-4)
+        assert found.target_modules == RECIPES["nlg"].options["target_modules"]
     # A given value that is the default without a recipe is given all the same.
-    assert options("--recipe", "image", "--data", "somewhere", "--rank", "32").adapter.rank == 32
+    assert options("--recipe", "image", "--data", "somewhere", "--rank", "32").rank == 32
 
 
 def test_recipe_image_on_a_tiny_clip(photos):
@@ -134,9 +140,9 @@ def test_the_loss_is_on_the_response_alone():
     end = tokenizer.eos_token_id
     # The first is one token too long, and loses the beginning of its prompt.
     first, second = responses[0], responses[1]
-    assert first["input_ids"].tolist() == [words["good"], words["film"], words["bad"], words["book"], end]
-    assert first["labels"].tolist() == [IGNORED, IGNORED, words["bad"], words["book"], end]
-    batch = PadRight(tokenizer.pad_token_id)([first, second])
+    assert first["input_ids"] == [words["good"], words["film"], words["bad"], words["book"], end]
+    assert first["labels"] == [IGNORED, IGNORED, words["bad"], words["book"], end]
+    batch = DataCollatorForSeq2Seq(tokenizer)([first, second])
     assert batch["labels"][1].tolist() == [IGNORED, words["fine"], end, IGNORED, IGNORED]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from goat_kernels.finetuning.methods import METHODS, SizeOf
 from goat_kernels.finetuning.models import BaseModel
-from goat_kernels.finetuning.options import AdapterOptions
+from goat_kernels.finetuning.options import FinetuneOptions
 
 #: GOAT's settings, the paper's: E 8, K 2, R 8, rho 10, eta 1, balance coefficient 1e-3.
-GOAT = AdapterOptions(rank=8, experts=8, top_k=2, eta=1.0, rho=10.0, balance_coefficient=1e-3)
+GOAT = FinetuneOptions(rank=8, experts=8, top_k=2, eta=1.0, rho=10.0, balance_coefficient=1e-3)
 
 #: HydraLoRA weighs all of its few experts; its ranks are then fine enough for an equal number of parameters.
 _HYDRALORA = {"experts": 4, "top_k": 4}
@@ -28,7 +28,7 @@ class Contender:
     Attributes:
         name: unique; the method's, or the settings that differ from GOAT's.
         method: a key of ``METHODS``.
-        changes: fields of ``AdapterOptions`` that differ from ``GOAT``.
+        changes: fields of ``FinetuneOptions`` that differ from ``GOAT``.
         equal: whether its rank is chosen so that as many parameters train as with GOAT; else it is ``GOAT``'s, changed.
     """
 
@@ -37,7 +37,7 @@ class Contender:
     changes: dict[str, object] = field(default_factory=dict)
     equal: bool = False
 
-    def options(self, base: BaseModel) -> AdapterOptions:
+    def options(self, base: BaseModel) -> FinetuneOptions:
         """The adapter's settings on a model."""
         adapter = replace(GOAT, **self.changes)
         return replace(adapter, rank=equal_rank(self.method, adapter, base)) if self.equal else adapter
@@ -115,7 +115,7 @@ def adapted_layers(base: BaseModel) -> Iterator[tuple[int, int]]:
             yield module.in_features, module.out_features
 
 
-def equal_rank(method: str, adapter: AdapterOptions, base: BaseModel) -> int:
+def equal_rank(method: str, adapter: FinetuneOptions, base: BaseModel) -> int:
     """The rank at which a method trains as many parameters as GOAT, as closely as whole ranks (per expert) allow."""
     layers = list(adapted_layers(base))
     budget = _size(METHODS["goat"].size, layers, GOAT.rank, GOAT.experts)

@@ -14,7 +14,6 @@ from bench.quality.contenders import ABLATION_TASK, ABLATIONS, MAIN
 from bench.quality.statistics import summary
 from bench.quality.tables import scores_of
 from bench.quality.tasks import TASKS
-from goat_kernels.cli.figure import COLOURS
 from goat_kernels.finetuning.methods import METHODS
 
 #: Raised when a figure is drawn otherwise from the same rows, so that those on disk count as out of date.
@@ -59,9 +58,8 @@ def _losses(drawn, rows_of: dict[str, list[dict]]) -> None:
             if runs:
                 mean = np.mean([row["losses"] for row in runs], axis=0)
                 smooth = np.convolve(np.pad(mean, 2, mode="edge"), np.ones(5) / 5, mode="valid")
-                axis.plot(
-                    runs[0]["loss_steps"], smooth, color=COLOURS[name], linewidth=1.3, label=METHODS[name].meaning
-                )
+                method = METHODS[name]
+                axis.plot(runs[0]["loss_steps"], smooth, color=method.colour, linewidth=1.3, label=method.meaning)
         axis.set_title(task, fontsize=9)
         axis.set(xlabel="step", ylabel="training loss")
         axis.grid(True, alpha=0.3)
@@ -78,9 +76,8 @@ def _parameters(drawn, rows_of: dict[str, list[dict]]) -> None:
             if scores:
                 count = next(row["trainable_parameters"] for row in rows if row["contender"] == name)
                 one = summary(scores)
-                axis.errorbar(
-                    max(count, 1), one.mean, yerr=one.std, fmt="o", color=COLOURS[name], label=METHODS[name].meaning
-                )
+                method = METHODS[name]
+                axis.errorbar(max(count, 1), one.mean, yerr=one.std, fmt="o", color=method.colour, label=method.meaning)
         axis.set_title(task, fontsize=9)
         axis.set(xscale="log", xlabel="trainable parameters", ylabel=metric)
         axis.grid(True, alpha=0.3)
@@ -104,7 +101,7 @@ def _rank(drawn, rows_of: dict[str, list[dict]]) -> None:
                 yerr=[one.std for one in found],
                 fmt="o-",
                 capsize=3,
-                color=COLOURS[method.lower()],
+                color=METHODS[method.lower()].colour,
                 label=method,
             )
             axis.legend(frameon=False)

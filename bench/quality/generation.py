@@ -18,15 +18,14 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     default_data_collator,
 )
 
 from bench.quality.corpora import cpp_files, functions, part_of, python_files
-from goat_kernels.finetuning.examples import Blocks, pack
+from goat_kernels.finetuning.examples import Tensors, pack
 from goat_kernels.finetuning.models import BaseModel, base_model
-from goat_kernels.finetuning.options import TrainingOptions
+from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.pretraining import digest, pretrained
 
 
@@ -131,20 +130,24 @@ def _task(parts: dict[str, list[str]], quick: bool) -> dict[str, object]:
         packed = pack(part, texts, tokenizer, pretraining.block)
         order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))
         blocks[part] = packed[order[: _QUICK_BLOCKS if quick else _BLOCKS[part]]]
-    train = Blocks(blocks["train"])
+    train = _examples(blocks["train"])
 
     def base(seed: int) -> BaseModel:
         return BaseModel(base_model(str(folder), AutoModelForCausalLM, seed, "float32").load, ())
 
     return {
         "training": lambda seed: train,
-        "validation": Blocks(blocks["validation"]),
-        "test": Blocks(blocks["test"]),
+        "validation": _examples(blocks["validation"]),
+        "test": _examples(blocks["test"]),
         "collate": default_data_collator,
         "base": base,
         "digest": digest(*blocks.values()),
         "questions": tuple(_questions(blocks[part]) for part in ("validation", "test")),
     }
+
+
+def _examples(blocks: Tensor) -> Tensors:
+    return Tensors(input_ids=blocks, labels=blocks)  # the model shifts the labels itself
 
 
 def _questions(blocks: Tensor) -> list[Question]:
@@ -180,26 +183,15 @@ def _pretrained(pretraining: Pretraining) -> Path:
         eos_token_id=_END,
     )
 
-    def build() -> PreTrainedModel:
-        torch.manual_seed(pretraining.seed)
-        return LlamaForCausalLM(config)
-
-    plan = TrainingOptions(
-        learning_rates={},
-        epochs=0,
-        max_steps=pretraining.steps,
-        batch_size=pretraining.batch_size,
-        seed=pretraining.seed,
-    )
+    options = FinetuneOptions(max_steps=pretraining.steps, batch_size=pretraining.batch_size, seed=pretraining.seed)
     return pretrained(
         "python-llama",
-        build,
-        Blocks(blocks),
-        default_data_collator,
-        plan,
+        LlamaForCausalLM,
+        config,
+        _examples(blocks),
+        options,
         pretraining.learning_rate,
         identity={"data": digest(blocks), "pretraining": asdict(pretraining)},
-        config=config,
         beside=tokenizer.save_pretrained,
     )
 

@@ -16,7 +16,8 @@ from torch.nn.functional import avg_pool2d
 from transformers import AutoModelForImageClassification, default_data_collator
 
 from goat_kernels.finetuning import demo
-from goat_kernels.finetuning.demo import Digits, changed_appearance, digits_data, pretrained_digits
+from goat_kernels.finetuning.demo import changed_appearance, digits_data, pretrained_digits
+from goat_kernels.finetuning.examples import Tensors
 from goat_kernels.finetuning.models import BaseModel, base_model
 from goat_kernels.finetuning.pretraining import digest
 
@@ -83,10 +84,10 @@ def _task(
     if quick:
         validation, test = validation[:_QUICK_EXAMPLES], test[:_QUICK_EXAMPLES]
 
-    def part(indices: list[int]) -> Digits:
-        return Digits(images[indices], ids[indices])
+    def part(indices: list[int]) -> Tensors:
+        return Tensors(pixel_values=images[indices], labels=ids[indices])
 
-    def training(seed: int) -> Digits:
+    def training(seed: int) -> Tensors:
         if per_class is None:
             return part(train)
         rng = random.Random(seed)

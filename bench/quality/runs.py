@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,10 +21,8 @@ from bench.quality.generation import share_answered
 from bench.quality.results import Results, key_of
 from bench.quality.tasks import METRICS, TASKS, Data, QualityTask, load
 from goat_kernels.benchmarking.machine import describe
-from goat_kernels.finetuning.evaluate import evaluate
 from goat_kernels.finetuning.models import BaseModel, build, trainable_parameters, training_device
-from goat_kernels.finetuning.options import TrainingOptions
-from goat_kernels.finetuning.tasks import Task
+from goat_kernels.finetuning.task import Task, evaluate
 from goat_kernels.finetuning.train import train
 
 #: The seed of the runs that choose the learning rate, which is none of the test runs'.
@@ -132,26 +130,20 @@ def _run(task: QualityTask, contender: Contender, row: dict, plan: Plan, data: D
     """One training and its measurement: what the row lacks."""
     start, seed = time.perf_counter(), row["seed"]
     base = data.base(seed)
-    options = contender.options(base)
-    training = TrainingOptions(
-        learning_rates={},
-        epochs=0,
-        max_steps=row["steps"],
-        batch_size=task.batch_size,
-        seed=seed,
-        device=plan.device,
+    options = replace(
+        contender.options(base), max_steps=row["steps"], batch_size=task.batch_size, seed=seed, device=plan.device
     )
-    device = training_device(training)
+    device = training_device(options)
     steps, losses = [], []
     if contender.method == "head" and not base.new_modules:
         model = base.load().to(device).requires_grad_(False)  # a language model as it is: there is no head to train
     else:
         with TemporaryDirectory() as scratch:
             model, record = train(
-                lambda: build(contender.method, base, options, seed),
+                lambda: build(contender.method, base, options),
                 data.training(seed),
                 data.collate,
-                training,
+                options,
                 row["learning_rate"],
                 Path(scratch),
                 description=contender.name,
@@ -185,7 +177,7 @@ def _scores(
     held_out = data.validation if stage == "validation" else data.test
     measured = Task(task.summary, held_out, held_out, data.collate, base, task.metric)
     evaluation = evaluate(model, measured, 2 * task.batch_size, device, stage)
-    scores = {task.metric: evaluation.value}
+    scores = {task.metric: evaluation.held_out}
     if data.questions is not None:
         questions = data.questions[0 if stage == "validation" else 1]
         scores["accuracy"] = share_answered(model, questions, device)

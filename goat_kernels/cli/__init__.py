@@ -13,32 +13,22 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from goat_kernels.command_errors import CommandError
 
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: the module that implements it, and its line in ``goat-kernels --help``."""
-
-    module: str
-    summary: str
-
-
-COMMANDS: dict[str, Command] = {
-    "finetune": Command(
-        "goat_kernels.cli.finetune", "fine-tune a model with full fine-tuning, LoRA and GOAT, and compare them"
+#: Name -> (module, what it does, for ``goat-kernels --help``).
+COMMANDS = {
+    "finetune": (
+        "goat_kernels.cli.finetune",
+        "fine-tune a model with full fine-tuning, LoRA and GOAT, and compare them",
     ),
-    "check": Command("goat_kernels.cli.check", "check the kernels on this machine against float64, and what they move"),
-    "bench": Command(
-        "goat_kernels.cli.bench", "measure layers, passes and models beside PEFT's LoRA and the frozen base"
-    ),
-    "convert": Command(
+    "check": ("goat_kernels.cli.check", "check the kernels on this machine against float64, and what they move"),
+    "bench": ("goat_kernels.cli.bench", "measure layers, passes and models beside PEFT's LoRA and the frozen base"),
+    "convert": (
         "goat_kernels.cli.convert",
         "turn GOAT-PEFT, LoRA and PiSSA adapters into GOAT ones, or GOAT into approximate LoRA",
     ),
-    "tune": Command("goat_kernels.cli.tune", "measure which tiles are fastest on this GPU"),
+    "tune": ("goat_kernels.cli.tune", "measure which tiles are fastest on this GPU"),
 }
 
 
@@ -53,11 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = _Parser(prog="goat-kernels", description="Fine-tune with GOAT, a mixture of low-rank experts.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        module = importlib.import_module(command.module)
+    for name, (place, summary) in COMMANDS.items():
+        module = importlib.import_module(place)
         subparser = subparsers.add_parser(
             name,
-            help=command.summary,
+            help=summary,
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -18,8 +18,8 @@ import argparse
 import json
 from pathlib import Path
 
-from goat_kernels.cli.arguments import number
-from goat_kernels.command_errors import CommandError
+from goat_kernels.cli.arguments import name_or_number, number
+from goat_kernels.command_errors import CommandError, one_line
 
 #: task_type -> transformers' class; another task takes the class that the model's own configuration names.
 _CLASSES = {
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter in an existing OUTPUT")
     parser.add_argument("--base-model", metavar="MODEL", help="folder or id of the pretrained model")
     parser.add_argument(
-        "--scaling", type=_name_or_number, help="GOAT-PEFT: s of the training: lora, rslora, goat or a number"
+        "--scaling", type=name_or_number, help="GOAT-PEFT: s of the training: lora, rslora, goat or a number"
     )
     parser.add_argument("--eta", type=number(0), default=1.0, help="GOAT-PEFT: ETA of the training (%(default)s)")
     parser.add_argument("--rho", type=number(0), default=10.0, help="GOAT-PEFT: rho of the training (%(default)s)")
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             return _approximate(arguments, fields)
         return _convert(arguments, fields, kind)
     except (ValueError, TypeError, OSError) as error:
-        raise CommandError(" ".join(str(error).split())) from None
+        raise CommandError(one_line(error, None)) from None
 
 
 def _convert(arguments: argparse.Namespace, fields: dict, kind: str | None) -> int:
@@ -140,10 +140,3 @@ def _base_model(arguments: argparse.Namespace, fields: dict):
         config = transformers.AutoConfig.from_pretrained(arguments.base_model)
         name = (fields.get("auto_mapping") or {}).get("base_model_class") or (config.architectures or ["AutoModel"])[0]
     return getattr(transformers, name, transformers.AutoModel).from_pretrained(arguments.base_model)
-
-
-def _name_or_number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text

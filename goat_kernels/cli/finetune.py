@@ -21,49 +21,34 @@ there and reported as diverged; the others go on, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
-import os
-import warnings
+import dataclasses
 
-from goat_kernels.cli.arguments import add_arguments
-from goat_kernels.cli.options import options_from
-from goat_kernels.finetuning.options import FinetuneOptions
+from goat_kernels.cli.arguments import add_options
+from goat_kernels.finetuning import finetune
+from goat_kernels.finetuning.options import FinetuneOptions, settle
 
-__all__ = ["add_arguments", "run"]
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare every option of ``goat-kernels finetune``."""
+    add_options(parser, FinetuneOptions)
+
+
+def options_from(arguments: argparse.Namespace) -> FinetuneOptions:
+    """The options of a parsed command line.
+
+    Raises:
+        CommandError: an option that contradicts another, or that the task does not know.
+    """
+    names = {field.name for field in dataclasses.fields(FinetuneOptions)}
+    return settle({name: value for name, value in vars(arguments).items() if name in names})
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code, 1 where a method diverged or did not load back with the same outputs.
 
     Raises:
-        CommandError: input that cannot be used, or a file that cannot be written.
+        CommandError: input that cannot be used, a package that is not installed, or a file that cannot be written.
         Interrupted: Ctrl-C, after the output folder was begun.
     """
-    options = options_from(arguments)
-    _prepare_environment(options)
-
-    from goat_kernels.cli.comparison import compare
-
-    with warnings.catch_warnings():
-        # transformers reads its own deprecated property when it looks a model over.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
-        # Pillow's, about files that it opens all the same; those that it does not open are told before the training.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        results = compare(options)
-    return 1 if any(result.failed for result in results) else 0
-
-
-def _prepare_environment(options: FinetuneOptions) -> None:
-    """Settle, before transformers is imported, what it reads at import."""
-    from goat_kernels.finetuning.data import looks_like_path
-
-    sources = (options.data.model, options.data.data, options.data.eval_data)
-    if all(source is None or looks_like_path(source) for source in sources):
-        # Nothing is to come from the hub, so nothing may ask it anything, such as whether a model card exists.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if options.adapter.backend != "auto":
-        os.environ["GOAT_KERNELS_BACKEND"] = options.adapter.backend
-
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    rows = finetune(options_from(arguments))
+    return 1 if any(row["held_out"] is None or not row["reload_bit_equal"] for row in rows) else 0

@@ -1,24 +1,24 @@
-"""Where the user's data comes from and how it is split: text files, tables and data sets on the hub; for images see
-``image_folders.py``.
-
-Local files are read with the standard library; only ids on the hub need the ``datasets`` extra.
-"""
+"""Where data comes from (a local path, or a data set on the hub), its classes, and which part is held out."""
 
 from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from goat_kernels.command_errors import CommandError
-from goat_kernels.finetuning.columns import Column
-from goat_kernels.finetuning.tables import TABLE_SUFFIXES, read_columns, read_file
+from goat_kernels.command_errors import CommandError, one_line
+
+#: Suffixes of tables, in lower case: with separators, and of JSON.
+SEPARATED_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".json", ".jsonl", ".ndjson")
 
 #: ID[:CONFIG][@SPLIT] of a data set on the hub.
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
+
+#: Classes that the line about them names, at most.
+_NAMED_CLASSES = 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def looks_like_path(text: str) -> bool:
         path.exists()
         or text.startswith((".", "~", "/"))
         or "\\" in text
-        or path.suffix.lower() in (*TABLE_SUFFIXES, ".txt")
+        or path.suffix.lower() in (*SEPARATED_SUFFIXES, *JSON_SUFFIXES, ".txt")
         or _HUB_ID.fullmatch(text) is None
     )
 
@@ -54,49 +54,8 @@ def local_path(argument: str, text: str, needs: str) -> Path:
     return path
 
 
-def read_texts(argument: str, source: str, text_column: str, label_column: str | None) -> Examples:
-    """Texts, or pairs of texts, from a table, from text files (without classes), or from the hub.
-
-    Args:
-        argument: the option that named the source, for messages.
-        source: a path or an id on the hub.
-        text_column: the column of the text; ``"A,B"`` for pairs.
-        label_column: the column of the class; None where the task has no classes, and a text may be a chat (a list of
-            messages) then, unless it is one of a pair.
-    """
-    needs = "a CSV, TSV, JSON or JSONL file"
-    if label_column is None:
-        needs = f"a text file, a folder of .txt files, or {needs}"
-    wanted = [("--text-column", name.strip()) for name in text_column.split(",")]
-    if label_column is not None:
-        wanted.append(("--label-column", label_column.strip()))
-    if not looks_like_path(source):
-        columns = read_hub(argument, source, wanted)
-    else:
-        path = local_path(argument, source, needs)
-        if path.suffix.lower() not in TABLE_SUFFIXES:
-            if label_column is not None:
-                raise CommandError(f"{argument} {source!r} has no columns; it needs {needs}")
-            return _read_text_files(argument, source, path, needs)
-        columns = read_columns(argument, path, wanted)
-    labels = columns.pop().labels() if label_column is not None else None
-    if len(columns) > 1:
-        return Examples(list(zip(*(column.texts() for column in columns), strict=True)), labels)
-    return Examples(columns[0].texts() if labels is not None else columns[0].texts_or_chats(), labels)
-
-
-def _read_text_files(argument: str, source: str, path: Path, needs: str) -> Examples:
-    files = [path]
-    if path.is_dir():
-        files = [file for file in visible_files(path) if file.suffix.lower() == ".txt"]
-    texts = [text for text in (read_file(argument, file) for file in files) if text.strip()]
-    if not texts:
-        raise CommandError(f"{argument} {source!r} holds no text; it needs {needs}")
-    return Examples([re.sub(r"\r\n?", "\n", text) for text in texts])
-
-
 def visible_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` and below, sorted; without hidden ones, and those that systems put into every folder."""
+    """The files in ``folder`` and below, sorted; without hidden ones and those that operating systems leave."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -105,8 +64,49 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of that name is none of the user's data: ``._a.png``, ``.ipynb_checkpoints``, ..."""
+    """Whether a file or folder is not the user's data, by its name: ``._a.png``, ``.ipynb_checkpoints``, ..."""
     return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini", "__macosx")
+
+
+def read_hub(argument: str, source: str, wanted: Sequence[tuple[str, str]]) -> list[Sequence]:
+    """Columns of a data set on the hub.
+
+    Args:
+        argument: the option that named the source, for messages.
+        source: ``ID[:CONFIG][@SPLIT]``.
+        wanted: (option, name) of each column.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise CommandError(
+            f"{argument} {source!r} is not a local path, and data from the hub needs the datasets library: "
+            "pip install 'goat-kernels[demo]'"
+        ) from None
+    match = _HUB_ID.fullmatch(source)
+    try:
+        table = datasets.load_dataset(match["id"], match["config"], split=match["split"] or "train")
+    except Exception as error:  # the library raises a dozen types, for a missing id, config, split or network
+        raise CommandError(
+            f"{argument} {source!r} is not a local path, and no data set of that name could be loaded from the hub; it "
+            f"needs an existing path, or ID[:CONFIG][@SPLIT] and a network ({type(error).__name__}: {one_line(error)})"
+        ) from None
+    for option, name in wanted:
+        if name not in table.column_names:
+            raise CommandError(
+                f"{option} {name!r} is not a column of {argument} {source!r}; it has {table.column_names}"
+            )
+    if not len(table):
+        raise CommandError(f"{argument} {source!r} has no rows; it needs at least a few examples")
+    columns = []
+    for _, name in wanted:
+        feature = table.features[name]
+        values = table[name] if isinstance(feature, datasets.Image) else list(table[name])  # images stay undecoded
+        classes = getattr(feature, "names", None)
+        if classes:  # -1 where the class is kept back, as in test splits
+            values = [None if value is None or value < 0 else classes[value] for value in values]
+        columns.append(values)
+    return columns
 
 
 def class_names(argument: str, labels: Sequence[str]) -> list[str]:
@@ -128,6 +128,19 @@ def class_ids(argument: str, labels: Sequence[str], names: list[str]) -> list[in
     return [index[label] for label in labels]
 
 
+def describe_classes(names: Sequence[str], train: Sequence[int], held_out: Sequence[int]) -> str:
+    """One line with the classes and how many examples of each there are, for training and held out.
+
+    Args:
+        names: of the classes.
+        train, held_out: the class of each example, as an index into ``names``.
+    """
+    counts, others = Counter(train), Counter(held_out)
+    shown = [f"{name:.40}: {counts[i]} + {others[i]}" for i, name in enumerate(names[:_NAMED_CLASSES])]
+    more = f", and {len(names) - _NAMED_CLASSES} more" if len(names) > _NAMED_CLASSES else ""
+    return f"{len(names)} classes (training + held out): {', '.join(shown)}{more}"
+
+
 def split(
     count: int, labels: Sequence | None, fraction: float, seed: int, argument: str
 ) -> tuple[list[int], list[int]]:
@@ -143,7 +156,7 @@ def split(
         groups[labels[i] if labels is not None else None].append(i)
     rng = random.Random(seed)
     held_out: list[int] = []
-    for _, members in sorted(groups.items(), key=lambda group: group[1][0]):
+    for members in groups.values():
         rng.shuffle(members)
         held_out += members[: min(round(fraction * len(members)), len(members) - 1)]
     if not held_out:
@@ -153,45 +166,3 @@ def split(
         )
     chosen = set(held_out)
     return [i for i in range(count) if i not in chosen], sorted(held_out)
-
-
-def read_hub(argument: str, source: str, wanted: Sequence[tuple[str, str]]) -> list[Column]:
-    """Columns of a data set on the hub, their cells read when they are asked for.
-
-    Args:
-        argument: the option that named the source, for messages.
-        source: ``ID[:CONFIG][@SPLIT]``.
-        wanted: (option, name) of each column.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise CommandError(
-            f"{argument} {source!r} is not a local path, and data from the hub needs the datasets library: "
-            "pip install 'goat-kernels[data]'"
-        ) from None
-    match = _HUB_ID.fullmatch(source)
-    try:
-        table = datasets.load_dataset(match["id"], match["config"], split=match["split"] or "train")
-    except Exception as error:  # the library raises a dozen types, for a missing id, config, split or network
-        reason = " ".join(str(error).split())
-        raise CommandError(
-            f"{argument} {source!r} is not a local path, and no data set of that name could be loaded from the hub; "
-            f"it needs an existing path, or ID[:CONFIG][@SPLIT] and a network ({type(error).__name__}: {reason:.200})"
-        ) from None
-    for option, name in wanted:
-        if name not in table.column_names:
-            raise CommandError(
-                f"{option} {name!r} is not a column of {argument} {source!r}; it has {table.column_names}"
-            )
-    if not len(table):
-        raise CommandError(f"{argument} {source!r} has no rows; it needs at least a few examples")
-    columns = []
-    for _, name in wanted:
-        feature = table.features[name]
-        values = table[name] if isinstance(feature, datasets.Image) else list(table[name])  # images stay undecoded
-        classes = getattr(feature, "names", None)
-        if classes:  # -1 is a class that is not told, as in test splits
-            values = [None if value is None or value < 0 else classes[value] for value in values]
-        columns.append(Column(f"{argument} {source!r}", name, values))
-    return columns

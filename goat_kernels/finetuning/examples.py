@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from goat_kernels.command_errors import CommandError
+from goat_kernels.command_errors import CommandError, one_line
 
 #: The label of a token that the loss leaves out, in torch and transformers.
 IGNORED = -100
@@ -19,30 +18,24 @@ IGNORED = -100
 _CHUNK = 1000
 
 
-class Selection(Sequence):
-    """The items of a sequence at some indices, fetched when asked for."""
+class Tensors(Dataset):
+    """Examples in memory: tensors of equal length, under the model's names for them, such as ``labels``."""
 
-    def __init__(self, items: Sequence, indices: list[int]) -> None:
-        self._items, self._indices = items, indices
+    def __init__(self, **tensors: Tensor) -> None:
+        self._tensors = tensors
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(next(iter(self._tensors.values())))
 
-    def __getitem__(self, i: int):
-        return self._items[self._indices[i]]
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {name: tensor[i] for name, tensor in self._tensors.items()}
 
 
 class Images(Dataset):
-    """Images with class ids; ``read`` makes an RGB image of an item, and ``transform`` the model's input of that."""
+    """Images with class ids; ``read`` makes the model's input of an item when it is asked for."""
 
-    def __init__(
-        self,
-        items: Sequence,
-        ids: list[int],
-        read: Callable[[object], Image.Image],
-        transform: Callable[[Image.Image], Tensor],
-    ) -> None:
-        self._items, self._ids, self._read, self._transform = items, ids, read, transform
+    def __init__(self, items: Sequence, ids: list[int], read: Callable[[object], Tensor]) -> None:
+        self._items, self._ids, self._read = items, ids, read
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -50,20 +43,39 @@ class Images(Dataset):
     def __getitem__(self, i: int) -> dict:
         item = self._items[i]
         try:
-            image = self._read(item)
+            return {"pixel_values": self._read(item), "labels": self._ids[i]}
         except OSError as error:  # it was there and whole when it was checked
             raise CommandError(f"the image {str(item)!r} can no longer be read: {error}") from None
-        return {"pixel_values": self._transform(image), "labels": self._ids[i]}
 
 
-class Texts(Dataset):
-    """Texts, or pairs of texts, with class ids, tokenised when asked for."""
+class _Tokenised(Dataset):
+    """Texts that are tokenised when they are asked for, at most ``max_length`` tokens of each."""
 
-    def __init__(self, items: Sequence[str | tuple[str, str]], ids: list[int], tokenizer, max_length: int) -> None:
-        self._items, self._ids, self._tokenizer, self._max_length = items, ids, tokenizer, max_length
+    def __init__(self, items: Sequence, tokenizer, max_length: int) -> None:
+        self._items, self._tokenizer, self._max_length = items, tokenizer, max_length
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._items)
+
+    def _whole(self) -> Iterator[list[int]]:
+        """The tokens of each example, none of them cut."""
+        raise NotImplementedError
+
+    def count_cut(self) -> tuple[int, int]:
+        """How many are longer than ``max_length``, and the highest token; looks at all, with a progress bar."""
+        count = highest = 0
+        for tokens in tqdm(self._whole(), desc="counting tokens", total=len(self), leave=False):
+            count += len(tokens) > self._max_length
+            highest = max(highest, max(tokens, default=0))
+        return count, highest
+
+
+class Texts(_Tokenised):
+    """Texts, or pairs of texts, with class ids."""
+
+    def __init__(self, items: Sequence[str | tuple[str, str]], ids: list[int], tokenizer, max_length: int) -> None:
+        super().__init__(items, tokenizer, max_length)
+        self._ids = ids
 
     def __getitem__(self, i: int) -> dict:
         item = self._items[i]
@@ -71,32 +83,14 @@ class Texts(Dataset):
         encoded = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
         return {**encoded, "labels": self._ids[i]}
 
-    def count_cut(self) -> tuple[int, int]:
-        """How many are longer than ``max_length``, and the highest token; looks at all, with a progress bar."""
-        count = highest = 0
-        for start in tqdm(range(0, len(self), _CHUNK), desc="counting tokens", unit_scale=_CHUNK, leave=False):
+    def _whole(self) -> Iterator[list[int]]:
+        for start in range(0, len(self), _CHUNK):
             items = [self._items[i] for i in range(start, min(start + _CHUNK, len(self)))]
             columns = [items] if isinstance(items[0], str) else [list(column) for column in zip(*items, strict=True)]
-            tokens = self._tokenizer(*columns, verbose=False)["input_ids"]
-            count += sum(len(ids) > self._max_length for ids in tokens)
-            highest = max(highest, *(max(ids, default=0) for ids in tokens))
-        return count, highest
+            yield from self._tokenizer(*columns, verbose=False)["input_ids"]
 
 
-class Blocks(Dataset):
-    """Blocks of tokens [count, block]; the model shifts the labels itself."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self._tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"input_ids": self._tokens[i], "labels": self._tokens[i]}
-
-
-class Responses(Dataset):
+class Responses(_Tokenised):
     """Prompts with their responses, an end-of-text token behind each; the loss is on the response alone.
 
     What is too long loses the beginning of its prompt, and the end of its response where that alone is too long.
@@ -108,28 +102,22 @@ class Responses(Dataset):
     def __init__(self, argument: str, items: Sequence[tuple[str, str]], tokenizer, max_length: int) -> None:
         if isinstance(items[0], str) or len(items[0]) != 2:
             raise CommandError(f"{argument} needs two columns, a prompt and its response, as --text-column names them")
-        self._items, self._tokenizer, self._max_length = items, tokenizer, max_length
+        super().__init__(items, tokenizer, max_length)
 
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        prompt, response = self._whole(i)
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        prompt, response = self._parts(i)
         response = response[: self._max_length - 1]
         prompt = prompt[-(self._max_length - len(response)) :]
-        labels = torch.tensor([*[IGNORED] * len(prompt), *response])
-        return {"input_ids": torch.tensor([*prompt, *response]), "labels": labels}
+        tokens = [*prompt, *response]
+        labels = [*[IGNORED] * len(prompt), *response]
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
-    def count_cut(self) -> tuple[int, int]:
-        """How many are longer than ``max_length``, and the highest token; looks at all, with a progress bar."""
-        count = highest = 0
-        for i in tqdm(range(len(self)), desc="counting tokens", leave=False):
-            tokens = [token for part in self._whole(i) for token in part]
-            count += len(tokens) > self._max_length
-            highest = max(highest, max(tokens, default=0))
-        return count, highest
+    def _whole(self) -> Iterator[list[int]]:
+        for i in range(len(self)):
+            prompt, response = self._parts(i)
+            yield [*prompt, *response]
 
-    def _whole(self, i: int) -> tuple[list[int], list[int]]:
+    def _parts(self, i: int) -> tuple[list[int], list[int]]:
         """The tokens of a prompt and of its response."""
         prompt, response = (
             self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in self._items[i]
@@ -139,20 +127,6 @@ class Responses(Dataset):
         if self._tokenizer.eos_token_id is not None:
             response = [*response, self._tokenizer.eos_token_id]
         return prompt, response
-
-
-class PadRight:
-    """Collates token sequences of different lengths."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self._fill = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
-
-    def __call__(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        examples = [{**one, "attention_mask": torch.ones_like(one["input_ids"])} for one in examples]
-        return {
-            name: nn.utils.rnn.pad_sequence([one[name] for one in examples], batch_first=True, padding_value=fill)
-            for name, fill in self._fill.items()
-        }
 
 
 def from_chats(argument: str, chats: Sequence[list[dict]], tokenizer) -> list[str]:
@@ -171,9 +145,8 @@ def from_chats(argument: str, chats: Sequence[list[dict]], tokenizer) -> list[st
         try:
             texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
         except Exception as error:  # a template raises what it likes
-            reason = " ".join(str(error).split())
             raise CommandError(
-                f"{argument}: row {number} does not fit the tokenizer's chat template ({reason:.200})"
+                f"{argument}: row {number} does not fit the tokenizer's chat template ({one_line(error)})"
             ) from None
     return texts
 

@@ -1,8 +1,6 @@
 """The methods that a model can be fine-tuned with: one table, and per method its PEFT configuration.
 
-A new method is one function and one entry in ``METHODS``. Imports nothing heavy: help texts are made from the table.
-
-Letters: N in_features, M out_features, E experts, R total rank (``AdapterOptions.rank``).
+A new method is one entry in ``METHODS``. Imports nothing heavy: help texts are made from the table.
 """
 
 from __future__ import annotations
@@ -11,16 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from goat_kernels.finetuning.options import AdapterOptions
-
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-#: (options, the fields that every configuration shares, seed) -> the configuration.
-ConfigOf = Callable[[AdapterOptions, dict, int], "PeftConfig"]
+    from goat_kernels.finetuning.options import FinetuneOptions
 
-#: (N, M, R, E) -> parameters that train in one adapted layer.
+#: (options, the fields that every configuration shares) -> the configuration.
+ConfigOf = Callable[["FinetuneOptions", dict], "PeftConfig"]
+
+#: (N in_features, M out_features, R total rank, E experts) -> parameters that train in one adapted layer.
 SizeOf = Callable[[int, int, int, int], int]
+
+#: Options -> what a method changes: fields of LoraConfig, or options.
+Changes = Callable[["FinetuneOptions"], dict]
 
 
 @dataclass(frozen=True)
@@ -30,63 +31,61 @@ class Method:
     Attributes:
         meaning: in words, for tables and help texts.
         rates_of: the method whose default learning rates it takes where it has none of its own.
+        colour: in figures; colour-blind safe, after Okabe and Ito.
         config: makes the adapter's configuration; None where the model's own weights train.
         size: counts the parameters that train in one adapted layer; None like ``config``.
     """
 
     meaning: str
-    rates_of: str = "lora"
+    rates_of: str
+    colour: str
     config: ConfigOf | None = None
     size: SizeOf | None = None
 
 
-def _alpha(adapter: AdapterOptions) -> float:
-    return adapter.lora_alpha or 2 * adapter.rank
+def _alpha(options: FinetuneOptions) -> float:
+    return options.lora_alpha or 2 * options.rank
 
 
-def _lora(**changes) -> ConfigOf:
-    """PEFT's LoRA with ``changes``."""
+def _lora(changes: Changes = lambda options: {}) -> ConfigOf:
+    """PEFT's LoRA with ``changes`` to its fields."""
 
-    def config(adapter: AdapterOptions, shared: dict, seed: int) -> PeftConfig:
+    def config(options: FinetuneOptions, shared: dict) -> PeftConfig:
         from peft import LoraConfig
 
-        return LoraConfig(**{**shared, "lora_alpha": _alpha(adapter), **changes})
+        return LoraConfig(**{**shared, "lora_alpha": _alpha(options), **changes(options)})
 
     return config
 
 
-def _pissa(adapter: AdapterOptions, shared: dict, seed: int) -> PeftConfig:
+def _goat(changes: Changes = lambda options: {}) -> ConfigOf:
+    """This package's adapter with ``changes`` to the options."""
+
+    def config(options: FinetuneOptions, shared: dict) -> PeftConfig:
+        from goat_kernels.peft import GoatConfig
+
+        options = replace(options, **changes(options))
+        if options.scaling in ("lora", "rslora"):  # the others do not read it
+            shared = {**shared, "lora_alpha": _alpha(options)}
+        names = ("top_k", "scaling", "eta", "rho", "init", "residual", "balance_coefficient", "seed")
+        return GoatConfig(**shared, num_experts=options.experts, **{name: getattr(options, name) for name in names})
+
+    return config
+
+
+def _pissa(options: FinetuneOptions) -> dict:
     """The R largest singular triples whole, at s = alpha / R = 1, so that the model starts as it was."""
-    return _lora(init_lora_weights="pissa", lora_alpha=adapter.rank)(adapter, shared, seed)
+    return {"init_lora_weights": "pissa", "lora_alpha": options.rank}
 
 
-def _goat(adapter: AdapterOptions, shared: dict, seed: int) -> PeftConfig:
-    from goat_kernels.peft import GoatConfig
-
-    if adapter.scaling in ("lora", "rslora"):  # the others do not read it
-        shared = {**shared, "lora_alpha": _alpha(adapter)}
-    fields = ("num_experts", "top_k", "scaling", "eta", "rho", "init", "residual", "balance_coefficient")
-    values = {name: getattr(adapter, "experts" if name == "num_experts" else name) for name in fields}
-    return GoatConfig(**shared, **values, seed=seed)
-
-
-def _goat_s(adapter: AdapterOptions, shared: dict, seed: int) -> PeftConfig:
-    return _goat(replace(adapter, scaling="goat_s"), shared, seed)
-
-
-def _milora(adapter: AdapterOptions, shared: dict, seed: int) -> PeftConfig:
+def _milora(options: FinetuneOptions) -> dict:
     """The R smallest singular triples whole, at s = 1, as one expert that every token uses: no routing."""
-    changes = {"experts": 1, "top_k": 1, "init": "milora", "scaling": 1.0, "rho": 1.0, "balance_coefficient": 0.0}
-    return _goat(replace(adapter, **changes), shared, seed)
+    return {"experts": 1, "top_k": 1, "init": "milora", "scaling": 1.0, "rho": 1.0, "balance_coefficient": 0.0}
 
 
-def _zero_experts(init: str) -> ConfigOf:
+def _zero_experts(init: str) -> Changes:
     """Experts whose B starts at zero, at LoRA's s = alpha / R."""
-
-    def config(adapter: AdapterOptions, shared: dict, seed: int) -> PeftConfig:
-        return _goat(replace(adapter, init=init, scaling=_alpha(adapter) / adapter.rank), shared, seed)
-
-    return config
+    return lambda options: {"init": init, "scaling": _alpha(options) / options.rank}
 
 
 def _lora_size(N: int, M: int, R: int, E: int) -> int:
@@ -105,20 +104,21 @@ def _hydra_size(N: int, M: int, R: int, E: int) -> int:
     return R // E * N + R * M + E * N
 
 
+_RSLORA, _DORA = _lora(lambda options: {"use_rslora": True}), _lora(lambda options: {"use_dora": True})
+_MOLORA, _HYDRALORA = _goat(_zero_experts("lora")), _goat(_zero_experts("hydralora"))
+_GOAT_S = _goat(lambda options: {"scaling": "goat_s"})
+
 #: Every method, in the order of tables.
 METHODS: dict[str, Method] = {
-    "head": Method("only a new classifier on the frozen model", "head"),
-    "full": Method("full fine-tuning", "full"),
-    "lora": Method("PEFT's LoRA", "lora", _lora(), _lora_size),
-    "rslora": Method("LoRA at alpha / sqrt(R)", "lora", _lora(use_rslora=True), _lora_size),
-    "dora": Method("PEFT's DoRA", "lora", _lora(use_dora=True), _dora_size),
-    "pissa": Method("PEFT's PiSSA", "lora", _pissa, _lora_size),
-    "milora": Method("MiLoRA", "lora", _milora, _lora_size),
-    "molora": Method("LoRA experts from zero (MoLoRA)", "goat", _zero_experts("lora"), _experts_size),
-    "hydralora": Method("LoRA experts that share A (HydraLoRA)", "goat", _zero_experts("hydralora"), _hydra_size),
-    "goat": Method("GOAT", "goat", _goat, _experts_size),
-    "goat_s": Method("GOAT, a scaling per expert", "goat", _goat_s, _experts_size),
+    "head": Method("only a new classifier on the frozen model", "head", "#999999"),
+    "full": Method("full fine-tuning", "full", "#0072B2"),
+    "lora": Method("PEFT's LoRA", "lora", "#E69F00", _lora(), _lora_size),
+    "rslora": Method("LoRA at alpha / sqrt(R)", "lora", "#D55E00", _RSLORA, _lora_size),
+    "dora": Method("PEFT's DoRA", "lora", "#F0E442", _DORA, _dora_size),
+    "pissa": Method("PEFT's PiSSA", "lora", "#CC79A7", _lora(_pissa), _lora_size),
+    "milora": Method("MiLoRA", "lora", "#882255", _goat(_milora), _lora_size),
+    "molora": Method("LoRA experts from zero (MoLoRA)", "goat", "#56B4E9", _MOLORA, _experts_size),
+    "hydralora": Method("LoRA experts that share A (HydraLoRA)", "goat", "#332288", _HYDRALORA, _hydra_size),
+    "goat": Method("GOAT", "goat", "#009E73", _goat(), _experts_size),
+    "goat_s": Method("GOAT, a scaling per expert", "goat", "#000000", _GOAT_S, _experts_size),
 }
-
-#: What the demonstration compares.
-DEFAULT_METHODS = ("head", "full", "lora", "goat")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -15,33 +15,26 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from goat_kernels.backends import resolve_backend
-from goat_kernels.command_errors import CommandError
+from goat_kernels.command_errors import CommandError, one_line
 from goat_kernels.finetuning.data import local_path, looks_like_path
 from goat_kernels.finetuning.methods import METHODS
-from goat_kernels.finetuning.options import AdapterOptions, FinetuneOptions, TrainingOptions
+from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.initialisation import check_weight
 from goat_kernels.peft import GoatConfig
-from goat_kernels.settings import AdapterSettings
 
 #: Top-level modules that are a classifier's head, in transformers' models.
 HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "head", "fc")
 
-#: Settings as they are named in error messages -> the options that set them.
+#: Settings as error messages name them -> the options that set them.
 _OPTION_OF_SETTING = {
-    "r": "--rank",
-    "num_experts": "--experts",
-    "top_k": "--top-k",
-    "scaling": "--scaling",
-    "eta": "--eta",
-    "rho": "--rho",
-    "init": "--init",
-    "residual": "--residual",
-    "balance_coefficient": "--balance-coefficient",
-    "dropout": "--dropout",
-    "lora_alpha": "--lora-alpha",
     "backend": "--backend",
     "rank_pattern": "--rank",
     "exclude_modules": "--exclude-modules",
+    **{
+        field.metadata["setting"]: f"--{field.name.replace('_', '-')}"
+        for field in fields(FinetuneOptions)
+        if "setting" in field.metadata
+    },
 }
 
 
@@ -72,10 +65,9 @@ def load_config(source: str, auto_class) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise CommandError(
             f"--model {source!r} is neither a local folder nor a model that could be loaded from the hub; "
-            f"it needs an existing folder, or an id and a network ({reason:.200})"
+            f"it needs an existing folder, or an id and a network ({one_line(error)})"
         ) from None
     if type(config) not in auto_class._model_mapping:
         raise CommandError(
@@ -139,6 +131,14 @@ def base_model(source: str, auto_class, seed: int, dtype: str, **config_changes)
     return BaseModel(lambda: load()[0], tuple(sorted(heads | set(_fully_missing(model, missing)))))
 
 
+def classifier(source: str, auto_class, options: FinetuneOptions, names: Sequence[str], **config_changes) -> BaseModel:
+    """A reloadable base model with a new head for the classes ``names``."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return base_model(
+        source, auto_class, options.seed, options.dtype, num_labels=len(names), **labels, **config_changes
+    )
+
+
 def _fully_missing(module: nn.Module, missing: set[str], prefix: str = "") -> Iterator[str]:
     """The outermost submodules all of whose parameters are in ``missing``."""
     for name, child in module.named_children():
@@ -149,29 +149,31 @@ def _fully_missing(module: nn.Module, missing: set[str], prefix: str = "") -> It
             yield from _fully_missing(child, missing, f"{prefix}{name}.")
 
 
-def adapter_config(method: str, adapter: AdapterOptions, new_modules: tuple[str, ...], seed: int) -> PeftConfig:
+def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str, ...]) -> PeftConfig:
     """The PEFT configuration of a method that has one.
 
     Raises:
         CommandError: a hyper-parameter that the method refuses.
     """
-    targets = adapter.target_modules
-    shared = {
-        "r": adapter.rank,
-        "target_modules": list(targets) if isinstance(targets, tuple) else targets,
-        "modules_to_save": list(new_modules) or None,
-        "lora_dropout": adapter.dropout,
-    }
+    targets = options.target_modules
     # all-linear would adapt the head too, which trains in full.
-    excluded = [_inside(name) for name in new_modules]
-    if isinstance(adapter.exclude_modules, tuple):
-        excluded += map(_inside, adapter.exclude_modules)
-    elif adapter.exclude_modules is not None:
-        excluded.append(adapter.exclude_modules)
-    if excluded:
-        shared["exclude_modules"] = "|".join(f"(?:{pattern})" for pattern in excluded)
+    excluded = [*map(_inside, new_modules), *_patterns(options.exclude_modules).values()]
+    shared = {
+        "r": options.rank,
+        "target_modules": list(targets) if isinstance(targets, tuple) else targets,
+        "exclude_modules": "|".join(f"(?:{pattern})" for pattern in excluded) or None,
+        "modules_to_save": list(new_modules) or None,
+        "lora_dropout": options.dropout,
+    }
     with options_named():
-        return METHODS[method].config(adapter, shared, seed)
+        return METHODS[method].config(options, shared)
+
+
+def _patterns(excluded: str | tuple[str, ...] | None) -> dict[str, str]:
+    """What --exclude-modules names, each with its regular expression."""
+    if isinstance(excluded, tuple):
+        return {name: _inside(name) for name in excluded}
+    return {excluded: excluded} if excluded is not None else {}
 
 
 def _inside(name: str) -> str:
@@ -179,7 +181,7 @@ def _inside(name: str) -> str:
     return rf"(?:.*\.)?{re.escape(name)}(?:\..*)?"
 
 
-def build(method: str, base: BaseModel, adapter: AdapterOptions, seed: int) -> PreTrainedModel | PeftModel:
+def build(method: str, base: BaseModel, options: FinetuneOptions) -> PreTrainedModel | PeftModel:
     """A fresh copy of the base model, set up so that exactly what ``method`` trains requires grad.
 
     Raises:
@@ -192,9 +194,10 @@ def build(method: str, base: BaseModel, adapter: AdapterOptions, seed: int) -> P
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(name.startswith(f"{module}.") for module in base.new_modules))
         return model
-    torch.manual_seed(seed)
-    config = adapter_config(method, adapter, base.new_modules, seed)
-    model = get_peft_model(model, config)
+    torch.manual_seed(options.seed)
+    config = adapter_config(method, options, base.new_modules)
+    with options_named():
+        model = get_peft_model(model, config)
     if getattr(config, "num_experts", None) == 1:  # its gate is always 1, so its router has nothing to learn
         for name, parameter in model.named_parameters():
             if ".goat_adapter." in name and name.endswith(".router"):
@@ -202,7 +205,7 @@ def build(method: str, base: BaseModel, adapter: AdapterOptions, seed: int) -> P
     return model
 
 
-def training_device(options: TrainingOptions) -> torch.device:
+def training_device(options: FinetuneOptions) -> torch.device:
     """Where the Trainer will train."""
     use_gpu = options.device == "auto" and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu")
@@ -213,42 +216,31 @@ def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
 
     Puts a LoRA on the targets, which is cheap, and checks each target's weight against GOAT's needs by its shape.
     """
-    seed = options.training.seed
-    configs = {
-        name: adapter_config(name, options.adapter, base.new_modules, seed)
-        for name in options.methods
-        if METHODS[name].config is not None
-    }
-    if not configs:
+    with_adapters = [name for name in options.methods if METHODS[name].config is not None]
+    if not with_adapters:
         return
-    ours = [config for config in configs.values() if isinstance(config, GoatConfig)]
+    configs = [adapter_config(name, options, base.new_modules) for name in with_adapters]
+    ours = [config for config in configs if isinstance(config, GoatConfig)]
     if ours:
         with options_named():
-            resolve_backend(options.adapter.backend, training_device(options.training), torch.float32)
+            resolve_backend(options.backend, training_device(options), torch.float32)
     model = base.load()
-    excluded = options.adapter.exclude_modules
-    for one in excluded if isinstance(excluded, tuple) else [excluded] if excluded else []:
-        pattern = _inside(one) if isinstance(excluded, tuple) else one
-        if not any(re.fullmatch(pattern, name) for name, _ in model.named_modules()):
-            raise CommandError(f"--exclude-modules {one!r} matches no module of the model")
+    for name, pattern in _patterns(options.exclude_modules).items():
+        if not any(re.fullmatch(pattern, module) for module, _ in model.named_modules()):
+            raise CommandError(f"--exclude-modules {name!r} matches no module of the model")
     try:
-        model = get_peft_model(model, adapter_config("lora", options.adapter, base.new_modules, seed))
+        model = get_peft_model(model, adapter_config("lora", options, base.new_modules))
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        without = f" without --exclude-modules {excluded!r}" if excluded else ""
+        without = f" without --exclude-modules {options.exclude_modules!r}" if options.exclude_modules else ""
         raise CommandError(
-            f"--target-modules {options.adapter.target_modules!r}{without} does not fit the model: {reason:.300}"
+            f"--target-modules {options.target_modules!r}{without} does not fit the model: {one_line(error, 300)}"
         ) from None
-    for config in ours:
-        with options_named():
-            _check_weights(model, config.settings())
-
-
-def _check_weights(model: PeftModel, settings: AdapterSettings) -> None:
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, LoraLayer):
-            shape = (module.out_features, module.in_features)
-            check_weight(torch.empty(shape, device="meta"), settings, name)
+            weight = torch.empty(module.out_features, module.in_features, device="meta")
+            for config in ours:
+                with options_named():
+                    check_weight(weight, config.settings(), name)
 
 
 @contextlib.contextmanager
@@ -259,7 +251,7 @@ def options_named() -> Iterator[None]:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
         message = re.sub(rf"\b({names})(?==)", lambda match: _OPTION_OF_SETTING[match[1]], str(error))
-        raise CommandError(" ".join(message.split())) from None
+        raise CommandError(one_line(message, None)) from None
 
 
 def save(model: PreTrainedModel | PeftModel, folder: Path) -> None:

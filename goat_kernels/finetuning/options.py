@@ -1,112 +1,251 @@
-"""What a fine-tuning run can be told, as dataclasses.
+"""What a fine-tuning run can be told: each option is declared once, here, and the command line is made from it.
 
 Imports nothing heavy: the help text of ``goat-kernels finetune`` must appear at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
-TASKS = ("digits", "image-classification", "text-classification", "causal-lm")
+from goat_kernels.command_errors import CommandError
+from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.recipes import RECIPES, TASKS, Recipe
+from goat_kernels.rules import INIT_RULES, SCALING_RULES
+from goat_kernels.settings import RESIDUAL_FORMS, AdapterSettings
 
-#: Learning rates where --learning-rate does not say; a method without an entry takes that of ``Method.rates_of``. Those
-#: of the digits are for a tiny model trained for a minute; the others are the usual ones for pretrained transformers
-#: (GOAT: the paper's).
-LEARNING_RATES: dict[str, dict[str, float]] = {
-    "digits": {"head": 2e-2, "full": 1e-3, "lora": 2e-3, "goat": 2e-3},
-    "image-classification": {"head": 1e-3, "full": 2e-5, "lora": 2e-4, "goat": 1e-4},
-    "text-classification": {"head": 1e-3, "full": 2e-5, "lora": 2e-4, "goat": 1e-4},
-    "causal-lm": {"full": 1e-5, "lora": 1e-4, "goat": 1e-4},
-}
-
-#: eta where --eta does not say: the paper's, 1 for ViT and RoBERTa, 0.1 for Llama at a learning rate of 1e-4.
-ETA = {"digits": 1.0, "image-classification": 1.0, "text-classification": 1.0, "causal-lm": 0.1}
-
-#: Epochs and batch size where --epochs, --max-steps and --batch-size do not say.
-EPOCHS = {"digits": 18, "image-classification": 3, "text-classification": 3, "causal-lm": 1}
-BATCH_SIZES = {"digits": 32, "image-classification": 16, "text-classification": 16, "causal-lm": 4}
+_SETTINGS = {declared.name: declared for declared in fields(AdapterSettings)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
-    """Hyper-parameters of the adapters.
+def _option(group: str, default: object, help_text: str, **more):
+    """A field that is an option of the command line.
 
-    ``rank``, ``lora_alpha`` (None: 2 R), ``target_modules``, ``exclude_modules`` and ``dropout`` serve every adapter
-    method; ``eta`` None is the task's (``ETA``); the rest is GOAT's alone. Names are a tuple, a regular expression is a
-    string.
+    Args:
+        group: its heading in the help text.
+        default: where neither the command line nor the recipe nor the task (``recipes.TASKS``) has a value.
+        help_text: what it is for.
+        more: ``shown``, what the help text has as the default in place of ``default``; ``choices``, ``metavar`` as
+            argparse takes them; ``flag``, the option's name where it is not the field's; bounds of a number: ``least``
+            (included) or ``above`` (excluded), and ``below`` (excluded); ``setting``, see :func:`_setting`.
     """
-
-    rank: int = 32
-    experts: int = 8
-    top_k: int = 2
-    scaling: str | float = "goat"
-    eta: float | None = None
-    rho: float = 10.0
-    init: str = "goat"
-    residual: str = "path"
-    balance_coefficient: float = 1e-3
-    dropout: float = 0.0
-    lora_alpha: float | None = None
-    target_modules: str | tuple[str, ...] = "all-linear"
-    exclude_modules: str | tuple[str, ...] | None = None
-    backend: str = "auto"
+    made = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**made, metadata={"group": group, "help": help_text, **more})
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How each method is trained; ``learning_rates`` has one entry per method, ``threads`` None is torch's choice."""
-
-    learning_rates: dict[str, float]
-    epochs: float
-    max_steps: int | None
-    batch_size: int
-    accumulation: int = 1
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    save_steps: int | None = None
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
-    dtype: str = "float32"
+_run = partial(_option, "what to run")
+_data = partial(_option, "model and data (the defaults need neither)")
+_adapter = partial(_option, "GOAT and LoRA")
+_training = partial(_option, "training")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Where the model and the data come from, and how the data is read.
-
-    ``text_column`` may name two columns, ``"A,B"``: a pair to classify, or a prompt and its response.
-    ``skip_bad_files``: leave out images that cannot be read.
-    """
-
-    model: str | None = None
-    data: str | None = None
-    eval_data: str | None = None
-    eval_fraction: float = 0.2
-    skip_bad_files: bool = False
-    text_column: str = "text"
-    image_column: str = "image"
-    label_column: str = "label"
-    max_length: int = 256
-    block_size: int = 256
+def _setting(name: str, note: str = "", **more):
+    """An option that is a hyper-parameter of ``AdapterSettings``, which has its help text and its default."""
+    declared = _SETTINGS[name]
+    text = declared.metadata.get("help", "").replace("num_experts", "--experts").replace("lora_alpha", "--lora-alpha")
+    default = more.pop("default", declared.default)
+    return _adapter(default, f"{text} {note}".strip(), setting=name, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions:
-    """One run of the command."""
+    """One run; every field is an option of ``goat-kernels finetune``.
 
-    task: str
-    methods: tuple[str, ...]
-    output: str
-    resume: bool
-    overwrite: bool
-    adapter: AdapterOptions
-    training: TrainingOptions
-    data: DataOptions = field(default_factory=DataOptions)
+    Names of modules are a tuple, a regular expression is a string. :func:`settle` fills in what depends on the task.
+    """
+
+    recipe: str | None = _run(
+        None,
+        "the paper's settings for one of its domains, where no option says otherwise: "
+        + "; ".join(f"{name} ({recipe.summary})" for name, recipe in RECIPES.items())
+        + ". Needs --data, and a network unless --model names a folder",
+    )
+    task: str = _run("digits", f"one of {', '.join(TASKS)}; digits is the built-in demonstration above")
+    methods: tuple[str, ...] = _run(
+        (),
+        "comma-separated, of: " + "; ".join(f"{name} ({method.meaning})" for name, method in METHODS.items()),
+        shown=f"{TASKS['digits']['methods']} for the digits, {TASKS['causal-lm']['methods']} with your own model",
+    )
+    output: str = _run("goat-output", "the folder for the results")
+    overwrite: bool = _run(
+        False, "replace the results of an earlier run in --output; what this command did not write stays"
+    )
+    resume: bool = _run(
+        False,
+        "go on with the interrupted run in --output: finished methods are kept, the interrupted one continues from its "
+        "checkpoint. Give the same options as before",
+    )
+    seed: int = _run(0, "seed of everything random", least=0)
+
+    model: str | None = _data(None, "a folder that transformers can load, or a model's id on the hub")
+    data: str | None = _data(
+        None,
+        "image-classification: a folder with one subfolder of images per class, or with train/ and test/ (or val/) of "
+        "such folders; text-classification: CSV, TSV, JSON or JSONL; causal-lm: a text file, a folder of .txt files, "
+        "or a table like those; or a data set's id on the hub, ID[:CONFIG][@SPLIT], which needs a network",
+    )
+    eval_data: str | None = _data(None, "held-out data, in place of a part of --data")
+    eval_fraction: float = _data(
+        0.2,
+        "part of --data held out, the same part of every class",
+        shown="0.2; the digits hold out half",
+        above=0,
+        below=1,
+    )
+    skip_bad_files: bool = _data(
+        False, "go on without images that cannot be read, instead of refusing them before anything is trained"
+    )
+    text_column: str = _data(
+        "text",
+        "column of the text, or (causal-lm) of chats, lists of messages to which the tokenizer's chat template is "
+        "applied; or of two: a pair to classify, or (causal-lm) a prompt and the response, on which alone the loss is "
+        "taken",
+        metavar="NAME[,NAME]",
+    )
+    label_column: str = _data("label", "column of the class", metavar="NAME")
+    image_column: str = _data("image", "column of the image, for hub data", metavar="NAME")
+    max_length: int = _data(256, "tokens kept of a text, or of a prompt with its response", least=1)
+    block_size: int = _data(256, "causal-lm: texts are packed into blocks of this many tokens", least=2)
+
+    rank: int = _setting("r", "LoRA's rank too.", least=1)
+    experts: int = _setting("num_experts", least=1)
+    top_k: int = _setting("top_k", least=1)
+    scaling: str | float = _setting("scaling", metavar=f"{{{','.join(SCALING_RULES)},X}}")
+    eta: float | None = _setting(
+        "eta", default=None, shown="the paper's, 1 for classification and 0.1 for causal-lm", above=0
+    )
+    rho: float = _setting("rho", above=0)
+    init: str = _setting("init", metavar=f"{{{','.join(INIT_RULES)}}}")
+    residual: str = _setting("residual", metavar=f"{{{','.join(RESIDUAL_FORMS)}}}")
+    balance_coefficient: float = _setting("balance_coefficient", default=1e-3, least=0)
+    dropout: float = _setting("dropout", "LoRA's dropout too.", least=0, below=1)
+    lora_alpha: float | None = _setting("lora_alpha", "LoRA's alpha too.", default=None, shown="2 R", above=0)
+    target_modules: str | tuple[str, ...] = _adapter(
+        "all-linear",
+        "linear layers to adapt: all-linear (all but the head), comma-separated names, or a regular expression",
+        metavar="NAMES",
+    )
+    exclude_modules: str | tuple[str, ...] | None = _adapter(
+        None,
+        "modules not to adapt, with all that is in them, whatever --target-modules says: comma-separated names, or a "
+        "regular expression. The head is never adapted: it is trained in full",
+        metavar="NAMES",
+    )
+    backend: str = _adapter("auto", "auto, torch or triton, for GOAT's layers")
+
+    epochs: float | None = _training(
+        None, "passes over the training data", shown=f"by task, {TASKS['digits']['epochs']} for the digits", above=0
+    )
+    max_steps: int | None = _training(None, "optimiser steps, in place of --epochs", least=1)
+    batch_size: int = _training(16, "examples per batch", shown="by task", least=1)
+    accumulation: int = _training(1, "batches per optimiser step", least=1)
+    learning_rates: Mapping[str, float] = _training(
+        dict,
+        "one number for all methods, or for some of them: full=1e-5,lora=2e-4",
+        shown="by task and method; for the digits "
+        + ", ".join(f"{name} {rate:g}" for name, rate in TASKS["digits"]["learning_rates"].items()),
+        flag="--learning-rate",
+        metavar="LR",
+    )
+    warmup: float = _training(
+        0.1, "part of the steps over which the learning rate rises, before it falls to 0", least=0, below=1
+    )
+    weight_decay: float = _training(0.0, "AdamW's", least=0)
+    save_steps: int | None = _training(None, "write a checkpoint every so many steps, against power cuts", least=1)
+    device: str = _training("auto", "auto uses a GPU where there is one", choices=("auto", "cpu"))
+    threads: int | None = _training(
+        None,
+        "CPU threads of torch",
+        shown="torch's choice; 1 for the digits, whose model is too small for more",
+        least=1,
+    )
+    dtype: str = _training(
+        "float32",
+        "the base model's dtype; adapters stay in float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
 
     def fingerprint(self) -> dict[str, object]:
-        """Everything that determines the results, flat and JSON-ready, for comparing a resumed run with its start."""
-        nested = asdict(self)
-        flat = {"task": nested["task"], "methods": list(self.methods)}
-        for group in ("adapter", "training", "data"):
-            flat.update(nested[group])
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+        """Everything that determines the results, JSON-ready, for comparing a resumed run with its start."""
+        values = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_FINGERPRINT}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+#: Where the results go, and what the other options say in full.
+_NOT_IN_FINGERPRINT = ("output", "overwrite", "resume", "recipe")
+
+
+def settle(given: Mapping[str, object]) -> FinetuneOptions:
+    """The options of a run: what is given goes before the recipe, the recipe before the task's defaults.
+
+    Args:
+        given: field -> value, for the options on the command line; ``methods`` and ``learning_rates`` as text.
+
+    Raises:
+        CommandError: an option that contradicts another, or that the task does not know.
+    """
+    name = given.get("recipe")
+    if name is not None and name not in RECIPES:
+        raise CommandError(f"--recipe {name!r} is unknown; it must be one of {', '.join(RECIPES)}")
+    recipe = Recipe("digits") if name is None else RECIPES[name]
+    task = given.get("task", recipe.task)
+    if task not in TASKS:
+        raise CommandError(f"--task {task!r} is unknown; it must be one of {', '.join(TASKS)}")
+    if name is not None and task != recipe.task:
+        raise CommandError(f"--recipe {name} is for --task {recipe.task}, not {task}")
+    values = {**TASKS[task], **recipe.options, **given, "task": task}
+    by_task = TASKS[task]["learning_rates"]
+    rates = {method: by_task.get(method, by_task.get(row.rates_of)) for method, row in METHODS.items()}
+    rates = {method: rate for method, rate in {**rates, **recipe.learning_rates}.items() if rate is not None}
+    values["methods"] = _methods(values["methods"], task)
+    values["learning_rates"] = _learning_rates(given.get("learning_rates"), rates)
+    options = FinetuneOptions(**values)
+    for argument in ("model", "data"):
+        value = getattr(options, argument)
+        if task == "digits" and value is not None:
+            raise CommandError(f"--{argument} {value!r} needs a --task: one of {', '.join(list(TASKS)[1:])}")
+        if task != "digits" and value is None:
+            asking = f"--task {task}" if name is None else f"--recipe {name}"
+            raise CommandError(f"{asking} needs --{argument}: a path, or an id on the hub")
+    if options.skip_bad_files and task != "image-classification":
+        raise CommandError(f"--skip-bad-files is for --task image-classification, not {task}")
+    if task == "digits" and options.eval_data is not None:
+        raise CommandError(f"--eval-data {options.eval_data!r} needs --task and --data")
+    if "epochs" in given and "max_steps" in given:
+        raise CommandError(f"--epochs {options.epochs:g} and --max-steps {options.max_steps} exclude each other")
+    if options.resume and options.overwrite:
+        raise CommandError("--resume and --overwrite exclude each other: the one keeps --output, the other replaces it")
+    return options
+
+
+def _methods(text: str, task: str) -> tuple[str, ...]:
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in METHODS]
+    if unknown or not asked:
+        raise CommandError(
+            f"--methods {text!r} names {', '.join(map(repr, unknown)) or 'nothing'}; "
+            f"it must be a comma-separated list of {', '.join(METHODS)}"
+        )
+    if task == "causal-lm" and "head" in asked:
+        raise CommandError(f"--methods {text!r}: head trains a new classifier, and --task causal-lm has none")
+    return tuple(name for name in METHODS if name in asked)
+
+
+def _learning_rates(text: str | None, rates: dict[str, float]) -> dict[str, float]:
+    """``rates`` with what ``text`` says in their place."""
+    for part in () if text is None else text.split(","):
+        name, separator, value = part.rpartition("=")
+        name = name.strip()
+        if separator and name not in rates:
+            raise CommandError(f"--learning-rate {text!r} names {name!r}; it must be one of {', '.join(rates)}")
+        try:
+            rate = float(value)
+        except ValueError:
+            rate = math.nan
+        if not (math.isfinite(rate) and rate > 0) or (not separator and "," in text):
+            raise CommandError(
+                f"--learning-rate {text!r} must be one positive number, or a list such as full=1e-5,lora=2e-4"
+            )
+        rates = {**rates, name: rate} if separator else dict.fromkeys(rates, rate)
+    return rates

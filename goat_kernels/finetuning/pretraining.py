@@ -13,11 +13,11 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, default_data_collator
 
 from goat_kernels.command_errors import CommandError
-from goat_kernels.files import atomic_path, write_json
-from goat_kernels.finetuning.options import TrainingOptions
+from goat_kernels.files import write_json, written_whole
+from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.train import train
 
 #: Names the cache folder.
@@ -38,29 +38,32 @@ def digest(*tensors: Tensor) -> str:
 
 def pretrained(
     name: str,
-    build: Callable[[], PreTrainedModel],
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
     dataset: Dataset,
-    collate: Callable,
-    plan: TrainingOptions,
+    options: FinetuneOptions,
     learning_rate: float,
     *,
     identity: dict[str, object],
-    config: PreTrainedConfig,
     beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """Folder of a pretrained model; trains it where the cache has none.
 
     Args:
         name: the folder's name begins with it.
-        build: makes the model with its random weights, the same in each call.
-        dataset, collate, plan, learning_rate: see ``train.train``.
+        model_class, config: of the model; its random weights come from the options' seed.
+        dataset, options, learning_rate: see ``train.train``.
         identity: with ``config`` and the versions of torch and transformers everything that determines the weights.
-        config: the model's.
         beside: writes what belongs into the folder beside the model, such as a tokenizer.
 
     Raises:
         CommandError: the cache folder cannot be made, or the training diverged.
     """
+
+    def build() -> PreTrainedModel:
+        torch.manual_seed(options.seed)
+        return model_class(config)
+
     folder = cache_folder() / f"{name}-{_key(identity, config)}"
     if (folder / "config.json").is_file():
         print(f"pretrained model: {folder} (cached)")
@@ -73,12 +76,13 @@ def pretrained(
             f"{CACHE_VARIABLE} needs to name one that can"
         ) from None
     with TemporaryDirectory() as scratch:
+        description = f"pretraining {name}"
         model, record = train(
-            build, dataset, collate, plan, learning_rate, Path(scratch), description=f"pretraining {name}"
+            build, dataset, default_data_collator, options, learning_rate, Path(scratch), description=description
         )
     if record.diverged_at_step is not None:
         raise CommandError(f"the pretraining of {name} diverged at step {record.diverged_at_step}; nothing is cached")
-    with atomic_path(folder) as temporary:
+    with written_whole(folder) as temporary:
         model.cpu().save_pretrained(temporary)
         if beside is not None:
             beside(temporary)

@@ -1,7 +1,8 @@
-"""One training run through ``transformers.Trainer``: progress, timing, checkpoints, Ctrl-C, divergence."""
+"""One training run through ``transformers.Trainer``: progress, time, memory, checkpoints, Ctrl-C, divergence."""
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -20,11 +22,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from goat_kernels.finetuning.measure import PeakMemory
-from goat_kernels.finetuning.options import TrainingOptions
+from goat_kernels.finetuning.options import FinetuneOptions
 
 #: Losses kept of a run: every step up to this many, then every second one, and so on.
 _LOGGED_STEPS = 2000
+
+#: Between two looks at the memory of the process.
+_SAMPLE_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def train(
     build_model: Callable[[], PreTrainedModel],
     dataset: Dataset,
     collate: Callable,
-    options: TrainingOptions,
+    options: FinetuneOptions,
     learning_rate: float,
     folder: Path,
     *,
@@ -109,21 +113,15 @@ def train(
         the trained model, in eval mode, and the record of the run.
     """
     arguments = _training_arguments(dataset, options, learning_rate, folder)
-    timing = StepTiming(arguments.device)
+    watch = _Watch(description, arguments.device, stop)
     checkpoint = last_checkpoint(folder)
     with PeakMemory(arguments.device) as memory:
         model = build_model()
         if checkpoint is not None and not isinstance(model, PeftModel):
             _load_weights(model, checkpoint)
         trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=dataset,
-            data_collator=collate,
-            callbacks=[timing, *callbacks, Progress(description), StopCallback(stop)],
+            watch, model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=callbacks
         )
-        # Last: it takes back the checkpoint that another callback asked for.
-        trainer.add_callback(_StopWhereItDiverges(trainer))
         trainer.remove_callback(PrinterCallback)
         state = _final_state(checkpoint, arguments.max_steps)
         if state is None:
@@ -131,7 +129,7 @@ def train(
             state = trainer.state
         elif isinstance(model, PeftModel):
             model.load_adapter(str(checkpoint), model.active_adapter)
-    diverged_at_step = trainer.diverged_at_step
+    diverged_at_step = watch.diverged_at_step
     if diverged_at_step is None and not _finite_parameters(model):
         diverged_at_step = state.global_step
     logged = [entry for entry in state.log_history if "loss" in entry]
@@ -141,7 +139,7 @@ def train(
         diverged_at_step=diverged_at_step,
         loss_steps=[entry["step"] for entry in logged],
         losses=[entry["loss"] for entry in logged],
-        time_per_step_ms=statistics.median(timing.steps_ms) if timing.steps_ms else math.nan,
+        time_per_step_ms=statistics.median(watch.steps_ms) if watch.steps_ms else math.nan,
         peak_memory_mib=memory.peak_mib,
         peak_memory_source=memory.source,
     )
@@ -180,7 +178,7 @@ def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def steps_of(count: int, options: TrainingOptions) -> int:
+def steps_of(count: int, options: FinetuneOptions) -> int:
     """Optimiser steps of a run over ``count`` examples."""
     if options.max_steps is not None:
         return options.max_steps
@@ -189,7 +187,7 @@ def steps_of(count: int, options: TrainingOptions) -> int:
 
 
 def _training_arguments(
-    dataset: Dataset, options: TrainingOptions, learning_rate: float, folder: Path
+    dataset: Dataset, options: FinetuneOptions, learning_rate: float, folder: Path
 ) -> TrainingArguments:
     steps = steps_of(len(dataset), options)
     arguments = TrainingArguments(
@@ -224,67 +222,82 @@ def _finite_parameters(model: PreTrainedModel | PeftModel) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in trained)
 
 
-class _Trainer(Trainer):
-    """Looks at the loss of every batch: what is logged is a mean, of many steps in a long run.
+class PeakMemory:
+    """Context manager: by how many MiB memory rose, at its peak, above where it stood at the start.
+
+    On a GPU that is torch's allocator (exact). On a CPU it is the resident memory of the process, sampled every 5 ms;
+    memory that the process had freed but not given back to the system is given back first, where psutil can do that.
 
     Attributes:
-        diverged_at_step: the first step with a loss that is NaN or infinite, or None.
+        peak_mib: set when the block ends.
+        source: what was measured, in words.
     """
-
-    diverged_at_step: int | None = None
-
-    def training_step(self, *args, **kwargs) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.diverged_at_step is None and not torch.isfinite(loss).all():
-            self.diverged_at_step = self.state.global_step + 1
-        return loss
-
-
-class _StopWhereItDiverges(TrainerCallback):
-    """Ends a diverged run after the running step, without a checkpoint: that would replace one that is finite."""
-
-    def __init__(self, trainer: _Trainer) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if control.should_save and not _finite_parameters(model):
-            self._trainer.diverged_at_step = self._trainer.diverged_at_step or state.global_step
-        if self._trainer.diverged_at_step is not None:
-            control.should_training_stop = control.should_log = True
-            control.should_save = False
-        return control
-
-
-class StepTiming(TrainerCallback):
-    """Wall time of every optimiser step since the process started (a checkpoint does not keep it), in ms."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.steps_ms: list[float] = []
+        self.peak_mib = 0.0
+        self.source = "GPU memory allocated by torch" if device.type == "cuda" else "resident memory of the process"
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._start = self._now()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.steps_ms.append((self._now() - self._start) * 1e3)
-
-    def _now(self) -> float:
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device)
+            return self
+        if hasattr(psutil, "heap_trim"):
+            psutil.heap_trim()
+        self._process, self._stop = psutil.Process(), threading.Event()
+        self._start = self._peak = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._device.type == "cuda":
+            self._peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._stop.set()
+            self._thread.join()
+        self.peak_mib = (self._peak - self._start) / 2**20
+
+    def _sample(self) -> None:
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(_SAMPLE_S)
+            self._peak = max(self._peak, self._process.memory_info().rss)
 
 
-class Progress(TrainerCallback):
-    """One tqdm bar per run, with the loss behind it."""
+class _Watch(TrainerCallback):
+    """What happens around every optimiser step: its time, the progress bar, and whether the run is to stop there.
 
-    def __init__(self, description: str) -> None:
-        self._description = description
+    Attributes:
+        steps_ms: wall time of every step since the process started; a checkpoint does not keep it.
+        diverged_at_step: the first step with a loss, or a checkpoint's weights, that are NaN or infinite; or None.
+    """
+
+    def __init__(self, description: str, device: torch.device, stop: StopSignal | None) -> None:
+        self._description, self._device, self._stop = description, device, stop
+        self.steps_ms: list[float] = []
+        self.diverged_at_step: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._bar = tqdm(desc=self._description, total=state.max_steps, initial=state.global_step, unit="step")
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._start = self._now()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps_ms.append((self._now() - self._start) * 1e3)
         self._bar.update()
+        if self._stop is not None and self._stop.requested and state.global_step < state.max_steps:
+            # Between two steps, so that nothing is half done.
+            control.should_save = control.should_training_stop = True
+        if self.diverged_at_step is None and control.should_save and not _finite_parameters(model):
+            self.diverged_at_step = state.global_step
+        if self.diverged_at_step is not None:
+            control.should_training_stop = control.should_log = True
+            control.should_save = False  # it would replace a checkpoint that is finite
+        return control
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and "loss" in logs:
@@ -293,15 +306,21 @@ class Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._bar.close()
 
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
-class StopCallback(TrainerCallback):
-    """Writes a checkpoint and stops between two steps when ``stop`` asks for it, so that nothing is half done."""
 
-    def __init__(self, stop: StopSignal | None) -> None:
-        self._stop = stop
+class _Trainer(Trainer):
+    """Has ``watch`` look at the loss of every batch: what is logged is a mean, of many steps in a long run."""
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._stop is not None and self._stop.requested and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
+    def __init__(self, watch: _Watch, *, callbacks: Sequence[TrainerCallback], **arguments) -> None:
+        self._watch = watch
+        super().__init__(callbacks=[watch, *callbacks], **arguments)
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._watch.diverged_at_step is None and not torch.isfinite(loss).all():
+            self._watch.diverged_at_step = self.state.global_step + 1
+        return loss

@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from goat_kernels.peft.files import CONFIG_FILE, written_whole
+from goat_kernels.files import CONFIG_FILE, written_whole
 from goat_kernels.peft.storage import stamp
 
 MODEL_CARD = "README.md"

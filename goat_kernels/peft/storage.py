@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from goat_kernels.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, prepared_config_files, written_whole
 from goat_kernels.peft.adapter import present_name
-from goat_kernels.peft.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, prepared_config_files, written_whole
 from goat_kernels.settings import AdapterSettings
 
 #: How the keys of an adapter's file begin.

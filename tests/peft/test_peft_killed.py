@@ -19,8 +19,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft_tiny_models import tiny_llama
 from safetensors import SafetensorError
 
+from goat_kernels import files as adapter_files
 from goat_kernels.peft import GoatConfig
-from goat_kernels.peft import files as adapter_files
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -1,19 +1,41 @@
-"""Measuring a trained model on held-out data, and how its routers use their experts there."""
+"""What is learned: data, a base model and a metric; and measuring a trained model on the held-out data."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from goat_kernels.finetuning.examples import IGNORED
-from goat_kernels.finetuning.tasks import Task
+from goat_kernels.finetuning.models import BaseModel
 from goat_kernels.training import router_statistics
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that the methods share.
+
+    Attributes:
+        description: one line for the report.
+        train: data set of dicts, for training.
+        held_out: the same, for measuring.
+        collate: list of dicts -> batch.
+        base: the pretrained model.
+        metric: ``"accuracy"`` or ``"perplexity"``.
+    """
+
+    description: str
+    train: Dataset
+    held_out: Dataset
+    collate: Callable[[list[dict]], dict[str, Tensor]]
+    base: BaseModel
+    metric: str
 
 
 @dataclass(frozen=True)
@@ -21,16 +43,18 @@ class Evaluation:
     """What the held-out data says.
 
     Attributes:
-        value: accuracy in 0..1 (an output that is NaN counts as wrong), or perplexity, which may be NaN or infinite.
-        standard_error: sqrt(p (1 - p) / n) of an accuracy p; of a perplexity, from the spread of the blocks' losses;
-            None where there is too little data to tell.
-        examples: n.
+        metric: the task's.
+        held_out: accuracy in 0..1 (an output that is NaN counts as wrong), or perplexity, which may be NaN or infinite.
+        held_out_standard_error: sqrt(p (1 - p) / n) of an accuracy p; of a perplexity, from the spread of the blocks'
+            losses; None where there is too little data to tell.
+        held_out_examples: n.
         load_by_layer: layer name -> share of the tokens that use each expert (sums to K); empty without routers.
     """
 
-    value: float
-    standard_error: float | None
-    examples: int
+    metric: str
+    held_out: float
+    held_out_standard_error: float | None
+    held_out_examples: int
     load_by_layer: dict[str, list[float]]
 
 
@@ -51,7 +75,7 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, device: torch.device
     score = torch.cat(scores).double()
     value, standard_error = (_accuracy if task.metric == "accuracy" else _perplexity)(score)
     shares = {name: (total / len(score)).tolist() for name, total in load.items()}
-    return Evaluation(value, standard_error, len(score), shares)
+    return Evaluation(task.metric, value, standard_error, len(score), shares)
 
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:

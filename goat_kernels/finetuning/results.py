@@ -1,0 +1,164 @@
+"""One row per method: the table, results.json and results.png.
+
+A row is a dict, the content of the method's ``result.json``. JSON has no NaN and no infinity: a number that is one is
+None. A method that diverged has no saved model and no held-out metric.
+
+    method                  a key of ``methods.METHODS``
+    learning_rate           the highest of the schedule
+    trainable_parameters    numbers that the optimiser updated
+    saved_in                where the trained model is, inside the output folder; None where the method diverged
+    reload_bit_equal        whether the saved model, loaded back, gave the same outputs bit for bit; None likewise
+
+and the fields of ``train.TrainingRecord`` and ``task.Evaluation``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from goat_kernels.files import atomic_path
+from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.options import FinetuneOptions
+
+#: More layers than this are named by their first and last, and those in between.
+_NAMED_LAYERS = 40
+
+
+def format_table(rows: Sequence[dict], title: str) -> str:
+    """The table in plain text, with what its columns mean underneath."""
+    first = next((row for row in rows if row["held_out"] is not None), rows[0])
+    table = tabulate(
+        [
+            [
+                METHODS[row["method"]].meaning,
+                _with_error(row),
+                f"{row['trainable_parameters']:,}",
+                "-" if row["time_per_step_ms"] is None else f"{row['time_per_step_ms']:.1f}",
+                f"{row['peak_memory_mib']:.0f}",
+            ]
+            for row in rows
+        ],
+        headers=["method", f"held-out {first['metric']}", "trainable", "ms/step", "peak MiB"],
+        colalign=("left", "right", "right", "right", "right"),
+        disable_numparse=True,
+    )
+    lines = [title, "", table, ""]
+    if first["held_out"] is not None:
+        examples = "blocks" if first["metric"] == "perplexity" else "examples"
+        lines += [
+            f"± one standard error over the {first['held_out_examples']} held-out {examples}, one seed: this does not "
+            "rank",
+            "  methods that are closer than two or three of them.",
+        ]
+    lines += [
+        "trainable: parameters updated. ms/step: median, from the batch being ready to the weights being updated.",
+        f"peak MiB: rise of the {first['peak_memory_source']}, from before the method's model was loaded",
+        "  to the peak of its training.",
+    ]
+    return "\n".join(lines)
+
+
+def _with_error(row: dict) -> str:
+    if row["diverged_at_step"] is not None:
+        return f"diverged at step {row['diverged_at_step']}"
+    if row["held_out"] is None:
+        return "not finite"
+    scale, digits, unit = (100, 1, " %") if row["metric"] == "accuracy" else (1, 2, "")
+    error = row["held_out_standard_error"]
+    after = "" if error is None else f" ± {scale * error:.{digits}f}"
+    return f"{scale * row['held_out']:.{digits}f}{after}{unit}"
+
+
+def results_json(description: str, options: FinetuneOptions, rows: Sequence[dict]) -> dict:
+    """The content of results.json."""
+    import peft
+    import transformers
+
+    return {
+        "description": description,
+        "options": options.fingerprint(),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+        "methods": list(rows),
+    }
+
+
+def write_figure(path: Path, rows: Sequence[dict], title: str) -> None:
+    """Write results.png: the loss of every method, and how GOAT's layers use their experts."""
+    routed = next((row for row in rows if row["load_by_layer"]), None)
+    layers = len(routed["load_by_layer"]) if routed else 0
+    height = min(max(4.5, 1.6 + 0.17 * layers), 9)
+    figure = Figure(figsize=(12 if routed else 7, height), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    if routed:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        _draw_load(right, routed["load_by_layer"])
+    else:
+        left = figure.subplots()
+    draw_losses(left, rows)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def draw_losses(axes: Axes, rows: Sequence[dict]) -> None:
+    """Each method's training loss: thin as it is, thick its running mean."""
+    finite = []
+    for row in rows:
+        losses = np.asarray(row["losses"], dtype=float)  # None becomes NaN
+        finite += losses[np.isfinite(losses) & (losses > 0)].tolist()
+        method = METHODS[row["method"]]
+        axes.plot(row["loss_steps"], losses, color=method.colour, alpha=0.15, linewidth=0.8)
+        label = method.meaning
+        if row["diverged_at_step"] is not None:
+            label += f" (diverged at step {row['diverged_at_step']})"
+            axes.axvline(row["diverged_at_step"], color=method.colour, linestyle=":", linewidth=1.2)
+        smooth = _running_mean(losses, max(5, len(losses) // 25))
+        axes.plot(row["loss_steps"], smooth, color=method.colour, linewidth=1.8, label=label)
+    if finite and max(finite) > 20 * min(finite):
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="training loss (thick: running mean)", title="Training loss")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _draw_load(axes: Axes, load_by_layer: dict[str, list[float]]) -> None:
+    load = np.array(list(load_by_layer.values()))  # [layers, E]
+    even = load.sum(axis=1).mean() / load.shape[1]
+    image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 * even, interpolation="nearest")
+    axes.set(xlabel="expert", title="Experts' load by layer, on the held-out data")
+    axes.set_xticks(range(load.shape[1]) if load.shape[1] <= 16 else range(0, load.shape[1], 4))
+    names = _short_names(list(load_by_layer))
+    every = max(1, -(-len(names) // _NAMED_LAYERS))
+    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
+    bar = axes.figure.colorbar(image, ax=axes, extend="max")
+    bar.set_label(f"share of tokens that use the expert (even: {even:.3g}, white)")
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last ``window`` values, over fewer at the start."""
+    sums = np.convolve(values, np.ones(window))[: len(values)]
+    return sums / np.minimum(np.arange(len(values)) + 1, window)
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """Layer names without the parts that all of them start with."""
+    parts = [name.split(".") for name in names]
+    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
+    return [".".join(part[min(shared, len(part) - 1) :]) for part in parts]

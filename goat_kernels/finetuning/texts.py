@@ -1,0 +1,322 @@
+"""Texts and their classes: text files, tables (CSV, TSV, JSON, JSON Lines), columns of a data set on the hub.
+
+Every doubt about a cell is an error that names its row, or a line of warning. The files are read here and not by the
+``datasets`` library, which takes ``NA`` for nothing and ``01`` for 1, and does not say what is wrong in which row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from goat_kernels.command_errors import CommandError
+from goat_kernels.finetuning.data import (
+    JSON_SUFFIXES,
+    SEPARATED_SUFFIXES,
+    Examples,
+    local_path,
+    looks_like_path,
+    read_hub,
+    visible_files,
+)
+
+#: The largest that fits a C long everywhere; csv's own limit is 131,072 characters.
+_CELL_LIMIT = 2**31 - 1
+
+#: What programs write where a number is not known, in lower case.
+_MISSING = ("na", "n/a", "nan", "null", "none", "")
+
+#: What no encoding can write: JSON has a character beyond 16 bits as two of these.
+_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+
+
+def read_texts(argument: str, source: str, text_column: str, label_column: str | None) -> Examples:
+    """Texts, or pairs of texts, from a table, from text files (without classes), or from the hub.
+
+    Args:
+        argument: the option that named the source, for messages.
+        source: a path or an id on the hub.
+        text_column: the column of the text; ``"A,B"`` for pairs.
+        label_column: the column of the class; None where the task has no classes, and a text may be a chat (a list of
+            messages) then, unless it is one of a pair.
+    """
+    needs = "a CSV, TSV, JSON or JSONL file"
+    if label_column is None:
+        needs = f"a text file, a folder of .txt files, or {needs}"
+    wanted = [("--text-column", name.strip()) for name in text_column.split(",")]
+    if label_column is not None:
+        wanted.append(("--label-column", label_column.strip()))
+    if not looks_like_path(source):
+        named = f"{argument} {source!r}"
+        columns = read_hub(argument, source, wanted)
+    else:
+        path = local_path(argument, source, needs)
+        named = f"{argument} {str(path)!r}"
+        if path.suffix.lower() in (*SEPARATED_SUFFIXES, *JSON_SUFFIXES):
+            columns = _read_columns(argument, path, wanted)
+        elif label_column is not None:
+            raise CommandError(f"{argument} {source!r} has no columns; it needs {needs}")
+        else:
+            return _read_text_files(argument, source, path, needs)
+    cells = [(named, name, values) for (_, name), values in zip(wanted, columns, strict=True)]
+    labels = as_labels(*cells.pop()) if label_column is not None else None
+    if len(cells) > 1:
+        return Examples(list(zip(*(_as_texts(*column) for column in cells), strict=True)), labels)
+    return Examples(_as_texts(*cells[0]) if labels is not None else _as_texts_or_chats(*cells[0]), labels)
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _read_file(argument: str, path: Path) -> str:
+    """The text of a file, in UTF-8 or, with its byte order mark, UTF-16; line ends as they are.
+
+    Raises:
+        CommandError: not readable, in another encoding, or not text at all.
+    """
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise CommandError(
+            f"{argument} {str(path)!r} is not readable as UTF-8 text ({error}); it needs to be saved as UTF-8"
+        ) from None
+    if "\0" in text:
+        line = _line(text, text.index("\0"))
+        raise CommandError(f"{argument} {str(path)!r}, line {line}, has a NUL character; it needs to be plain text")
+    return text
+
+
+def _read_text_files(argument: str, source: str, path: Path, needs: str) -> Examples:
+    files = [path]
+    if path.is_dir():
+        files = [file for file in visible_files(path) if file.suffix.lower() == ".txt"]
+    texts = [text for text in (_read_file(argument, file) for file in files) if text.strip()]
+    if not texts:
+        raise CommandError(f"{argument} {source!r} holds no text; it needs {needs}")
+    return Examples([re.sub(r"\r\n?", "\n", text) for text in texts])
+
+
+def _read_columns(argument: str, path: Path, wanted: Sequence[tuple[str, str]]) -> list[list]:
+    """The columns ``wanted``, as (option, name), of a table: a cell of each row, None where there is none."""
+    source, text = f"{argument} {str(path)!r}", _read_file(argument, path)
+    if path.suffix.lower() in SEPARATED_SUFFIXES:
+        header, rows = _separated(source, path, text, {name for _, name in wanted})
+    else:
+        rows = list(_objects(source, text))
+        header = list(dict.fromkeys(name for row in rows for name in row))
+    if not rows:
+        raise CommandError(f"{source} has no rows; it needs at least a few examples")
+    for option, name in wanted:
+        if header.count(name) != 1:
+            found = f"{header.count(name)} columns" if name in header else "not a column"
+            raise CommandError(f"{option} {name!r} is {found} of {source}; it has {header!s:.300}")
+    return [[row.get(name) for row in rows] for _, name in wanted]
+
+
+def _separated(source: str, path: Path, text: str, wanted: set[str]) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows of a table whose cells are separated by commas, semicolons, tabs or bars."""
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    # Spreadsheets write semicolons where the comma is the decimal point.
+    separators = [usual, *(other for other in ",;\t|" if other != usual)]
+    separator = next((one for one in separators if wanted <= _header(text, one)), usual)
+    if separator != usual:
+        print(f"{source} separates its cells by {separator!r}")
+    # Not text.splitlines(): that splits at U+2028, U+0085 and form feeds too.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    before = csv.field_size_limit(_CELL_LIMIT)
+    try:
+        lines = [row for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise CommandError(
+            f"{source}, up to line {reader.line_num}, is not a table ({error}); a cell with a quote, a separator or "
+            'a line break in it needs quotes around it, and its own quotes doubled ("")'
+        ) from None
+    finally:
+        csv.field_size_limit(before)
+    if not lines:
+        return [], []
+    header = [name.strip() for name in lines[0]]
+    if header != lines[0]:
+        print(f"warning: {source} has spaces around the names of its columns; they are left out")
+    for number, row in enumerate(lines[1:], start=1):
+        if any(cell.strip() for cell in row[len(header) :]):
+            raise CommandError(
+                f"{source}: row {number} has {len(row)} cells, but the header has {len(header)}; "
+                "a cell with a separator in it needs quotes around it"
+            )
+    return header, [dict(zip(header, row, strict=False)) for row in lines[1:]]
+
+
+def _header(text: str, separator: str) -> set[str]:
+    """The names of the columns, were the cells separated by ``separator``."""
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        return {name.strip() for name in next((row for row in rows if any(cell.strip() for cell in row)), [])}
+    except csv.Error:
+        return set()
+
+
+def _objects(source: str, text: str) -> Iterator[dict]:
+    """The objects of an array, or one after the other, on one line each or on several."""
+    decoder, start = json.JSONDecoder(), _after_spaces(text, 0)
+    while start < len(text):
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            # An object that is cut short is only noticed in the line after it.
+            number = error.lineno if text[start] == "[" else _line(text, start)
+            raise CommandError(f"{source}, line {number}, is not JSON: {error.msg}") from None
+        except (RecursionError, ValueError) as error:  # ValueError: Python's own limit to the digits of an integer
+            what = "lists or objects nested too deeply" if isinstance(error, RecursionError) else "a number too long"
+            raise CommandError(f"{source}, line {_line(text, start)} or below, has {what} to read") from None
+        for row in value if isinstance(value, list) and value else [value]:
+            if not isinstance(row, dict):
+                raise CommandError(
+                    f"{source}, line {_line(text, start)}, must be a JSON object with the columns, or a list of them"
+                )
+            yield row
+        start = _after_spaces(text, end)
+
+
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
+
+
+def _after_spaces(text: str, position: int) -> int:
+    return re.compile(r"\s*").match(text, position).end()
+
+
+# --- what the cells of a column mean: source is the option and the file or id, name the column's ------------------
+
+
+def _as_texts(source: str, name: str, values: Sequence, kind: str = "a text") -> list[str]:
+    """The cells as texts.
+
+    Raises:
+        CommandError: a cell with nothing in it, or with a list or an object, such as the messages of a chat.
+    """
+    if kind == "a text" and any(map(_is_chat, values)):
+        raise CommandError(
+            f"{source}: column {name!r} has chat messages, which only --task causal-lm can use, as one column"
+        )
+    _refuse(source, values, _is_empty, f"has nothing in column {name!r}; it needs {kind}")
+    nested = [i for i, value in enumerate(values) if not isinstance(value, str | int | float)]
+    if nested:
+        found = "a list" if isinstance(values[nested[0]], list | tuple) else "an object"
+        raise CommandError(f"{source}: {_rows(nested)} has {found} in column {name!r}; it needs {kind}")
+    # JSON does not tell 1.0 from 1.
+    texts = [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values]
+    _refuse_half_characters(source, name, texts)
+    return texts
+
+
+def _as_texts_or_chats(source: str, name: str, values: Sequence) -> list[str] | list[list[dict]]:
+    """The cells as texts, or all as chats: lists of messages with ``role`` and ``content``, or that list as JSON in a
+    string, as a CSV file has it."""
+    values = [_parsed_chat(value) for value in values]
+    rows = [i for i, value in enumerate(values) if not _is_chat(value)]
+    if len(rows) == len(values):
+        return _as_texts(source, name, values)
+    if rows:
+        raise CommandError(f"{source}: column {name!r} has chat messages in some rows and none in {_rows(rows)}")
+    _refuse_half_characters(source, name, ["".join(str(message["content"]) for message in chat) for chat in values])
+    return values
+
+
+def as_labels(source: str, name: str, values: Sequence) -> list[str]:
+    """The cells as class names, without the spaces around them.
+
+    Raises:
+        CommandError: a cell with nothing in it or with a list or an object; true and false beside other values; decimal
+            numbers.
+    """
+    where = f"{source}: column {name!r}"
+    truths = [i for i, value in enumerate(values) if isinstance(value, bool)]
+    others = [i for i, value in enumerate(values) if not isinstance(value, bool)]
+    if truths and others:
+        raise CommandError(
+            f"{where} has true and false in {_rows(truths)} but other values in {_rows(others)}; "
+            "a class needs one spelling"
+        )
+    texts = _as_texts(source, name, values, "a class")
+    labels = [text.strip() for text in texts]
+    changed = sum(text != label for text, label in zip(texts, labels, strict=True))
+    if changed:
+        print(f"warning: {where} has spaces around the class in {changed} rows; they are left out")
+    known = [label for label in labels if label.casefold() not in _MISSING]
+    numbers = [_number(label) for label in known]
+    decimals = [number for number in numbers if number is not None and number % 1]
+    # All are numbers, or a stray word is among them.
+    if decimals and (None not in numbers or 2 * len(decimals) > len(known)):
+        examples = ", ".join(map(str, sorted(set(decimals))[:3]))
+        raise CommandError(
+            f"{where} has decimal numbers ({examples}, ...): classification needs classes, and regression is not "
+            "supported; if they are classes, write them as words"
+        )
+    spellings = defaultdict(set)
+    for label in set(labels):
+        number = _number(label)
+        spellings[label.casefold() if number is None else number].add(label)
+    for names in sorted(sorted(names) for names in spellings.values() if len(names) > 1):
+        print(f"warning: {where} has {' and '.join(map(repr, names))}, which count as different classes")
+    return labels
+
+
+def _refuse(source: str, values: Sequence, bad: Callable[[object], object], problem: str) -> None:
+    """Raise CommandError where ``bad`` is true of a value; the message names the first row and counts the others."""
+    rows = [i for i, value in enumerate(values) if bad(value)]
+    if rows:
+        raise CommandError(f"{source}: {_rows(rows)} {problem}")
+
+
+def _refuse_half_characters(source: str, name: str, texts: Sequence[str]) -> None:
+    problem = (
+        f"has half a character (such as \\ud83d alone) in column {name!r}; it needs whole ones, as text that is not "
+        "cut in the middle of one"
+    )
+    _refuse(source, texts, _HALF_CHARACTER.search, problem)
+
+
+def _rows(indices: Sequence[int]) -> str:
+    """``row 3``, or ``row 3 (and 12 more rows)``; counted from 1."""
+    more = len(indices) - 1
+    return f"row {indices[0] + 1}" + (f" (and {more} more row{'s' * (more > 1)})" if more else "")
+
+
+def _is_empty(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _is_chat(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)
+    )
+
+
+def _parsed_chat(value: object) -> object:
+    """The chat that a string has as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        chat = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return chat if _is_chat(chat) else value
+
+
+def _number(text: str) -> float | None:
+    """The number that ``text`` is, with a point or, as in half of the world, a comma before its fraction."""
+    if not re.fullmatch(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?", text):
+        return None
+    return float(text.replace(",", "."))
