@@ -13,25 +13,21 @@ from benchmark_cases import CPU, SMALL, quick
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from goat_kernels.benchmarking import (
-    capture,
-    layer_suite,
-    timing,
-)
-from goat_kernels.benchmarking.layers import (
+from bench import layer_suites, steps, timing
+from bench.layers import (
     CONTENDERS,
     FROZEN,
     Contender,
     LayerTensors,
+    call_of,
     error_bound,
     expected_results,
     goat_layer,
     layer_error,
 )
-from goat_kernels.benchmarking.machine import Roofline
-from goat_kernels.benchmarking.memory import peak_bytes, saved_bytes
-from goat_kernels.benchmarking.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
-from goat_kernels.benchmarking.steps import call_of
+from bench.machine import Roofline
+from bench.memory import peak_bytes, saved_bytes
+from bench.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
 from goat_kernels.checks.problem import LayerCase
 from goat_kernels.kernels.configs import KNOWN_TARGETS
 from goat_kernels.linear import GoatLinear
@@ -114,12 +110,6 @@ def test_copies_together_are_larger_than_the_cache(input_bytes, copies):
     assert timing.copies_for(input_bytes, cache_bytes=50) == copies
 
 
-def test_quantiles():
-    assert timing.quantile((4.0, 1.0, 3.0, 2.0, 5.0), 0.5) == 3.0
-    assert timing.quantile((1.0, 2.0), 0.2) == pytest.approx(1.2)
-    assert timing.quantile((7.0,), 0.8) == 7.0
-
-
 # --- contenders ---------------------------------------------------------------------------------------------------
 
 
@@ -179,8 +169,8 @@ def _raise(t: LayerTensors) -> nn.Module:
 def test_a_wrong_contender_gets_no_time_and_the_others_do(monkeypatch):
     raising = Contender("raising", "torch", "frozen", _raise)
     contenders = (CONTENDERS[0], _of(_Wrong, "wrong"), _of(_Nan, "nan"), raising, _of(nn.Linear, "right"))
-    monkeypatch.setattr(layer_suite, "CONTENDERS", contenders)
-    rows = list(layer_suite.layer_rows(SMALL, quick()))
+    monkeypatch.setattr(layer_suites, "CONTENDERS", contenders)
+    rows = list(layer_suites.layer_rows(SMALL, quick()))
     timed = {row["contender"] for row in rows if "time_ms_p50" in row}
     failed = {row["contender"]: row["failed"] for row in rows if "failed" in row}
     assert timed == {FROZEN, "right"}
@@ -200,9 +190,9 @@ def test_modes_do_what_they_say(tensors):
 
 
 def test_what_is_checked_is_the_step_that_is_timed_on_every_copy():
-    eager = capture.step_of(lambda copy: lambda: torch.full((2,), float(copy)), 3, graph=False)
-    assert capture.worst_error(eager, lambda copy, result: float(result[0])) == 2.0
-    assert math.isnan(capture.worst_error(eager, lambda copy, result: math.nan if copy == 1 else 0.0))
+    eager = steps.step_of(lambda copy: lambda: torch.full((2,), float(copy)), 3, graph=False)
+    assert steps.worst_error(eager, lambda copy, result: float(result[0])) == 2.0
+    assert math.isnan(steps.worst_error(eager, lambda copy, result: math.nan if copy == 1 else 0.0))
 
 
 def test_a_step_of_a_layer_has_a_leaf_of_its_own(tensors):
@@ -258,7 +248,7 @@ def test_a_riding_gradient_is_counted_with_the_pass_that_it_rides_in():
 
 
 def test_the_floor_is_the_larger_of_the_two():
-    roofline = Roofline(torch.float32, read_gb_per_s=0.5, copy_gb_per_s=1.0, tflops=1.0)
+    roofline = Roofline(read_gb_per_s=0.5, copy_gb_per_s=1.0, tflops=1.0)
     assert roofline.floor_ms(10**9, 10**9) == pytest.approx(1000)
     assert roofline.floor_ms(10**6, 10**12) == pytest.approx(1000)
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("checks",),
     ("training",),
     ("peft",),
-    ("benchmarking", "finetuning"),
+    ("finetuning",),
     ("cli",),
     ("__main__",),
 )

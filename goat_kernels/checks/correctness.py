@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,8 @@ from torch import Tensor
 
 from goat_kernels.backends import get_backend
 from goat_kernels.backends.torch_backend import TorchHiddenGradient, TorchPasses
-from goat_kernels.checks.ahead import compiling
 from goat_kernels.checks.lora_arithmetic import goat_as_lora
-from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, make_problem, run_passes
+from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, make_problem
 from goat_kernels.dropout import draw_seed
 from goat_kernels.functional import goat_linear
 from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, forced_target
@@ -150,19 +149,6 @@ def compare(case: LayerCase, backend: str, device: torch.device) -> list[Compari
     return rows
 
 
-def compile_ahead(cases: Iterable[LayerCase], device: torch.device) -> None:
-    """Compile what the cases will launch on a GPU, on all processors: one after the other would take minutes.
-
-    The passes run on tensors without values, and their launches are compiled in place of being made. What does not
-    compile raises when it is launched.
-    """
-    from goat_kernels.kernels.passes import TritonPasses
-
-    with compiling(device):
-        for case in cases:
-            run_passes(TritonPasses(), make_problem(case, "meta"))
-
-
 # --- the passes ---------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +182,7 @@ def _pass_inputs(problem: Problem) -> _PassInputs:
     _, _, routing = oracle.prefill(exact.x_TN, exact.adapter, exact.bias_M, None)
     weighted_TR, *statistics, _ = routing
     routing = Routing(weighted_TR.to(compute), *(value.float() for value in statistics), problem.x_TN.new_empty(0))
-    parts = _gradient_parts(
+    parts = gradient_parts(
         oracle.hidden_gradient(
             exact.grad_y_TM, exact.grad_balance, exact.adapter, Routing(*map(doubled, routing)), with_residual=True
         ),
@@ -208,7 +194,7 @@ def _pass_inputs(problem: Problem) -> _PassInputs:
     )
 
 
-def _gradient_parts(gradient, problem: Problem) -> list[Tensor]:
+def gradient_parts(gradient, problem: Problem) -> list[Tensor]:
     """dh, dlogits [E, T], and dh0 where there is a frozen pair, from any backend's hidden gradient."""
     if not isinstance(gradient, TorchHiddenGradient):
         parts = (gradient.hidden_TR, gradient.logits_ET, gradient.residual_TR0)
@@ -230,7 +216,7 @@ def _run_passes(backend: str, problem: Problem, inputs: _PassInputs, passes: Pas
         own_gradient = passes.hidden_gradient(
             problem.grad_y_TM, problem.grad_balance, adapter, routing, with_residual=True, needs_B=True
         )
-    yield "hidden gradient", _way(kernels), _gradient_parts(own_gradient, problem)
+    yield "hidden gradient", _way(kernels), gradient_parts(own_gradient, problem)
 
     def weight_gradients(gradient) -> tuple[Tensor, Tensor, Tensor]:
         needs = dict.fromkeys(("needs_A", "needs_B", "needs_router"), True)

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-
-from goat_kernels.benchmarking.failures import in_words
-from goat_kernels.benchmarking.progress import tracked
+from tqdm.auto import tqdm
 
 Step = Callable[[int], object]
 
@@ -30,6 +30,9 @@ MAX_CALLS = 256
 
 #: Copies of the inputs together are this many times the last-level cache; and no more copies than that.
 CACHE_TIMES, MAX_COPIES = 2, 16
+
+#: A compiler's message goes on for pages.
+_MOST_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,8 @@ class Timing:
             return {"failed": self.failed}
         row = {"rounds": len(self.time_ms), "calls_per_sample": self.calls}
         for name, values in (("time_ms", self.time_ms), *self.ratios.items()):
-            row |= {f"{name}_p{p}": quantile(values, p / 100) for p in (20, 50, 80)}
+            row |= {f"{name}_p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}
         return row
-
-
-def quantile(values: tuple[float, ...], share: float) -> float:
-    """The ``share`` quantile, linear between neighbours; share 0.5 is the median."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def copies_for(input_bytes: int, cache_bytes: int) -> int:
@@ -73,15 +67,15 @@ def copies_for(input_bytes: int, cache_bytes: int) -> int:
 
 
 def time_interleaved(
-    steps: Mapping[str, Step],
+    steps: Mapping[object, Step],
     *,
     device: torch.device,
     copies: int,
     rounds: int,
-    ratios: Mapping[str, Mapping[str, str]] | None = None,
+    ratios: Mapping[str, Mapping[object, object]] | None = None,
     warmup: int = 3,
     label: str = "",
-) -> dict[str, Timing]:
+) -> dict[object, Timing]:
     """Time every contender once per round, in an order that rotates from round to round.
 
     A contender that raises is out, and the others go on.
@@ -95,39 +89,50 @@ def time_interleaved(
         warmup: rounds before that, the first through all copies; the number of calls is found in them too.
         label: of the progress.
     """
-    names = list(steps)
-    calls = dict.fromkeys(names, copies)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    failed: dict[str, str] = {}
+    calls = dict.fromkeys(steps, copies)
+    times: dict[object, list[float]] = {name: [] for name in steps}
+    failed: dict[object, str] = {}
     with no_collection():
-        for round_ in tracked(range(-warmup, rounds), label, "round") if names else ():
-            start = round_ % len(names)
-            for name in names[start:] + names[:start]:
-                if name in failed:
-                    continue
-                first = (round_ + warmup) * calls[name]
-                try:
-                    elapsed_ms = sample_ms(steps[name], device, copies, calls[name], first)
-                except Exception as failure:
-                    failed[name] = in_words(failure)
-                    continue
-                if round_ >= 0:
-                    times[name].append(elapsed_ms)
-                else:
-                    calls[name] = _calls_to_fill(steps[name], elapsed_ms, device)
+        for round_, name in rotating(steps, range(-warmup, rounds), label):
+            if name in failed:
+                continue
+            first = (round_ + warmup) * calls[name]
+            try:
+                elapsed_ms = sample_ms(steps[name], device, copies, calls[name], first)
+            except Exception as failure:
+                failed[name] = in_words(failure)
+                continue
+            if round_ >= 0:
+                times[name].append(elapsed_ms)
+            else:
+                calls[name] = _calls_to_fill(steps[name], elapsed_ms, device)
 
-    def timing(name: str) -> Timing:
+    def timing(name: object) -> Timing:
         if name in failed:
             return Timing(failed=failed[name])
-        bases = {quantity: of[name] for quantity, of in (ratios or {}).items() if name in of}
-        of_round = {
-            quantity: tuple(t / b for t, b in zip(times[name], times[base], strict=True))
-            for quantity, base in bases.items()
-            if base in times and base not in failed
-        }
+        of_round = ratios_of(name, {other: of for other, of in times.items() if other not in failed}, ratios or {})
         return Timing(tuple(times[name]), of_round, calls[name])
 
-    return {name: timing(name) for name in names}
+    return {name: timing(name) for name in steps}
+
+
+def rotating(names: Iterable, rounds: Iterable[int], label: str) -> Iterator[tuple[int, object]]:
+    """(round, name) of every name once a round, in an order that rotates."""
+    names = list(names)
+    for round_ in tracked(rounds, label, "round") if names else ():
+        start = round_ % len(names)
+        yield from ((round_, name) for name in names[start:] + names[:start])
+
+
+def ratios_of(
+    name: object, times: Mapping[object, Iterable[float]], ratios: Mapping[str, Mapping[object, object]]
+) -> dict[str, tuple[float, ...]]:
+    """Quantity -> time / time of what it refers to, round by round, where that has times."""
+    bases = {quantity: of[name] for quantity, of in ratios.items() if of.get(name) in times}
+    return {
+        quantity: tuple(t / b for t, b in zip(times[name], times[base], strict=True))
+        for quantity, base in bases.items()
+    }
 
 
 def _calls_to_fill(step: Step, elapsed_ms: float, device: torch.device) -> int:
@@ -187,3 +192,13 @@ def no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def tracked(items: Iterable, label: str, unit: str) -> Iterator:
+    """``items`` with a progress bar on a terminal, and a line every 15 seconds elsewhere."""
+    return tqdm(items, desc=label, unit=unit, leave=False, mininterval=0.1 if sys.stderr.isatty() else 15, delay=1)
+
+
+def in_words(failure: BaseException) -> str:
+    """What was raised, on one line."""
+    return f"raised {type(failure).__name__}: {' '.join(str(failure).split())[:_MOST_CHARACTERS]}".removesuffix(": ")

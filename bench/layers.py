@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.cases import FORMS, Case
+from bench.peers import ExpertLoop, UnslothLora, frozen_linear, peft_lora
+from bench.steps import worst
 from goat_kernels.backends import resolve_backend
-from goat_kernels.benchmarking.cases import FORMS, Case
-from goat_kernels.benchmarking.peers import ExpertLoop, UnslothLora, frozen_linear, peft_lora
-from goat_kernels.benchmarking.steps import BALANCE_COEFFICIENT, differentiated, outputs_of
 from goat_kernels.checks.problem import make_problem
 from goat_kernels.linear import GoatLinear
 from goat_kernels.numerics import TOLERANCES, relative_error
@@ -27,6 +27,9 @@ from goat_kernels.reference import goat_reference
 
 #: s, of every contender.
 SCALING = 2.0
+
+#: Of the balance loss; the paper's.
+BALANCE_COEFFICIENT = 1e-3
 
 FROZEN = "frozen linear"
 LORA, HALF_LORA = "PEFT LoRA", "PEFT LoRA, adapter in x's dtype"
@@ -54,28 +57,27 @@ class LayerTensors:
     def draw(cls, case: Case, dtype: torch.dtype, device: torch.device) -> LayerTensors:
         """Random tensors of unit scale, with tokens whose choice of experts rounding cannot change."""
         problem = make_problem(case.layer(dtype, "path"), device)
-        adapter = problem.adapter
-        correction_MN = adapter.residual_B.double() @ adapter.residual_A.double()
+        shared = ("lora_A", "lora_B", "router", "residual_A", "residual_B", "top_k")
+        of_adapter = {name: getattr(problem.adapter, name) for name in shared}
+        correction_MN = of_adapter["residual_B"].double() @ of_adapter["residual_A"].double()
         return cls(
             x_TN=problem.x_TN.requires_grad_(),
             weight_MN=problem.weight_MN,
             folded_MN=(problem.weight_MN.double() - correction_MN).to(dtype),
             bias_M=problem.bias_M,
             grad_y_TM=problem.grad_y_TM,
-            lora_A=adapter.lora_A,
-            lora_B=adapter.lora_B,
-            router=adapter.router,
-            residual_A=adapter.residual_A,
-            residual_B=adapter.residual_B,
-            top_k=adapter.top_k,
+            **of_adapter,
         )
 
     def copy(self) -> LayerTensors:
         """The same values in other memory."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        cloned = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+        cloned = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
         cloned["x_TN"].requires_grad_()
         return LayerTensors(**cloned)
+
+    def dropping(self, dropout_p: float) -> LayerTensors:
+        """The same tensors, of which layers are made that drop."""
+        return dataclasses.replace(self, dropout_p=dropout_p)
 
     @property
     def input_bytes(self) -> int:
@@ -121,26 +123,28 @@ class Contender:
 
     def skipped_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None, or why it cannot be timed here."""
-        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
-            return f"the package {self.needs} is not installed"
-        if self.backend == "triton" and device.type != "cuda":
-            return "the Triton kernels run on a GPU; in Triton's interpreter there is nothing to time"
-        if self.graph and device.type != "cuda":
-            return "CUDA graphs need a GPU"
-        if self.backend is not None:
-            try:
-                resolve_backend(self.backend, device, dtype)
-            except RuntimeError as error:
-                return str(error)
+        if (self.graph or self.kind == "unsloth") and device.type != "cuda":
+            return "CUDA graphs need a GPU" if self.graph else "it needs a GPU"
         if self.kind == "compiled" and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             return "torch.compile needs a C++ compiler on a CPU"
-        if self.kind == "unsloth" and device.type != "cuda":
-            return "it needs a GPU"
-        return None
+        return why_not(self.needs, self.backend, device, dtype)
 
     def modes(self, modes: tuple[str, ...]) -> tuple[str, ...]:
         """Those of ``modes`` that it can run: a compiled backward does not run twice on one forward."""
         return tuple(mode for mode in modes if self.kind != "compiled" or mode != "backward")
+
+
+def why_not(needs: str | None, backend: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why something that needs a package and a backend of ours cannot be timed here."""
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        return f"the package {needs} is not installed"
+    if backend == "triton" and device.type != "cuda":
+        return "the Triton kernels run on a GPU; in Triton's interpreter there is nothing to time"
+    try:
+        resolve_backend(backend or "torch", device, dtype)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def _frozen(t: LayerTensors) -> nn.Module:
@@ -214,11 +218,65 @@ CONTENDERS: tuple[Contender, ...] = (
     *(
         _goat(form, backend, kind)
         for backend, kind in (("torch", "torch"), ("torch", "compiled"), ("triton", "triton"), ("triton", "graph"))
-        for form in ("fold", "path")
+        for form in FORMS
     ),
 )
 
 KINDS = tuple(dict.fromkeys(contender.kind for contender in CONTENDERS))
+
+
+# --- one call of a layer ----------------------------------------------------------------------------------------------
+
+
+def outputs_of(layer: nn.Module, x: Tensor, grad_y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """(what the layer computed, the gradient of each): y, and the balance loss where the layer hands it out.
+
+    ``GoatLinear`` injects its balance loss in backward; a layer that leaves it to the trainer has it as ``loss``.
+    """
+    y = layer(x)
+    loss = getattr(layer, "loss", None)
+    if loss is None:
+        return [y], [grad_y]
+    return [y, loss], [grad_y, torch.full_like(loss, BALANCE_COEFFICIENT)]
+
+
+def differentiated(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """x and the trainable parameters, in the order in which the layer registered them."""
+    return [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+
+
+def call_of(mode: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> Callable[[], object]:
+    """What is timed.
+
+    Args:
+        mode: "forward" keeps what the backward needs; "backward" has run the forward before; "both"; "inference"
+            keeps nothing.
+        layer: the contender.
+        x: [T, N].
+        grad_y: [T, M].
+    """
+    # A leaf of its own: autograd keeps, with a leaf, the stream on which it was first used, and a capture on another
+    # stream would have to wait for that one.
+    x = x.detach().requires_grad_()
+    if mode == "inference":
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                return layer(x)
+
+        return infer
+    if mode == "forward":
+        return lambda: layer(x)
+    inputs = differentiated(layer, x)
+    if mode == "backward":
+        outputs, gradients = outputs_of(layer, x, grad_y)
+        return lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        outputs, gradients = outputs_of(layer, x, grad_y)
+        return torch.autograd.grad(outputs, inputs, gradients)
+
+    return forward_and_backward
 
 
 # --- the check ----------------------------------------------------------------------------------------------------
@@ -230,15 +288,14 @@ def expected_results(computes: str, t: LayerTensors) -> list[Tensor]:
     parameters = {"frozen": (), "lora": (t.lora_A, t.lora_B)}.get(computes, (t.lora_A, t.lora_B, t.router))
     x, *leaves = (leaf.detach().double().requires_grad_() for leaf in (t.x_TN, *parameters))
     weight, bias = weight.double(), t.bias_M.double()
-    if computes == "frozen":
-        y, balance_loss = F.linear(x, weight, bias), 0.0
-    elif computes == "lora":
-        A, B = leaves
-        y, balance_loss = F.linear(x, weight, bias) + SCALING * (x @ A.t()) @ B.t(), 0.0
-    else:
+    if computes in FORMS:
         residual = (t.residual_A.double(), t.residual_B.double()) if computes == "path" else None
         oracle = goat_reference(x, weight, *leaves, bias=bias, scaling=SCALING, top_k=t.top_k, residual=residual)
         y, balance_loss = oracle.output, oracle.balance_loss
+    else:
+        y, balance_loss = F.linear(x, weight, bias), 0.0
+        if computes == "lora":
+            y = y + SCALING * (x @ leaves[0].t()) @ leaves[1].t()
     objective = (y * t.grad_y_TM.double()).sum() + BALANCE_COEFFICIENT * balance_loss
     return [y.detach(), *torch.autograd.grad(objective, [x, *leaves])]
 
@@ -257,9 +314,9 @@ def results_error(results: list[Tensor], t: LayerTensors, expected: list[Tensor]
         *first, router = results
         of_A, of_B = first[-2 * E : -E], first[-E:]
         results = [*first[: -2 * E], torch.cat(of_A), torch.cat(of_B, dim=1), router]
-    errors = [relative_error(result, oracle) for result, oracle in zip(results, expected, strict=True)]
-    return max(errors, key=lambda error: float("inf") if error != error else error)
+    return worst(relative_error(result, oracle) for result, oracle in zip(results, expected, strict=True))
 
 
 def error_bound(dtype: torch.dtype) -> float:
+    """On every contender's error."""
     return TOLERANCES[dtype].relative
