@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from goat_kernels.backends import get_backend
 from goat_kernels.backends.torch_backend import TorchHiddenGradient, TorchPasses
-from goat_kernels.checks.lora_arithmetic import goat_as_lora
 from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, make_problem
 from goat_kernels.dropout import draw_seed
 from goat_kernels.functional import goat_linear
@@ -26,7 +26,7 @@ from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.passes import Passes, Routing
-from goat_kernels.reference import goat_reference
+from goat_kernels.reference import ReferenceOutput, goat_reference
 
 #: (x's dtype, the adapter's).
 DTYPES: tuple[tuple[torch.dtype, torch.dtype], ...] = (
@@ -61,6 +61,11 @@ class Comparison:
     torch_error: float | None
     bound: float
     lora_error: float | None = None
+
+    @property
+    def label(self) -> str:
+        """In the table: what, and which kernels."""
+        return self.what + (f" ({self.kernels})" if self.kernels else "")
 
     @property
     def passed(self) -> bool:
@@ -286,8 +291,22 @@ def _lora_errors(problem: Problem) -> dict[str, float]:
     if problem.x_TN.dtype.itemsize != 2 or problem.adapter.lora_A.dtype != torch.float32:
         return {}
     expected, masks = _oracle(problem)
-    results = run_layer(goat_as_lora, problem, dropout_masks=masks)
+    results = run_layer(_goat_as_lora, problem, dropout_masks=masks)
     return {what: relative_error(results[what], expected[what]) for what in expected}
+
+
+def _goat_as_lora(
+    x: Tensor, weight: Tensor, *, bias: Tensor, dropout_masks: Tensor | None, **adapter
+) -> ReferenceOutput:
+    """GOAT as PEFT's ``lora.Linear`` computes a LoRA with float32 adapters over a half-precision base.
+
+    The base's output is rounded to x's dtype; x is cast up, everything of the adapter is float32, and the sum is
+    rounded once more. docs/numerics.md sets the fused layer's errors beside these.
+    """
+    nothing = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    masks = None if dropout_masks is None else dropout_masks.float()
+    in_float32 = goat_reference(x.float(), nothing, dropout_masks=masks, **adapter)
+    return in_float32._replace(output=(F.linear(x, weight, bias) + in_float32.output).to(x.dtype))
 
 
 def _layer_errors(backend: str, problem: Problem) -> dict[str, tuple[str, float, float]]:
