@@ -8,7 +8,7 @@ import torch
 
 from bench.machine import Roofline, cache_bytes, measure_roofline
 from bench.timing import copies_for
-from goat_kernels.checks.problem import LayerCase, name_of
+from goat_kernels.checks.problem import LayerCase, Problem, name_of
 
 #: What a layer is timed in: a training step's forward, its backward, both; or a forward without gradients.
 TRAINING_MODES = ("forward", "backward", "both")
@@ -97,9 +97,15 @@ class BenchSettings:
         """The fields of a result that say what the dtypes are."""
         return {"dtype": name_of(self.dtype), "adapter_dtype": "float32"}
 
-    def copies(self, input_bytes: int) -> int:
-        """How many copies of inputs of this size a step rotates through."""
-        return copies_for(input_bytes, 0 if self.quick else cache_bytes(self.device))
+
+def copies_of(problem: Problem, input_bytes: int, settings: BenchSettings) -> list[Problem]:
+    """The problem and copies of it in other memory, as many as a step rotates through; ``input_bytes`` of one."""
+    copies = copies_for(input_bytes, 0 if settings.quick else cache_bytes(settings.device))
+    return [problem, *(problem.map(_cloned) for _ in range(copies - 1))]
+
+
+def _cloned(value: object) -> object:
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------

@@ -34,12 +34,12 @@ from bench.layers import (
     HALF_LORA,
     LORA,
     Contender,
-    LayerTensors,
     call_of,
     differentiated,
     error_bound,
     expected_results,
     layer_error,
+    layer_problem,
     outputs_of,
 )
 from bench.memory import launches_row
@@ -214,16 +214,16 @@ def _ready(
     contender: Contender, case: Case, settings: BenchSettings, *, is_dry: bool, is_small: bool
 ) -> Iterator[_Host]:
     """The contender, checked where it computes anything; the Triton backend's without plans too."""
-    t = LayerTensors.draw(_SMALL if is_small else case, settings.dtype, settings.device)
-    layer, how = contender.make(t), f"on the CPU at {_SMALL}" if is_small else "on the GPU, not waited for"
+    p = layer_problem(_SMALL if is_small else case, settings.dtype, settings.device)
+    layer, how = contender.make(p), f"on the CPU at {_SMALL}" if is_small else "on the GPU, not waited for"
     if is_dry:
         how = "a driver that launches nothing; base products of 2 x 16 by 16 x 16"
     else:
-        error, bound = layer_error(layer, t, expected_results(contender.computes, t)), error_bound(settings.dtype)
+        error, bound = layer_error(layer, p, expected_results(contender.computes, p)), error_bound(settings.dtype)
         if not error <= bound:
             raise RuntimeError(too_far(error, bound))
     for plans in (True, False) if contender.backend == "triton" else (True,):
-        yield _Host(contender, layer, t.x_TN, t.grad_y_TM, is_dry, plans, how)
+        yield _Host(contender, layer, p.x_TN, p.grad_y_TM, is_dry, plans, how)
 
 
 def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:

@@ -20,7 +20,7 @@ from bench.cases import FORMS, Case
 from bench.peers import ExpertLoop, UnslothLora, frozen_linear, peft_lora
 from bench.steps import worst
 from goat_kernels.backends import resolve_backend
-from goat_kernels.checks.problem import make_problem
+from goat_kernels.checks.problem import Problem, make_problem
 from goat_kernels.linear import GoatLinear
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.reference import goat_reference
@@ -35,54 +35,24 @@ FROZEN = "frozen linear"
 LORA, HALF_LORA = "PEFT LoRA", "PEFT LoRA, adapter in x's dtype"
 
 
-@dataclass(frozen=True)
-class LayerTensors:
-    """What all contenders of a shape share; ``folded_MN`` is W0 - B0 A0 in the weight's dtype, ``dropout_p`` is 0
-    unless layers are made that drop."""
+def layer_problem(case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
+    """What all contenders of a shape share: the tensors of a "path" layer without dropout."""
+    problem = make_problem(dataclasses.replace(case, dropout_p=0.0).layer(dtype, "path"), device)
+    problem.x_TN.requires_grad_()
+    return problem
 
-    x_TN: Tensor
-    weight_MN: Tensor
-    folded_MN: Tensor
-    bias_M: Tensor
-    grad_y_TM: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    router: Tensor
-    residual_A: Tensor
-    residual_B: Tensor
-    top_k: int
-    dropout_p: float = 0.0
 
-    @classmethod
-    def draw(cls, case: Case, dtype: torch.dtype, device: torch.device) -> LayerTensors:
-        """Random tensors of unit scale, with tokens whose choice of experts rounding cannot change."""
-        problem = make_problem(case.layer(dtype, "path"), device)
-        shared = ("lora_A", "lora_B", "router", "residual_A", "residual_B", "top_k")
-        of_adapter = {name: getattr(problem.adapter, name) for name in shared}
-        correction_MN = of_adapter["residual_B"].double() @ of_adapter["residual_A"].double()
-        return cls(
-            x_TN=problem.x_TN.requires_grad_(),
-            weight_MN=problem.weight_MN,
-            folded_MN=(problem.weight_MN.double() - correction_MN).to(dtype),
-            bias_M=problem.bias_M,
-            grad_y_TM=problem.grad_y_TM,
-            **of_adapter,
-        )
+def folded(p: Problem) -> Problem:
+    """The same layer with W0 - B0 A0 in the weight's dtype, and no frozen pair."""
+    correction_MN = p.adapter.residual_B.double() @ p.adapter.residual_A.double()
+    weight_MN = (p.weight_MN.double() - correction_MN).to(p.weight_MN.dtype)
+    adapter = p.adapter._replace(residual_A=None, residual_B=None)
+    return dataclasses.replace(p, weight_MN=weight_MN, adapter=adapter)
 
-    def copy(self) -> LayerTensors:
-        """The same values in other memory."""
-        cloned = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
-        cloned["x_TN"].requires_grad_()
-        return LayerTensors(**cloned)
 
-    def dropping(self, dropout_p: float) -> LayerTensors:
-        """The same tensors, of which layers are made that drop."""
-        return dataclasses.replace(self, dropout_p=dropout_p)
-
-    @property
-    def input_bytes(self) -> int:
-        """Of what the frozen layer reads in a step: the least that a rotation has to push out of the cache."""
-        return sum(t.numel() * t.element_size() for t in (self.x_TN, self.weight_MN, self.grad_y_TM))
+def dropping(p: Problem, dropout_p: float) -> Problem:
+    """The same tensors, of which layers are made that drop."""
+    return dataclasses.replace(p, adapter=p.adapter._replace(dropout_p=dropout_p))
 
 
 @dataclass(frozen=True)
@@ -103,7 +73,7 @@ class Contender:
     name: str
     kind: str
     computes: str
-    make: Callable[[LayerTensors], nn.Module]
+    make: Callable[[Problem], nn.Module]
     backend: str | None = None
     graph: bool = False
     half: bool = False
@@ -147,58 +117,62 @@ def why_not(needs: str | None, backend: str | None, device: torch.device, dtype:
     return None
 
 
-def _frozen(t: LayerTensors) -> nn.Module:
-    return frozen_linear(t.weight_MN, t.bias_M)
+def _frozen(p: Problem) -> nn.Module:
+    return frozen_linear(p.weight_MN, p.bias_M)
 
 
-def _lora(t: LayerTensors) -> nn.Module:
-    return peft_lora(_frozen(t), t.lora_A, t.lora_B, SCALING, t.dropout_p)
+def _lora(p: Problem) -> nn.Module:
+    return peft_lora(_frozen(p), p.adapter.lora_A, p.adapter.lora_B, SCALING, p.adapter.dropout_p)
 
 
-def _half_lora(t: LayerTensors) -> nn.Module:
-    return peft_lora(_frozen(t), t.lora_A.to(t.x_TN.dtype), t.lora_B.to(t.x_TN.dtype), SCALING, t.dropout_p)
+def _half_lora(p: Problem) -> nn.Module:
+    A, B = (matrix.to(p.x_TN.dtype) for matrix in p.adapter[:2])
+    return peft_lora(_frozen(p), A, B, SCALING, p.adapter.dropout_p)
 
 
-def _loop(t: LayerTensors) -> nn.Module:
-    return ExpertLoop(frozen_linear(t.folded_MN, t.bias_M), t.lora_A, t.lora_B, t.router, SCALING, t.top_k)
+def _loop(p: Problem) -> nn.Module:
+    lora_A, lora_B, router, *_ = p.adapter
+    return ExpertLoop(_frozen(folded(p)), lora_A, lora_B, router, SCALING, p.adapter.top_k)
 
 
-def _unsloth(t: LayerTensors) -> nn.Module:
-    return UnslothLora(_frozen(t), t.lora_A, t.lora_B, SCALING)
+def _unsloth(p: Problem) -> nn.Module:
+    return UnslothLora(_frozen(p), p.adapter.lora_A, p.adapter.lora_B, SCALING)
 
 
-def goat_layer(t: LayerTensors, form: str, backend: str) -> GoatLinear:
+def goat_layer(p: Problem, form: str, backend: str) -> GoatLinear:
     """``GoatLinear`` around these tensors, without a singular value decomposition.
 
     "fold" is a layer over the folded weight that has no frozen pair: what a folded layer runs.
     """
-    R, N = t.lora_A.shape
+    if form == "fold":
+        p = folded(p)
+    (M, N), adapter = p.weight_MN.shape, p.adapter
     layer = GoatLinear(
         N,
-        t.lora_B.shape[0],
-        r=R,
-        num_experts=t.router.shape[0],
-        top_k=t.top_k,
+        M,
+        r=adapter.rank,
+        num_experts=adapter.num_experts,
+        top_k=adapter.top_k,
         scaling=SCALING,
         init="goat" if form == "path" else "lora",
         residual=form,
-        dropout=t.dropout_p,
+        dropout=adapter.dropout_p,
         balance_coefficient=BALANCE_COEFFICIENT,
         backend=backend,
         device="meta",
-        dtype=t.weight_MN.dtype,
+        dtype=p.weight_MN.dtype,
     )
-    values = {name: getattr(t, name).detach().clone() for name in ("lora_A", "lora_B", "router")}
-    values |= {"weight": t.weight_MN if form == "path" else t.folded_MN, "bias": t.bias_M}
+    values = {name: getattr(adapter, name).detach().clone() for name in ("lora_A", "lora_B", "router")}
+    values |= {"weight": p.weight_MN, "bias": p.bias_M}
     if form == "path":
-        values |= {"residual_A": t.residual_A, "residual_B": t.residual_B}
+        values |= {"residual_A": adapter.residual_A, "residual_B": adapter.residual_B}
     layer.load_state_dict(values, assign=True, strict=False)
     return layer
 
 
 def _goat(form: str, backend: str, kind: str) -> Contender:
-    def make(t: LayerTensors) -> nn.Module:
-        layer = goat_layer(t, form, backend)
+    def make(p: Problem) -> nn.Module:
+        layer = goat_layer(p, form, backend)
         # Whole or not at all: a part that silently runs as it is would be timed as compiled.
         return torch.compile(layer, fullgraph=True) if kind == "compiled" else layer
 
@@ -282,34 +256,33 @@ def call_of(mode: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> Callable[
 # --- the check ----------------------------------------------------------------------------------------------------
 
 
-def expected_results(computes: str, t: LayerTensors) -> list[Tensor]:
+def expected_results(computes: str, p: Problem) -> list[Tensor]:
     """float64 [y, dX, dA, dB, drouter] of what a contender computes, as far as it has them."""
-    weight = t.folded_MN if computes == "fold" else t.weight_MN
-    parameters = {"frozen": (), "lora": (t.lora_A, t.lora_B)}.get(computes, (t.lora_A, t.lora_B, t.router))
-    x, *leaves = (leaf.detach().double().requires_grad_() for leaf in (t.x_TN, *parameters))
-    weight, bias = weight.double(), t.bias_M.double()
+    exact = (folded(p) if computes == "fold" else p).double()
+    adapter, weight, bias = exact.adapter, exact.weight_MN, exact.bias_M
+    parameters = {"frozen": (), "lora": adapter[:2]}.get(computes, adapter[:3])
+    x, *leaves = (leaf.detach().requires_grad_() for leaf in (exact.x_TN, *parameters))
     if computes in FORMS:
-        residual = (t.residual_A.double(), t.residual_B.double()) if computes == "path" else None
-        oracle = goat_reference(x, weight, *leaves, bias=bias, scaling=SCALING, top_k=t.top_k, residual=residual)
+        residual = (adapter.residual_A, adapter.residual_B) if computes == "path" else None
+        oracle = goat_reference(x, weight, *leaves, bias=bias, scaling=SCALING, top_k=adapter.top_k, residual=residual)
         y, balance_loss = oracle.output, oracle.balance_loss
     else:
         y, balance_loss = F.linear(x, weight, bias), 0.0
         if computes == "lora":
             y = y + SCALING * (x @ leaves[0].t()) @ leaves[1].t()
-    objective = (y * t.grad_y_TM.double()).sum() + BALANCE_COEFFICIENT * balance_loss
+    objective = (y * exact.grad_y_TM).sum() + BALANCE_COEFFICIENT * balance_loss
     return [y.detach(), *torch.autograd.grad(objective, [x, *leaves])]
 
 
-def layer_error(layer: nn.Module, t: LayerTensors, expected: list[Tensor]) -> float:
+def layer_error(layer: nn.Module, p: Problem, expected: list[Tensor]) -> float:
     """The largest relative error of the layer's results; NaN where anything is NaN."""
-    outputs, gradients = outputs_of(layer, t.x_TN, t.grad_y_TM)
-    of_inputs = torch.autograd.grad(outputs, differentiated(layer, t.x_TN), gradients)
-    return results_error([outputs[0].detach(), *of_inputs], t, expected)
+    outputs, gradients = outputs_of(layer, p.x_TN, p.grad_y_TM)
+    of_inputs = torch.autograd.grad(outputs, differentiated(layer, p.x_TN), gradients)
+    return results_error([outputs[0].detach(), *of_inputs], p.adapter.num_experts, expected)
 
 
-def results_error(results: list[Tensor], t: LayerTensors, expected: list[Tensor]) -> float:
+def results_error(results: list[Tensor], E: int, expected: list[Tensor]) -> float:
     """The largest relative error of [y, gradients of x and of the parameters], or of its first or last part."""
-    E = t.router.shape[0]
     if len(results) > 5:  # an expert's A and B are each a parameter of its own
         *first, router = results
         of_A, of_B = first[-2 * E : -E], first[-E:]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.cases import BenchSettings, Case
+from bench.cases import BenchSettings, Case, copies_of
 from bench.steps import Candidate, measured, worst
 from bench.timing import in_words
 from goat_kernels.backends import get_backend, why_not_auto
@@ -25,7 +25,7 @@ from goat_kernels.checks.correctness import gradient_parts
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
 from goat_kernels.kernels.configs import Target, current_target, forced_target
 from goat_kernels.numerics import TOLERANCES, relative_error
-from goat_kernels.passes import Adapter, Routing
+from goat_kernels.passes import Routing
 
 PASSES = ("prefill", "hidden_gradient", "weight_gradients", "input_prefill")
 BASE_FORWARD, BASE_BACKWARD = "base product", "base product of dX"
@@ -76,22 +76,6 @@ def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
         BASE_BACKWARD: Work(base, product),
         BASE_BACKWARD + _ONTO: Work(base + T * N * b, product),
     }
-
-
-def copy_problem(problem: Problem) -> Problem:
-    """The same values in other memory."""
-    fields = {name: _cloned(value) for name, value in vars(problem).items()}
-    return Problem(**{**fields, "adapter": Adapter(*map(_cloned, problem.adapter))})
-
-
-def _cloned(value):
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def copies_of(problem: Problem, settings: BenchSettings) -> list[Problem]:
-    """As many as a step rotates through; by the smaller of the wide tensors that a pass reads."""
-    smaller = min(problem.x_TN, problem.grad_y_TM, key=Tensor.numel)
-    return [problem, *(copy_problem(problem) for _ in range(settings.copies(smaller.nbytes) - 1))]
 
 
 def pass_calls(backend: str, p: Problem) -> dict[str, Callable[[], object]]:
@@ -199,7 +183,8 @@ def kernel_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
 
 
 def _form_rows(layer: LayerCase, settings: BenchSettings, label: str) -> Iterator[dict]:
-    problems = copies_of(make_problem(layer, settings.device), settings)
+    problem = make_problem(layer, settings.device)
+    problems = copies_of(problem, min(problem.x_TN.nbytes, problem.grad_y_TM.nbytes), settings)
     names = ["torch"]
     reason = why_not_auto("triton", settings.device, layer.dtype)
     if reason is None:
@@ -207,7 +192,7 @@ def _form_rows(layer: LayerCase, settings: BenchSettings, label: str) -> Iterato
     else:
         yield {"contender": "triton", "skipped": reason}
     candidates, rides = [], {}
-    expected = expected_of(problems[0])
+    expected = expected_of(problem)
     for name in names:
         try:
             calls = [pass_calls(name, p) for p in problems]
@@ -216,12 +201,12 @@ def _form_rows(layer: LayerCase, settings: BenchSettings, label: str) -> Iterato
         except Exception as failure:
             yield from ({"contender": name, "pass": one, "failed": in_words(failure)} for one in PASSES)
             continue
-        candidates += [_candidate(name, one, calls, expected[one], problems[0]) for one in PASSES]
+        candidates += [_candidate(name, one, calls, expected[one], problem) for one in PASSES]
         candidates += [
-            _candidate(*key, [{key[1]: of[key]} for of in whole], expected[key[1]], problems[0]) for key in whole[0]
+            _candidate(*key, [{key[1]: of[key]} for of in whole], expected[key[1]], problem) for key in whole[0]
         ]
     base = [base_calls(p) for p in problems]
-    candidates += [_candidate("base", one, base, None, problems[0]) for one in base[0]]
+    candidates += [_candidate("base", one, base, None, problem) for one in base[0]]
     requested = requested_bytes(layer, current_target(settings.device)) if "triton" in names else {}
     for row in measured(candidates, len(problems), settings, label):
         row["copies"] = len(problems)

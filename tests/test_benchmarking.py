@@ -18,17 +18,18 @@ from bench.layers import (
     CONTENDERS,
     FROZEN,
     Contender,
-    LayerTensors,
     call_of,
     error_bound,
     expected_results,
+    folded,
     goat_layer,
     layer_error,
+    layer_problem,
 )
 from bench.machine import Roofline
 from bench.memory import peak_bytes, saved_bytes
 from bench.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
-from goat_kernels.checks.problem import LayerCase
+from goat_kernels.checks.problem import LayerCase, Problem
 from goat_kernels.kernels.configs import KNOWN_TARGETS
 from goat_kernels.linear import GoatLinear
 from goat_kernels.operators import backward_operator, forward_operator
@@ -114,9 +115,9 @@ def test_copies_together_are_larger_than_the_cache(input_bytes, copies):
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def tensors(request) -> LayerTensors:
+def tensors(request) -> Problem:
     torch.manual_seed(0)
-    return LayerTensors.draw(SMALL, request.param, CPU)
+    return layer_problem(SMALL, request.param, CPU)
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
@@ -136,8 +137,8 @@ def test_fold_and_path_are_one_function(tensors):
 
 def test_goat_layers_are_built_without_a_decomposition_and_take_the_form_asked_for(tensors):
     fold, path = (goat_layer(tensors, form, "torch") for form in ("fold", "path"))
-    assert fold.residual_A is None and torch.equal(fold.weight, tensors.folded_MN)
-    assert torch.equal(path.residual_B, tensors.residual_B) and path.weight is not tensors.weight_MN
+    assert fold.residual_A is None and torch.equal(fold.weight, folded(tensors).weight_MN)
+    assert torch.equal(path.residual_B, tensors.adapter.residual_B) and path.weight is not tensors.weight_MN
     assert path.weight.data_ptr() == tensors.weight_MN.data_ptr()  # shared by all contenders
     assert isinstance(fold, GoatLinear) and not fold.weight.requires_grad and fold.lora_A.requires_grad
 
@@ -153,7 +154,7 @@ class _Nan(nn.Linear):
 
 
 def _of(kind: type[nn.Linear], name: str) -> Contender:
-    def make(t: LayerTensors) -> nn.Module:
+    def make(t: Problem) -> nn.Module:
         M, N = t.weight_MN.shape
         layer = kind(N, M).requires_grad_(False)
         layer.load_state_dict({"weight": t.weight_MN, "bias": t.bias_M})
@@ -162,7 +163,7 @@ def _of(kind: type[nn.Linear], name: str) -> Contender:
     return Contender(name, "torch", "frozen", make)
 
 
-def _raise(t: LayerTensors) -> nn.Module:
+def _raise(t: Problem) -> nn.Module:
     raise RuntimeError("out of luck")
 
 
@@ -255,7 +256,7 @@ def test_the_floor_is_the_larger_of_the_two():
 
 @pytest.mark.parametrize("form", ["fold", "path"])
 def test_a_goat_layer_saves_what_the_design_says_and_nothing_else(form):
-    t = LayerTensors.draw(SMALL, torch.float32, CPU)
+    t = layer_problem(SMALL, torch.float32, CPU)
     layer = goat_layer(t, form, "torch")
     saved = saved_bytes(lambda: layer(t.x_TN), [*layer.parameters(), *layer.buffers(), t.x_TN])
     assert saved == 4 * (SMALL.T * (SMALL.R + 2 * SMALL.E) + SMALL.E)  # h~, gate, probs; the load

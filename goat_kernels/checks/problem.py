@@ -83,9 +83,12 @@ class Problem:
 
     def double(self) -> Problem:
         """The same (rounded) values in float64, for the oracle."""
-        adapter = Adapter(*(doubled(value) for value in self.adapter))
-        tensors = (self.x_TN, self.weight_MN, self.bias_M, self.base_output_TM, self.grad_y_TM, self.grad_balance)
-        return Problem(*map(doubled, tensors), adapter)
+        return self.map(doubled)
+
+    def map(self, function: Callable[[Any], Any]) -> Problem:
+        """``function`` of every field, and of every field of the adapter."""
+        fields = {name: function(value) for name, value in vars(self).items() if name != "adapter"}
+        return Problem(**fields, adapter=Adapter(*map(function, self.adapter)))
 
 
 def make_problem(case: LayerCase, device: torch.device | str) -> Problem:
