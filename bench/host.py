@@ -44,7 +44,7 @@ from bench.layers import (
 )
 from bench.memory import launches_row
 from bench.steps import too_far
-from bench.timing import Timing, in_words, no_collection, ratios_of, rotating
+from bench.timing import Samples, in_words, no_collection, rotating, timing_row
 from goat_kernels.backends import get_backend
 
 #: Calls one after the other, with fewer launches than fit a GPU's queue of 1024.
@@ -246,11 +246,10 @@ def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:
             if base != host.name and (host.plans or q == "ratio")
         }
         for index, mode in enumerate(TRAINING_MODES):
-            of_mode = {name: [sample[index] for sample in samples] for name, samples in times.items()}
-            ratios = ratios_of(host.name, of_mode, {q: {host.name: base} for q, base in to.items()})
-            row = {"contender": host.name, "mode": mode, "how": host.how}
-            row |= Timing(tuple(of_mode[host.name]), ratios, calls).row()
-            yield row | {f"{q}_to": to[q] for q in ratios} | (launches if mode == "both" else {})
+            of_mode = {name: Samples(calls, [one[index] for one in of_name]) for name, of_name in times.items()}
+            row = {"contender": host.name, "mode": mode, "how": host.how, **timing_row(host.name, of_mode, to)}
+            row |= {f"{quantity}_to": base for quantity, base in to.items() if f"{quantity}_p50" in row}
+            yield row | (launches if mode == "both" else {})
 
 
 def _profile(host: _Host) -> str:

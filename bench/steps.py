@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from bench.cases import BenchSettings
-from bench.timing import in_words, time_interleaved
+from bench.timing import in_words, time_interleaved, timing_row
 
 #: Calls on each copy before the capture, which must not compile, fill caches or find workspaces.
 _WARMING_CALLS = 3
@@ -160,22 +160,17 @@ def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettin
             yield {**candidate.row, "failed": failure}
             continue
         ready[candidate.key()] = candidate, step, fields
-    ratios: dict[str, dict] = {}
-    for key, (candidate, _, _) in ready.items():
-        for quantity, base in candidate.ratios.items():
-            ratios.setdefault(quantity, {})[key] = candidate.key(base)
-    timings = time_interleaved(
+    samples = time_interleaved(
         {key: step for key, (_, step, _) in ready.items()},
         device=settings.device,
         copies=copies,
         rounds=settings.rounds,
-        ratios=ratios,
         label=label,
     )
-    for key, timing in timings.items():
-        candidate, _, fields = ready[key]
-        to = {f"{quantity}_to": candidate.ratios[quantity] for quantity in timing.ratios}
-        yield {**candidate.row, **timing.row(), **to, **fields}
+    for key, (candidate, _, fields) in ready.items():
+        row = timing_row(key, samples, {quantity: candidate.key(base) for quantity, base in candidate.ratios.items()})
+        to = {f"{quantity}_to": base for quantity, base in candidate.ratios.items() if f"{quantity}_p50" in row}
+        yield {**candidate.row, **row, **to, **fields}
 
 
 def _checked(candidate: Candidate, step: Captured | Eager) -> tuple[dict, str | None]:

@@ -35,30 +35,32 @@ CACHE_TIMES, MAX_COPIES = 2, 16
 _MOST_CHARACTERS = 300
 
 
-@dataclass(frozen=True)
-class Timing:
+@dataclass
+class Samples:
     """Times of one contender.
 
     Attributes:
-        time_ms: per call, one for each round.
-        ratios: quantity, as "ratio" -> time / time of what it refers to in the same round, one for each round.
         calls: in a sample.
-        failed: None, or what it raised while it was timed; nothing else is there then.
+        time_ms: per call, one for each round.
+        failed: None, or what it raised while it was timed.
     """
 
-    time_ms: tuple[float, ...] = ()
-    ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    calls: int = 0
+    calls: int
+    time_ms: list[float] = field(default_factory=list)
     failed: str | None = None
 
-    def row(self) -> dict:
-        """The fields of a result."""
-        if self.failed is not None:
-            return {"failed": self.failed}
-        row = {"rounds": len(self.time_ms), "calls_per_sample": self.calls}
-        for name, values in (("time_ms", self.time_ms), *self.ratios.items()):
-            row |= {f"{name}_p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}
-        return row
+
+def timing_row(name: object, samples: Mapping[object, Samples], ratios: Mapping[str, object]) -> dict:
+    """The fields of a result; ``ratios``: quantity -> the contender that its time is divided by, round by round."""
+    own = samples[name]
+    if own.failed is not None:
+        return {"failed": own.failed}
+    values = {"time_ms": own.time_ms}
+    for quantity, base in ratios.items():
+        if base in samples and samples[base].failed is None:
+            values[quantity] = [ms / of for ms, of in zip(own.time_ms, samples[base].time_ms, strict=True)]
+    row = {"rounds": len(own.time_ms), "calls_per_sample": own.calls}
+    return row | {f"{name}_p{p}": float(np.percentile(of, p)) for name, of in values.items() for p in (20, 50, 80)}
 
 
 def copies_for(input_bytes: int, cache_bytes: int) -> int:
@@ -72,10 +74,9 @@ def time_interleaved(
     device: torch.device,
     copies: int,
     rounds: int,
-    ratios: Mapping[str, Mapping[object, object]] | None = None,
     warmup: int = 3,
     label: str = "",
-) -> dict[object, Timing]:
+) -> dict[object, Samples]:
     """Time every contender once per round, in an order that rotates from round to round.
 
     A contender that raises is out, and the others go on.
@@ -85,35 +86,25 @@ def time_interleaved(
         device: where it runs.
         copies: numbers that a step may be called with: 0..copies-1.
         rounds: how many rounds are timed.
-        ratios: quantity -> name -> the contender that its time is divided by; none by default.
         warmup: rounds before that, the first through all copies; the number of calls is found in them too.
         label: of the progress.
     """
-    calls = dict.fromkeys(steps, copies)
-    times: dict[object, list[float]] = {name: [] for name in steps}
-    failed: dict[object, str] = {}
+    samples = {name: Samples(calls=copies) for name in steps}
     with no_collection():
         for round_, name in rotating(steps, range(-warmup, rounds), label):
-            if name in failed:
+            step, own = steps[name], samples[name]
+            if own.failed is not None:
                 continue
-            first = (round_ + warmup) * calls[name]
             try:
-                elapsed_ms = sample_ms(steps[name], device, copies, calls[name], first)
+                elapsed_ms = sample_ms(step, device, copies, own.calls, (round_ + warmup) * own.calls)
             except Exception as failure:
-                failed[name] = in_words(failure)
+                own.failed = in_words(failure)
                 continue
             if round_ >= 0:
-                times[name].append(elapsed_ms)
+                own.time_ms.append(elapsed_ms)
             else:
-                calls[name] = _calls_to_fill(steps[name], elapsed_ms, device)
-
-    def timing(name: object) -> Timing:
-        if name in failed:
-            return Timing(failed=failed[name])
-        of_round = ratios_of(name, {other: of for other, of in times.items() if other not in failed}, ratios or {})
-        return Timing(tuple(times[name]), of_round, calls[name])
-
-    return {name: timing(name) for name in steps}
+                own.calls = _calls_to_fill(step, elapsed_ms, device)
+    return samples
 
 
 def rotating(names: Iterable, rounds: Iterable[int], label: str) -> Iterator[tuple[int, object]]:
@@ -122,17 +113,6 @@ def rotating(names: Iterable, rounds: Iterable[int], label: str) -> Iterator[tup
     for round_ in tracked(rounds, label, "round") if names else ():
         start = round_ % len(names)
         yield from ((round_, name) for name in names[start:] + names[:start])
-
-
-def ratios_of(
-    name: object, times: Mapping[object, Iterable[float]], ratios: Mapping[str, Mapping[object, object]]
-) -> dict[str, tuple[float, ...]]:
-    """Quantity -> time / time of what it refers to, round by round, where that has times."""
-    bases = {quantity: of[name] for quantity, of in ratios.items() if of.get(name) in times}
-    return {
-        quantity: tuple(t / b for t, b in zip(times[name], times[base], strict=True))
-        for quantity, base in bases.items()
-    }
 
 
 def _calls_to_fill(step: Step, elapsed_ms: float, device: torch.device) -> int:
@@ -175,10 +155,10 @@ def fastest_ms(step: Step, device: torch.device, rounds: int) -> float:
     Raises:
         RuntimeError: the step raised.
     """
-    timing = time_interleaved({"": step}, device=device, copies=1, rounds=rounds)[""]
-    if timing.failed is not None:
-        raise RuntimeError(timing.failed)
-    return min(timing.time_ms)
+    samples = time_interleaved({"": step}, device=device, copies=1, rounds=rounds)[""]
+    if samples.failed is not None:
+        raise RuntimeError(samples.failed)
+    return min(samples.time_ms)
 
 
 @contextmanager

@@ -48,17 +48,9 @@ def test_a_ratio_is_taken_round_by_round(monkeypatch):
     # The machine is ten times slower in the second round: no ratio may mix the two.
     times = iter([1.0, 2.0, 30.0, 10.0])
     monkeypatch.setattr(timing, "sample_ms", lambda *_: next(times))
-    timed = timing.time_interleaved(
-        {"base": None, "other": None},
-        device=CPU,
-        copies=1,
-        rounds=2,
-        warmup=0,
-        ratios={"ratio": {"other": "base"}, "lora_ratio": {"other": "absent"}},
-    )
-    assert timed["other"].ratios == {"ratio": (2.0, 3.0)}
-    assert timed["base"].ratios == {}
-    row = timed["other"].row()
+    timed = timing.time_interleaved({"base": None, "other": None}, device=CPU, copies=1, rounds=2, warmup=0)
+    row = timing.timing_row("other", timed, {"ratio": "base", "lora_ratio": "absent"})
+    assert "lora_ratio_p50" not in row
     assert (row["ratio_p50"], row["time_ms_p50"], row["rounds"]) == (2.5, 16.0, 2)
     assert row["ratio_p20"] < row["ratio_p50"] < row["ratio_p80"]
 
@@ -91,13 +83,10 @@ def test_a_contender_that_raises_is_out_and_the_others_go_on():
         if len(calls) > 3:
             raise RuntimeError("out\nof luck")
 
-    ratios = {"ratio": {"base": "raising", "fine": "fine"}}
-    timed = timing.time_interleaved(
-        {"raising": raising, "base": int, "fine": int}, device=CPU, copies=1, rounds=9, ratios=ratios
-    )
-    assert timed["raising"].row() == {"failed": "raised RuntimeError: out of luck"}
-    assert len(timed["fine"].time_ms) == 9 and timed["fine"].ratios["ratio"] == (1.0,) * 9
-    assert timed["base"].ratios == {}  # what it refers to has no times
+    timed = timing.time_interleaved({"raising": raising, "base": int, "fine": int}, device=CPU, copies=1, rounds=9)
+    assert timing.timing_row("raising", timed, {}) == {"failed": "raised RuntimeError: out of luck"}
+    assert len(timed["fine"].time_ms) == 9 and timing.timing_row("fine", timed, {"ratio": "fine"})["ratio_p80"] == 1
+    assert "ratio_p50" not in timing.timing_row("base", timed, {"ratio": "raising"})  # which has no times
 
 
 def test_ceilings_are_the_fastest_round_and_passes_the_median(monkeypatch):
