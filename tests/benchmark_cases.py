@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from goat_kernels.benchmarking.cases import Case
-from goat_kernels.benchmarking.settings import BenchSettings
+from bench.cases import BenchSettings, Case
 
 CPU = torch.device("cpu")
 SMALL = Case(48, 32, 40, 16)

@@ -1,6 +1,6 @@
 """In a process of its own, without Triton's interpreter: what a replayed launch hands to a compiled kernel.
 
-A driver that launches nothing notes the arguments instead (``goat_kernels/checks/dry_driver.py``). The third call of a
+A driver that launches nothing notes the arguments instead (``bench/dry_driver.py``). The third call of a
 layer (replayed) has to launch the same compiled kernels on the same grids with the same numbers as the first, and its
 pointers have to be those of the first, each tensor of the first exchanged for the one that stands in its place.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from goat_kernels.checks import dry_driver
+from bench import dry_driver
 
 dry_driver.install()
 

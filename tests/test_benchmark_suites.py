@@ -20,39 +20,29 @@ import pytest
 import torch
 from benchmark_cases import CPU, SMALL, quick
 
-from goat_kernels.benchmarking import (
-    ahead,
-    design_suite,
-    host_suite,
-    launches,
-    layer_suite,
+from bench import (
+    command,
+    host,
+    layer_suites,
     layers,
     machine,
+    memory,
     models,
+    passes,
     plots,
     report,
     results,
-    startup,
     suites,
     tables,
     tuning,
 )
-from goat_kernels.benchmarking.cases import kernel_cases, layer_cases, memory_cases, scaling_cases
-from goat_kernels.benchmarking.compare import compare_rows
-from goat_kernels.benchmarking.layers import (
-    FROZEN,
-    HALF_LORA,
-    KINDS,
-    LORA,
-    error_bound,
-)
-from goat_kernels.benchmarking.peers import peft_lora
-from goat_kernels.benchmarking.settings import BenchSettings
+from bench.cases import kernel_cases, layer_cases, memory_cases, scaling_cases
+from bench.layers import FROZEN, HALF_LORA, KINDS, LORA, error_bound
+from bench.peers import peft_lora
 from goat_kernels.checks.ahead import compiled_together
 from goat_kernels.checks.problem import LayerCase, make_problem
 from goat_kernels.cli import bench, main
 from goat_kernels.linear import GoatLinear
-from goat_kernels.numerics import relative_error
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,8 +51,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_command_knows_the_suites_and_the_kinds():
-    assert bench.SUITE_NAMES == tuple(suites.SUITES) == tuple(tables.TABLES)
-    assert bench.KINDS == KINDS
+    assert command.SUITE_NAMES == tuple(suites.SUITES) == tuple(tables.TABLES)
+    assert command.KINDS == KINDS
     assert set(plots.FIGURES) <= set(suites.SUITES)
 
 
@@ -92,7 +82,7 @@ def test_the_shapes_with_a_target_are_measured_in_both_forms_and_with_dropout():
 
 def test_a_case_with_dropout_times_what_drops_and_nothing_else(monkeypatch):
     case = dataclasses.replace(SMALL, modes=("both",), dropout_p=0.25)
-    rows = {row["contender"]: row for row in layer_suite.layer_rows(case, quick(dtype=torch.bfloat16))}
+    rows = {row["contender"]: row for row in layer_suites.layer_rows(case, quick(dtype=torch.bfloat16))}
     timed = {name for name, row in rows.items() if "time_ms_p50" in row}
     assert timed == {FROZEN, LORA, HALF_LORA, "GOAT fold, torch", "GOAT path, torch"}
     assert all(row["dropout_p"] == 0.25 for row in rows.values())
@@ -100,13 +90,13 @@ def test_a_case_with_dropout_times_what_drops_and_nothing_else(monkeypatch):
     assert table.startswith("Forward and backward with dropout")
     # A layer that drops nothing is found out.
     monkeypatch.setattr(layers, "peft_lora", lambda *given: peft_lora(*given[:4]))
-    rows = list(layer_suite.layer_rows(case, quick(dtype=torch.bfloat16, without=frozenset({"torch", "compiled"}))))
+    rows = list(layer_suites.layer_rows(case, quick(dtype=torch.bfloat16, without=frozenset({"torch", "compiled"}))))
     assert {row["contender"] for row in rows if "drops nothing" in row.get("failed", "")} == {LORA, HALF_LORA}
 
 
 def test_launches_are_counted_where_they_can_be(device):
     layer = GoatLinear(32, 40, r=16, num_experts=8, top_k=2, init="lora", backend="triton", device=device)
-    assert launches.triton_launches(lambda: layer(torch.randn(1, 32, device=device))) == 2
+    assert memory.triton_launches(lambda: layer(torch.randn(1, 32, device=device))) == 2
     row = {"mode": "inference", "contender": "GOAT path, triton", "kernel_launches": 3, "triton_launches": 2}
     row |= {"T": 1, "N": 32, "M": 40, "R": 16, "E": 8, "K": 2}
     assert "| inference | 1 | 32 -> 40 | 16 | 3 (2 of ours) |" in tables.launches_table([row])
@@ -127,15 +117,15 @@ def test_the_hosts_time_is_that_of_calls_that_compute_what_they_should(quick_run
 
 
 def test_the_profile_is_printed_and_is_no_row(capsys, monkeypatch):
-    monkeypatch.setattr(host_suite, "_rows_of_process", lambda *_: iter([{"profile": "functions"}, {"mode": "both"}]))
-    monkeypatch.setattr(host_suite, "_rows", lambda *_, dry: iter([{"profile": "functions"}, {"mode": "both"}]))
-    (row,) = host_suite.host_rows(SMALL, quick(profile=True))
+    monkeypatch.setattr(host, "_rows_of_process", lambda *_: iter([{"profile": "functions"}, {"mode": "both"}]))
+    monkeypatch.setattr(host, "_rows", lambda *_, dry: iter([{"profile": "functions"}, {"mode": "both"}]))
+    (row,) = host.host_rows(SMALL, quick(profile=True))
     assert capsys.readouterr().out == "functions\n" and row["T"] == SMALL.T and row["dtype"] == "bfloat16"
 
 
 def test_the_dry_driver_comes_before_the_kernels():
     code = (
-        "import goat_kernels.kernels.launch\nfrom goat_kernels.checks import dry_driver\n"
+        "import goat_kernels.kernels.launch\nfrom bench import dry_driver\n"
         "try:\n    dry_driver.install()\nexcept RuntimeError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -143,7 +133,7 @@ def test_the_dry_driver_comes_before_the_kernels():
 
 
 def test_kernels_are_compiled_ahead_for_either_kind_of_scaling():
-    problems = list(ahead._problems([SMALL], torch.bfloat16))
+    problems = list(suites.problems_of([SMALL], torch.bfloat16))
     kinds = [(p.adapter.residual_rank, p.adapter.scaling_E is None) for p in problems]
     assert kinds == [(0, True), (SMALL.R, False), (SMALL.R, True)]
     assert all(p.x_TN.is_meta and p.adapter.lora_A.is_meta for p in problems)
@@ -181,41 +171,43 @@ def test_compiling_ahead_takes_whatever_this_triton_has(version, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter has no pools of compilers")
 def test_the_matmul_with_the_rank_as_extra_k_computes_the_layer():
     problem = make_problem(LayerCase(70, 72, 136, R=16, path=False, dtype=torch.float32), CPU)
-    exact = problem.double()
-    for orders in (design_suite.forward_orders, design_suite.backward_orders):
-        result = orders("triton", problem)[design_suite.EXTRA_K]()
-        expected = orders("torch", exact)[design_suite.OURS]()
-        assert relative_error(result, expected) <= error_bound(torch.float32)
+    expected = passes.expected_of(problem)
+    whole = passes.whole_calls("triton", problem)
+    assert {name for name, _ in whole} == {passes.OURS, passes.EXTRA_K} and len(whole) == 4
+    for (_, what), call in whole.items():
+        assert passes.results_error(call(), expected[what], problem) <= error_bound(torch.float32)
 
 
-def test_the_orders_of_the_design_agree():
-    problem = make_problem(LayerCase(70, 72, 136, R=16, dtype=torch.float64, adapter_dtype=torch.float64), CPU)
-    for orders in (design_suite.forward_orders, design_suite.backward_orders):
-        (_, ours, *others) = (call() for call in orders("torch", problem).values())
-        assert all(relative_error(other, ours) <= error_bound(torch.float64) for other in others)
+@pytest.mark.parametrize("path", [False, True], ids=["fold", "path"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_pass_is_compared_with_float64_result_by_result(backend, path, device):
+    problem = make_problem(LayerCase(66, 40, 72, R=16, path=path, dtype=torch.float16), device)
+    expected, bound = passes.expected_of(problem), error_bound(torch.float16)
+    for name, call in passes.pass_calls(backend, problem).items():
+        results = call()
+        assert passes.results_error(results, expected[name], problem) <= bound
+        for part in (tensor for kind in passes.parts_of(results, problem) for tensor in kind):
+            kept = part.clone()
+            part *= 1 + 2 * bound  # of its own, or of float32's bound
+            assert not passes.results_error(results, expected[name], problem) <= bound
+            part.copy_(kept)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a test of its own runs the suite on a GPU")
 def test_neighbours_of_a_tile_are_checked_and_timed_beside_it(monkeypatch):
     layer = LayerCase(40, 32, 24, R=16, path=False, dtype=torch.float32)
-    every = tuning._tiles_of(layer, CPU)
-    assert {"weight_gradient", "expand_columns"} <= set(every)
-    table, *around = every["expand_columns"]
+    choices = {choice.kernel: choice for choice in tuning.choices_of(layer, CPU)}
+    assert {"weight_gradient", "expand_columns"} <= set(choices)
+    table, *around = tuning.neighbours(choices["expand_columns"])
     assert table not in around and len(around) > 4
-    monkeypatch.setattr(tuning, "_tiles_of", lambda *_: {"expand_columns": [table, around[0]]})
-    rows = list(tuning.tile_rows(layer, quick(), "test"))
+    monkeypatch.setattr(tuning, "choices_of", lambda *_: [choices["expand_columns"]])
+    monkeypatch.setattr(tuning, "neighbours", lambda choice: [table, around[0]])
+    rows = list(tuning.tile_rows(layer, CPU, time_ms=lambda launch: float(launch.tile.columns + launch.tile.rows)))
     assert [(row["pass"], row["is_in_table"]) for row in rows] == [("expand_columns", True), ("expand_columns", False)]
-    assert rows[1]["contender"] == tuning.in_words_of(around[0]) and rows[1]["ratio_to"] == rows[0]["contender"]
-    assert all(row["time_ms_p50"] > 0 for row in rows)
-    monkeypatch.setattr(tuning, "difference", lambda results, expected: math.nan)
-    assert all("not timed" in row["failed"] for row in tuning.tile_rows(layer, quick(), "test"))
-
-
-def test_each_decomposition_runs_once(monkeypatch):
-    sizes = Counter()
-    monkeypatch.setattr(startup, "_elapsed_ms", lambda linear, *_: sizes.update([(linear.in_features,)]) or 1.0)
-    rows = list(startup._initialisation_rows(BenchSettings(CPU, torch.float32, rounds=2)))
-    assert len(rows) == 9 and sizes[1024,] == 6 and sizes[2752,] == 3  # two layers of 1024 inputs, in three ways
+    assert rows[1]["contender"] == tuning.words_of(around[0]) and rows[1]["ratio_to"] == rows[0]["contender"]
+    assert rows[0]["ratio_p50"] == 1 and rows[1]["ratio_p50"] == rows[1]["time_ms_p50"] / rows[0]["time_ms_p50"]
+    monkeypatch.setattr(tuning, "results_error", lambda *_: math.nan)
+    assert all("not timed" in row["failed"] for row in tuning.tile_rows(layer, CPU, time_ms=lambda launch: 1.0))
 
 
 def test_the_layers_of_a_model_are_those_that_are_compiled_ahead():
@@ -230,9 +222,7 @@ def test_the_layers_of_a_model_are_those_that_are_compiled_ahead():
 def quick_run(tmp_path_factory) -> Path:
     """Every suite at tiny sizes, by the command."""
     path = tmp_path_factory.mktemp("results") / "run.jsonl"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(startup, "_IMPORTS", {"import json": ("import json", "json")})
-        code = main(["bench", "--suite", "all", "--quick", "--without", "compiled", "--output", str(path)])
+    code = main(["bench", "--suite", "all", "--quick", "--without", "compiled", "--output", str(path)])
     assert code == 0
     return path
 
@@ -265,13 +255,13 @@ def test_every_suite_makes_a_table_and_a_figure(quick_run):
         text = tables.TABLES[name](of_suite)
         assert text.count("|") > 10 and "nan" not in text
         if name in plots.FIGURES:
-            assert plots.figure(name, of_suite).startswith(b"\x89PNG")
+            assert plots.png(plots.FIGURES[name], of_suite).startswith(b"\x89PNG")
 
 
 def test_a_compiled_layer_is_timed_like_the_others():
     case = dataclasses.replace(SMALL, forms=("fold",), modes=("backward", "both"))
     settings = quick(without=frozenset({"lora", "loop", "triton", "graph", "unsloth"}))
-    rows = [row for row in layer_suite.layer_rows(case, settings) if "compiled" in row["contender"]]
+    rows = [row for row in layer_suites.layer_rows(case, settings) if "compiled" in row["contender"]]
     assert [row["mode"] for row in rows if "time_ms_p50" in row] == ["both"]
 
 
@@ -322,7 +312,7 @@ def test_results_of_a_run_do_not_make_its_checkout_dirty(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-m", "one")
     monkeypatch.setattr(machine, "__file__", str(module))
-    results.writer(tmp_path / results.RESULTS_FOLDER / "run.jsonl")({"suite": "layer"})
+    results.append(tmp_path / results.RESULTS_FOLDER / "run.jsonl", {"suite": "layer"})
     assert machine.commit()["commit_is_dirty"] is False and len(machine.commit()["commit"]) == 12
     module.write_text("2\n")
     assert machine.commit()["commit_is_dirty"] is True
@@ -337,18 +327,16 @@ def test_a_line_that_an_interrupted_run_left_is_cut_off(tmp_path):
     with pytest.warns(UserWarning, match="line 2"):
         assert [row["R"] for row in results.read_rows(path)] == [1]
     with pytest.warns(UserWarning, match="removed"):
-        write = results.writer(path)
-    write({"suite": "layer", "R": 2})
+        results.append(path, {"suite": "layer", "R": 2})
     assert [row["R"] for row in results.read_rows(path)] == [1, 2]
 
 
-def test_numbers_are_rounded_and_not_a_number_is_refused(tmp_path):
-    write = results.writer(tmp_path / "new" / "rows.jsonl")
-    write({"suite": "layer", "time_ms_p50": 1.23456789, "versions": {"torch": "2"}})
-    write({"suite": "layer", "time_ms_p50": 2.0})
-    assert [row["time_ms_p50"] for row in results.read_rows(tmp_path / "new" / "rows.jsonl")] == [1.23457, 2.0]
-    with pytest.raises(ValueError):
-        write({"suite": "layer", "time_ms_p50": math.nan})
+def test_numbers_are_rounded_and_not_a_number_is_null(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    results.append(path, {"suite": "layer", "time_ms_p50": 1.23456789, "versions": {"torch": "2"}, "losses": [1 / 3]})
+    results.append(path, {"suite": "layer", "time_ms_p50": math.nan})
+    first, second = results.read_rows(path)
+    assert first["time_ms_p50"] == 1.23457 and first["losses"] == [0.333333] and second["time_ms_p50"] is None
 
 
 def test_the_newest_standard_run_counts():
@@ -357,64 +345,6 @@ def test_the_newest_standard_run_counts():
     other = {**row, "date": "2026-04-01", "device": "cuda"}
     assert results.newest([row, later, custom, other], "layer", "cpu") == [later]
     assert results.newest([row], "kernels", "cpu") == []
-
-
-# --- compare ------------------------------------------------------------------------------------------------------
-
-
-def _row(contender: str, p50: float, spread: float = 0.01, **fields) -> dict:
-    row = {"suite": "layer", "device": "cpu", "T": 8, "mode": "both", "contender": contender, **fields}
-    for quantity in ("time_ms", "ratio"):
-        row |= {f"{quantity}_p20": p50 - spread, f"{quantity}_p50": p50, f"{quantity}_p80": p50 + spread}
-    return row
-
-
-def test_a_change_counts_where_the_two_runs_do_not_touch():
-    old = [_row("a", 1.0), _row("b", 1.0), _row("c", 1.0), _row("d", 1.0, spread=0.3), _row("gone", 1.0)]
-    new = [_row("a", 1.2), _row("b", 0.9), _row("c", 1.005), _row("d", 1.2, spread=0.3), _row("new", 1.0)]
-    assert [change.verdict for change in compare_rows(old, new)] == ["slower", "faster", "", ""]
-
-
-def test_a_busy_machine_is_no_regression_where_there_is_a_ratio():
-    busy = _row("a", 1.0) | {"time_ms_p20": 9.0, "time_ms_p50": 9.5, "time_ms_p80": 10.0}
-    (change,) = compare_rows([_row("a", 1.0)], [busy])
-    assert (change.quantity, change.verdict) == ("ratio", "")
-
-
-def test_other_threads_dtypes_and_shapes_are_other_measurements():
-    assert not compare_rows([_row("a", 1.0, threads=1)], [_row("a", 1.0, threads=2)])
-    assert not compare_rows([_row("a", 1.0, dtype="float32")], [_row("a", 1.0, dtype="bfloat16")])
-    assert not compare_rows([_row("a", 1.0, R=8)], [_row("a", 1.0, R=16)])
-
-
-def test_memory_is_compared_exactly():
-    old, new = ({"suite": "memory", "contender": "a", "peak_mib": mib} for mib in (10.0, 11.0))
-    assert [change.verdict for change in compare_rows([old], [new])] == ["more"]
-    assert [change.verdict for change in compare_rows([new], [old])] == ["less"]
-
-
-def test_what_the_new_run_lost_is_named(tmp_path, capsys):
-    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
-    write = results.writer(old)
-    for name in ("a", "b", "c"):
-        write(_row(name, 1.0))
-    write(_row("a", 1.0, suite="memory"))
-    results.writer(new)(_row("a", 1.0))
-    results.writer(new)({"suite": "layer", "device": "cpu", "T": 8, "mode": "both", "contender": "b", "failed": "hm"})
-    assert main(["bench", "--compare", str(old), str(new)]) == 1
-    said = capsys.readouterr().out
-    assert "failed: hm" in said and "c: missing" in said and "the suite memory" in said
-
-
-def test_the_command_compares_files(tmp_path, capsys):
-    files = {}
-    for name, p50 in (("old", 1.0), ("new", 1.5)):
-        files[name] = tmp_path / f"{name}.jsonl"
-        results.writer(files[name])(_row("a", p50))
-    assert main(["bench", "--compare", str(files["old"]), str(files["new"])]) == 1
-    assert "slower" in capsys.readouterr().out
-    assert main(["bench", "--compare", str(files["new"]), str(files["old"])]) == 0
-    assert main(["bench", "--compare", str(files["old"]), str(files["old"])]) == 0
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -429,21 +359,32 @@ def test_tables_and_figures_are_those_of_the_results():
 def checkout(tmp_path, quick_run) -> Path:
     """A checkout with one run, which says that its cases are the standard ones."""
     (tmp_path / "docs").mkdir()
-    for path in report.DOCUMENTS:
+    for path in report.PAGES:
         shutil.copy(ROOT / path, tmp_path / path)
-    write = results.writer(tmp_path / results.RESULTS_FOLDER / "run.jsonl")
     for row in results.read_rows(quick_run):
-        write({**row, "cases": "standard"})
+        results.append(tmp_path / results.RESULTS_FOLDER / "run.jsonl", {**row, "cases": "standard"})
     return tmp_path
+
+
+def test_a_section_is_there_where_there_are_results_and_nothing_elsewhere(checkout):
+    pages = report.pages(checkout)
+    page = pages[Path("docs/benchmarks.md")]
+    assert "### Host time\n" in page and "### Tiles near" not in page
+    assert page.endswith("<!-- bench:sections cuda -->\n<!-- /bench -->\n") and "On a GPU\n" not in page
+    path = checkout / results.RESULTS_FOLDER / "run.jsonl"
+    for row in results.read_rows(path):
+        if row["suite"] == "memory":
+            results.append(path, {**row, "device": "cuda", "gpu": "a GPU", "driver": "1", "cuda": "1"})
+    page = report.pages(checkout)[Path("docs/benchmarks.md")]
+    assert "## On a GPU\n\n### Memory on a GPU\n" in page and "bench-memory-gpu.png" in page
 
 
 def test_new_results_make_documents_and_figures_out_of_date(checkout):
     report.write(checkout)
     folder = checkout / results.RESULTS_FOLDER
     rows = [row for row in results.read_rows(folder / "run.jsonl") if row["suite"] == "memory" and "peak_mib" in row]
-    write = results.writer(folder / "later.jsonl")
     for row in rows:
-        write({**row, "date": "2999-01-01T00:00:00+00:00", "peak_mib": 123.0})
+        results.append(folder / "later.jsonl", {**row, "date": "2999-01-01T00:00:00+00:00", "peak_mib": 123.0})
     assert set(report.out_of_date(checkout)) == {
         Path("docs/benchmarks.md"),
         Path("docs/figures/bench-memory-cpu.png"),
@@ -469,7 +410,6 @@ def test_new_results_make_documents_and_figures_out_of_date(checkout):
         (["--without", "everything"], ["--without", "'everything'"]),
         (["--rounds", "0"], ["--rounds", "0"]),
         (["--output", "."], ["--output", "file"]),
-        (["--compare", "nowhere.jsonl", "nowhere.jsonl"], ["--compare", "nowhere.jsonl", "exists"]),
         pytest.param(
             ["--device", "cuda"],
             ["--device", "GPU"],
@@ -486,10 +426,27 @@ def test_bad_options_are_named(options, named, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "command", [["bench", "--suite", "layer"], ["bench", "--help"], ["tune", "--r", "8"]], ids=" ".join
+)
+def test_without_a_checkout_the_command_says_what_to_do(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "_ROOT", tmp_path)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "clone" in error and "pip install -e" in error
+
+
+def test_the_help_is_that_of_the_checkout(capsys):
+    for name, option in (("bench", "--profile"), ("tune", "--candidates")):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert option in capsys.readouterr().out
+
+
 def test_a_file_that_holds_no_results_is_named(tmp_path, capsys, monkeypatch):
     path = tmp_path / "notes.jsonl"
     path.write_text('{"suite": "layer"}\nnotes\n')
-    assert main(["bench", "--compare", str(path), str(path)]) == 2
+    assert main(["bench", "--quick", "--output", str(path), "--resume"]) == 2
     assert "line 2" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "--report"]) == 2

@@ -13,26 +13,23 @@ from benchmark_cases import CPU, SMALL, quick
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from goat_kernels.benchmarking import (
-    capture,
-    layer_suite,
-    timing,
-)
-from goat_kernels.benchmarking.layers import (
+from bench import layer_suites, steps, timing
+from bench.layers import (
     CONTENDERS,
     FROZEN,
     Contender,
-    LayerTensors,
+    call_of,
     error_bound,
     expected_results,
+    folded,
     goat_layer,
     layer_error,
+    layer_problem,
 )
-from goat_kernels.benchmarking.machine import Roofline
-from goat_kernels.benchmarking.memory import peak_bytes, saved_bytes
-from goat_kernels.benchmarking.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
-from goat_kernels.benchmarking.steps import call_of
-from goat_kernels.checks.problem import LayerCase
+from bench.machine import Roofline
+from bench.memory import peak_bytes, saved_bytes
+from bench.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
+from goat_kernels.checks.problem import LayerCase, Problem
 from goat_kernels.forward_backward import Layer
 from goat_kernels.kernels.configs import KNOWN_TARGETS
 from goat_kernels.linear import GoatLinear
@@ -53,17 +50,9 @@ def test_a_ratio_is_taken_round_by_round(monkeypatch):
     # The machine is ten times slower in the second round: no ratio may mix the two.
     times = iter([1.0, 2.0, 30.0, 10.0])
     monkeypatch.setattr(timing, "sample_ms", lambda *_: next(times))
-    timed = timing.time_interleaved(
-        {"base": None, "other": None},
-        device=CPU,
-        copies=1,
-        rounds=2,
-        warmup=0,
-        ratios={"ratio": {"other": "base"}, "lora_ratio": {"other": "absent"}},
-    )
-    assert timed["other"].ratios == {"ratio": (2.0, 3.0)}
-    assert timed["base"].ratios == {}
-    row = timed["other"].row()
+    timed = timing.time_interleaved({"base": None, "other": None}, device=CPU, copies=1, rounds=2, warmup=0)
+    row = timing.timing_row("other", timed, {"ratio": "base", "lora_ratio": "absent"})
+    assert "lora_ratio_p50" not in row
     assert (row["ratio_p50"], row["time_ms_p50"], row["rounds"]) == (2.5, 16.0, 2)
     assert row["ratio_p20"] < row["ratio_p50"] < row["ratio_p80"]
 
@@ -96,13 +85,10 @@ def test_a_contender_that_raises_is_out_and_the_others_go_on():
         if len(calls) > 3:
             raise RuntimeError("out\nof luck")
 
-    ratios = {"ratio": {"base": "raising", "fine": "fine"}}
-    timed = timing.time_interleaved(
-        {"raising": raising, "base": int, "fine": int}, device=CPU, copies=1, rounds=9, ratios=ratios
-    )
-    assert timed["raising"].row() == {"failed": "raised RuntimeError: out of luck"}
-    assert len(timed["fine"].time_ms) == 9 and timed["fine"].ratios["ratio"] == (1.0,) * 9
-    assert timed["base"].ratios == {}  # what it refers to has no times
+    timed = timing.time_interleaved({"raising": raising, "base": int, "fine": int}, device=CPU, copies=1, rounds=9)
+    assert timing.timing_row("raising", timed, {}) == {"failed": "raised RuntimeError: out of luck"}
+    assert len(timed["fine"].time_ms) == 9 and timing.timing_row("fine", timed, {"ratio": "fine"})["ratio_p80"] == 1
+    assert "ratio_p50" not in timing.timing_row("base", timed, {"ratio": "raising"})  # which has no times
 
 
 def test_ceilings_are_the_fastest_round_and_passes_the_median(monkeypatch):
@@ -116,19 +102,13 @@ def test_copies_together_are_larger_than_the_cache(input_bytes, copies):
     assert timing.copies_for(input_bytes, cache_bytes=50) == copies
 
 
-def test_quantiles():
-    assert timing.quantile((4.0, 1.0, 3.0, 2.0, 5.0), 0.5) == 3.0
-    assert timing.quantile((1.0, 2.0), 0.2) == pytest.approx(1.2)
-    assert timing.quantile((7.0,), 0.8) == 7.0
-
-
 # --- contenders ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def tensors(request) -> LayerTensors:
+def tensors(request) -> Problem:
     torch.manual_seed(0)
-    return LayerTensors.draw(SMALL, request.param, CPU)
+    return layer_problem(SMALL, request.param, CPU)
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
@@ -148,8 +128,8 @@ def test_fold_and_path_are_one_function(tensors):
 
 def test_goat_layers_are_built_without_a_decomposition_and_take_the_form_asked_for(tensors):
     fold, path = (goat_layer(tensors, form, "torch") for form in ("fold", "path"))
-    assert fold.residual_A is None and torch.equal(fold.weight, tensors.folded_MN)
-    assert torch.equal(path.residual_B, tensors.residual_B) and path.weight is not tensors.weight_MN
+    assert fold.residual_A is None and torch.equal(fold.weight, folded(tensors).weight_MN)
+    assert torch.equal(path.residual_B, tensors.adapter.residual_B) and path.weight is not tensors.weight_MN
     assert path.weight.data_ptr() == tensors.weight_MN.data_ptr()  # shared by all contenders
     assert isinstance(fold, GoatLinear) and not fold.weight.requires_grad and fold.lora_A.requires_grad
 
@@ -165,7 +145,7 @@ class _Nan(nn.Linear):
 
 
 def _of(kind: type[nn.Linear], name: str) -> Contender:
-    def make(t: LayerTensors) -> nn.Module:
+    def make(t: Problem) -> nn.Module:
         M, N = t.weight_MN.shape
         layer = kind(N, M).requires_grad_(False)
         layer.load_state_dict({"weight": t.weight_MN, "bias": t.bias_M})
@@ -174,15 +154,15 @@ def _of(kind: type[nn.Linear], name: str) -> Contender:
     return Contender(name, "torch", "frozen", make)
 
 
-def _raise(t: LayerTensors) -> nn.Module:
+def _raise(t: Problem) -> nn.Module:
     raise RuntimeError("out of luck")
 
 
 def test_a_wrong_contender_gets_no_time_and_the_others_do(monkeypatch):
     raising = Contender("raising", "torch", "frozen", _raise)
     contenders = (CONTENDERS[0], _of(_Wrong, "wrong"), _of(_Nan, "nan"), raising, _of(nn.Linear, "right"))
-    monkeypatch.setattr(layer_suite, "CONTENDERS", contenders)
-    rows = list(layer_suite.layer_rows(SMALL, quick()))
+    monkeypatch.setattr(layer_suites, "CONTENDERS", contenders)
+    rows = list(layer_suites.layer_rows(SMALL, quick()))
     timed = {row["contender"] for row in rows if "time_ms_p50" in row}
     failed = {row["contender"]: row["failed"] for row in rows if "failed" in row}
     assert timed == {FROZEN, "right"}
@@ -202,9 +182,9 @@ def test_modes_do_what_they_say(tensors):
 
 
 def test_what_is_checked_is_the_step_that_is_timed_on_every_copy():
-    eager = capture.step_of(lambda copy: lambda: torch.full((2,), float(copy)), 3, graph=False)
-    assert capture.worst_error(eager, lambda copy, result: float(result[0])) == 2.0
-    assert math.isnan(capture.worst_error(eager, lambda copy, result: math.nan if copy == 1 else 0.0))
+    eager = steps.step_of(lambda copy: lambda: torch.full((2,), float(copy)), 3, graph=False)
+    assert steps.worst_error(eager, lambda copy, result: float(result[0])) == 2.0
+    assert math.isnan(steps.worst_error(eager, lambda copy, result: math.nan if copy == 1 else 0.0))
 
 
 def test_a_step_of_a_layer_has_a_leaf_of_its_own(tensors):
@@ -260,14 +240,14 @@ def test_a_riding_gradient_is_counted_with_the_pass_that_it_rides_in():
 
 
 def test_the_floor_is_the_larger_of_the_two():
-    roofline = Roofline(torch.float32, read_gb_per_s=0.5, copy_gb_per_s=1.0, tflops=1.0)
+    roofline = Roofline(read_gb_per_s=0.5, copy_gb_per_s=1.0, tflops=1.0)
     assert roofline.floor_ms(10**9, 10**9) == pytest.approx(1000)
     assert roofline.floor_ms(10**6, 10**12) == pytest.approx(1000)
 
 
 @pytest.mark.parametrize("form", ["fold", "path"])
 def test_a_goat_layer_saves_what_the_design_says_and_nothing_else(form):
-    t = LayerTensors.draw(SMALL, torch.float32, CPU)
+    t = layer_problem(SMALL, torch.float32, CPU)
     layer = goat_layer(t, form, "torch")
     saved = saved_bytes(lambda: layer(t.x_TN), [*layer.parameters(), *layer.buffers(), t.x_TN])
     assert saved == 4 * (SMALL.T * (SMALL.R + 2 * SMALL.E) + SMALL.E)  # h~, gate, probs; the load

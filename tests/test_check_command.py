@@ -204,17 +204,18 @@ class Driver:  # an H200 that is not there
     map_python_to_cpp_type = lambda self, name: name
 
 triton.runtime.driver.set_active(Driver())
-from goat_kernels.checks.correctness import LayerCase, compile_ahead
+from goat_kernels.checks.ahead import compile_ahead
+from goat_kernels.checks.problem import LayerCase, make_problem
 submitted = []
 submit = triton.AsyncCompileMode.submit
 triton.AsyncCompileMode.submit = lambda self, *args: submitted.append(1) or submit(self, *args)
-case = LayerCase(T=16, N=64, M=64, R=8, E=4, dtype=torch.float32)
+problem = make_problem(LayerCase(T=16, N=64, M=64, R=8, E=4, dtype=torch.float32), "meta")
 for _ in range(2):
-    compile_ahead([case], torch.device("cpu"))
+    compile_ahead([problem], torch.device("cpu"))
     print(len(submitted))
-from goat_kernels.checks.tuning import compile_tiles
 from goat_kernels.kernels.tiles import Tile
-compile_tiles(case, torch.device("cpu"), [("expand_columns", Tile(16, 64, warps, 1, 16)) for warps in (4, 8)])
+tiles = [("expand_columns", Tile(16, 64, warps, 1, 16)) for warps in (4, 8)]
+compile_ahead([problem], torch.device("cpu"), tiles)
 print(len(submitted))
 """
 

@@ -28,7 +28,7 @@ LAYERS = (
     ("checks",),
     ("training",),
     ("peft",),
-    ("benchmarking", "finetuning"),
+    ("finetuning",),
     ("cli",),
     ("__main__",),
 )

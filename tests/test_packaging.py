@@ -33,7 +33,6 @@ ALLOWED = {
     "goat_kernels": set(),
     "goat_kernels/cli": {"demo"},
     "goat_kernels/finetuning": {"demo"},
-    "goat_kernels/benchmarking": {"bench"},
     "bench": {"bench"},
     "docs/examples": set(),
     "tests": {"test"},

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
+from bench.tuning import candidates, choices_of, most_sums, sums_per_thread, tune
 from goat_kernels.checks.problem import LayerCase
-from goat_kernels.checks.tuning import candidates, choices_of, most_sums, sums_per_thread, tune
 from goat_kernels.cli import main
 from goat_kernels.kernels import configs
 from goat_kernels.kernels.configs import KNOWN_TARGETS, Choice, Target, choose_tile, find_tile, invalid_reason

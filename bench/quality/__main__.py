@@ -4,8 +4,9 @@ python -m bench.quality                       all tasks and methods; what was ru
 python -m bench.quality --only digits-rare photo-tiles --methods goat lora
 python -m bench.quality --suite ablation      segments, scaling, experts, rank, balance coefficient, eta
 python -m bench.quality --status              what is there
-python -m bench.quality --report              docs/quality.md and its figures, from the results
 python -m bench.quality --quick --results FOLDER        everything in small, in seconds; numbers that mean nothing
+
+``goat-kernels bench --report`` writes docs/quality.md and its figures from the results.
 """
 
 from __future__ import annotations
@@ -34,16 +35,10 @@ def _run(arguments: list[str] | None) -> int:
     import transformers
 
     from bench.quality.contenders import ABLATION_TASK, contenders
-    from bench.quality.report import write
-    from bench.quality.results import RESULTS_FOLDER, Results
-    from bench.quality.runs import Plan, run_task
+    from bench.quality.runs import RESULTS_FOLDER, Plan, run_task
     from bench.quality.tasks import TASKS
 
     options = _parser(list(TASKS)).parse_args(arguments)
-    if options.report:
-        for path in write(Path.cwd()):
-            print(f"written: {path}")
-        return 0
     if options.quick and options.results is None:
         raise CommandError("--quick needs --results FOLDER: its numbers are not to be kept among the others")
     known = contenders(options.suite)
@@ -53,24 +48,25 @@ def _run(arguments: list[str] | None) -> int:
     chosen = [known[name] for name in options.methods or known]
     names = options.only or (list(TASKS) if options.suite == "main" else [ABLATION_TASK])
     plan = Plan(seeds=options.seeds, quick=options.quick, device=options.device)
-    results = Results(options.results or RESULTS_FOLDER)
+    folder = options.results or RESULTS_FOLDER
     if options.status:
         for name in names:
-            print(_status(name, chosen, plan, results))
+            print(_status(name, chosen, plan, folder))
         return 0
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for name in names:
-        run_task(name, chosen, plan, results)
+        run_task(name, chosen, plan, folder)
     return 0
 
 
-def _status(name: str, chosen, plan, results) -> str:
+def _status(name: str, chosen, plan, folder: Path) -> str:
+    from bench.quality.runs import rows_of_task
     from bench.quality.tasks import TASKS
 
     names = {one.name for one in chosen}
-    rows = [row for row in results.rows(name) if row["contender"] in names and row["quick"] == plan.quick]
+    rows = [row for row in rows_of_task(folder, name) if row["contender"] in names and row["quick"] == plan.quick]
     total = len(names) * (len(plan.rates(TASKS[name])) + len(plan.test_seeds()))
     mean = sum(row["time_s"] for row in rows) / len(rows) if rows else float("nan")
     return f"{name}: {len(rows)} of {total} runs, {mean:.1f} s each"
@@ -89,7 +85,6 @@ def _parser(tasks: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto uses a GPU where there is one")
     parser.add_argument("--quick", action="store_true", help="tiny models, two steps: a test, not a measurement")
     parser.add_argument("--status", action="store_true", help="say what of it is there, and run nothing")
-    parser.add_argument("--report", action="store_true", help="write docs/quality.md and its figures, and run nothing")
     return parser
 
 

@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
+from matplotlib.figure import Figure
 
+from bench.plots import Draw, legend
 from bench.quality.contenders import ABLATION_TASK, ABLATIONS, MAIN
-from bench.quality.statistics import summary
-from bench.quality.tables import scores_of
+from bench.quality.tables import scores_of, summary
 from bench.quality.tasks import TASKS
 from goat_kernels.finetuning.methods import METHODS
 
-#: Raised when a figure is drawn otherwise from the same rows, so that those on disk count as out of date.
-_DRAWING = 1
 
-_DIGEST = "goat-kernels-quality"
-
-
-def draw(name: str, rows_of: dict[str, list[dict]]) -> bytes:
-    """The PNG of a figure; it carries a digest of the rows."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(11, 5), layout="constrained")
-    FIGURES[name](drawn, rows_of)
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=110, metadata={_DIGEST: digest(rows_of), "Software": None})
-    return buffer.getvalue()
-
-
-def digest(rows_of: dict[str, list[dict]]) -> str:
-    """Of everything that a figure is drawn from."""
-    return hashlib.sha256(json.dumps([_DRAWING, rows_of], sort_keys=True).encode()).hexdigest()
-
-
-def digest_in(path: Path) -> str | None:
-    """The digest that a PNG carries; None where there is no such file or it carries none."""
-    from PIL import Image
-
-    if not path.is_file():
-        return None
-    with Image.open(path) as image:
-        return image.info.get(_DIGEST)
-
-
-def _losses(drawn, rows_of: dict[str, list[dict]]) -> None:
+def _losses(drawn: Figure, rows_of: dict[str, list[dict]]) -> None:
     """Training loss: the mean over the test runs, smoothed."""
     axes = _grid(drawn, len(rows_of))
     for axis, (task, rows) in zip(axes, rows_of.items(), strict=True):
@@ -63,10 +27,10 @@ def _losses(drawn, rows_of: dict[str, list[dict]]) -> None:
         axis.set_title(task, fontsize=9)
         axis.set(xlabel="step", ylabel="training loss")
         axis.grid(True, alpha=0.3)
-    _legend(drawn, axes[0])
+    legend(drawn, axes[0].get_legend_handles_labels()[0])
 
 
-def _parameters(drawn, rows_of: dict[str, list[dict]]) -> None:
+def _parameters(drawn: Figure, rows_of: dict[str, list[dict]]) -> None:
     """Test score against trainable parameters, in all tasks."""
     axes = _grid(drawn, len(rows_of))
     for axis, (task, rows) in zip(axes, rows_of.items(), strict=True):
@@ -81,11 +45,12 @@ def _parameters(drawn, rows_of: dict[str, list[dict]]) -> None:
         axis.set_title(task, fontsize=9)
         axis.set(xscale="log", xlabel="trainable parameters", ylabel=metric)
         axis.grid(True, alpha=0.3)
-    _legend(drawn, axes[0])
+    legend(drawn, axes[0].get_legend_handles_labels()[0])
 
 
-def _rank(drawn, rows_of: dict[str, list[dict]]) -> None:
+def _rank(drawn: Figure, rows_of: dict[str, list[dict]]) -> None:
     """Test score against R, GOAT and LoRA."""
+    drawn.set_size_inches(11, 5)
     axis, rows, metric = drawn.subplots(), rows_of.get(ABLATION_TASK, []), TASKS[ABLATION_TASK].metric
     for method in ("GOAT", "LoRA"):
         points = []
@@ -109,7 +74,7 @@ def _rank(drawn, rows_of: dict[str, list[dict]]) -> None:
     axis.grid(True, alpha=0.3)
 
 
-def _experts(drawn, rows_of: dict[str, list[dict]]) -> None:
+def _experts(drawn: Figure, rows_of: dict[str, list[dict]]) -> None:
     """Load of GOAT's experts, layers x experts, on the test data of each task."""
     axes = _grid(drawn, len(rows_of))
     for axis, (task, rows) in zip(axes, rows_of.items(), strict=True):
@@ -126,7 +91,7 @@ def _experts(drawn, rows_of: dict[str, list[dict]]) -> None:
     drawn.suptitle("Share of tokens that use an expert, as a multiple of an even load", fontsize=10)
 
 
-def _grid(drawn, count: int):
+def _grid(drawn: Figure, count: int):
     columns = min(count, 4)
     rows = -(-count // columns)
     drawn.set_size_inches(3.2 * columns + 1, 3 * rows + 0.8)
@@ -136,13 +101,8 @@ def _grid(drawn, count: int):
     return axes[:count]
 
 
-def _legend(drawn, axis) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-
-
 #: File name in docs/figures -> what draws it.
-FIGURES: dict[str, Callable] = {
+FIGURES: dict[str, Draw] = {
     "quality-losses.png": _losses,
     "quality-parameters.png": _parameters,
     "quality-rank.png": _rank,

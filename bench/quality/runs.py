@@ -16,14 +16,20 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from bench import results
+from bench.machine import describe
 from bench.quality.contenders import Contender
 from bench.quality.generation import share_answered
-from bench.quality.results import Results, key_of
 from bench.quality.tasks import METRICS, TASKS, Data, QualityTask, load
-from goat_kernels.benchmarking.machine import describe
 from goat_kernels.finetuning.models import BaseModel, build, trainable_parameters, training_device
 from goat_kernels.finetuning.task import Task, evaluate
 from goat_kernels.finetuning.train import train
+
+#: Where a checkout keeps the results, one file per task and one row per run.
+RESULTS_FOLDER = results.RESULTS_FOLDER / "quality"
+
+#: Fields that say which run a row is.
+KEY_FIELDS = ("task", "contender", "stage", "learning_rate", "seed", "steps", "batch_size", "quick", "data")
 
 #: The seed of the runs that choose the learning rate, which is none of the test runs'.
 TUNING_SEED = 1000
@@ -61,18 +67,41 @@ class Plan:
         return range(_QUICK_SEEDS if self.quick else self.seeds)
 
 
-def run_task(name: str, contenders: Iterable[Contender], plan: Plan, results: Results) -> None:
-    """Run what of a task's comparison is not in ``results`` yet, with a progress bar; each run is written at once."""
+def key_of(row: dict) -> tuple:
+    """Equal for two runs of the same thing."""
+    return tuple(row[name] for name in KEY_FIELDS)
+
+
+def rows_of_task(folder: Path, task: str) -> list[dict]:
+    """In the order in which they were written; where two processes did the same run, the first."""
+    path, first = folder / f"{task}.jsonl", {}
+    for row in results.read_rows(path) if path.is_file() else ():
+        first.setdefault(key_of(row), row)
+    return list(first.values())
+
+
+def run_task(name: str, contenders: Iterable[Contender], plan: Plan, folder: Path) -> None:
+    """Run what of a task's comparison is not in ``folder`` yet, with a progress bar; each run is written at once."""
     task, contenders = TASKS[name], list(contenders)
     data = load(name, plan.quick)
     total = len(contenders) * (len(plan.rates(task)) + len(plan.test_seeds()))
     with _imports_out_of_sight(), tqdm(total=total, desc=name, unit="run") as bar:
+
+        def run(contender: Contender, stage: str, rate: float, seed: int) -> None:
+            row = {"task": name, "contender": contender.name, "stage": stage, "learning_rate": rate, "seed": seed}
+            row |= {"steps": plan.steps(task), "batch_size": task.batch_size, "quick": plan.quick}
+            row["data"] = data.digest[:16]
+            bar.set_postfix_str(f"{contender.name}, {stage}, {rate:g}, seed {seed}")
+            if key_of(row) not in {key_of(done) for done in rows_of_task(folder, name)}:
+                results.append(folder / f"{name}.jsonl", {**row, **_run(task, contender, row, plan, data)})
+            bar.update()
+
         for contender in contenders:
             for rate in plan.rates(task):
-                _run_unless_there(name, contender, "validation", rate, TUNING_SEED, plan, data, results, bar)
-            rate = chosen_rate(results.rows(name), contender.name, task.metric)
+                run(contender, "validation", rate, TUNING_SEED)
+            rate = chosen_rate(rows_of_task(folder, name), contender.name, task.metric)
             for seed in plan.test_seeds():
-                _run_unless_there(name, contender, "test", rate, seed, plan, data, results, bar)
+                run(contender, "test", rate, seed)
 
 
 @contextlib.contextmanager
@@ -95,35 +124,6 @@ def chosen_rate(rows: list[dict], contender: str, metric: str) -> float:
         return (-math.inf if score is None else sign * score, -row["learning_rate"])
 
     return max(tuning, key=rank)["learning_rate"]
-
-
-def _run_unless_there(
-    name: str,
-    contender: Contender,
-    stage: str,
-    rate: float,
-    seed: int,
-    plan: Plan,
-    data: Data,
-    results: Results,
-    bar: tqdm,
-) -> None:
-    task = TASKS[name]
-    row = {
-        "task": name,
-        "contender": contender.name,
-        "stage": stage,
-        "learning_rate": rate,
-        "seed": seed,
-        "steps": plan.steps(task),
-        "batch_size": task.batch_size,
-        "quick": plan.quick,
-        "data": data.digest[:16],
-    }
-    bar.set_postfix_str(f"{contender.name}, {stage}, {rate:g}, seed {seed}")
-    if key_of(row) not in {key_of(done) for done in results.rows(name)}:
-        results.append({**row, **_run(task, contender, row, plan, data)})
-    bar.update()
 
 
 def _run(task: QualityTask, contender: Contender, row: dict, plan: Plan, data: Data) -> dict:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
 
 from bench.quality.contenders import ABLATIONS, MAIN
 from bench.quality.runs import chosen_rate
-from bench.quality.statistics import Summary, holm, paired_difference, summary
-from bench.quality.tasks import METRICS, TASKS
+from bench.quality.tasks import TASKS
+from bench.tables import markdown
 from goat_kernels.finetuning.methods import METHODS
 
 #: Metric -> (factor, digits, heading) in tables.
@@ -24,6 +29,60 @@ PAPER = {
     "hydralora": (79.58, None),
     "goat": (81.49, 89.76),
 }
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+class Summary(NamedTuple):
+    """Of one contender's test runs: ``std`` is the sample's standard deviation, nan for a single run."""
+
+    mean: float
+    std: float
+
+
+class Difference(NamedTuple):
+    """A mean paired difference, its 95 % interval, and the two-sided p-value of the paired t-test."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    count: int
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean and standard deviation; nan where a run diverged."""
+    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
+
+
+def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> Difference:
+    """one - other over the seeds that both have, by Student's t; the interval is nan for fewer than two.
+
+    Args:
+        one, other: seed -> score.
+    """
+    seeds = sorted(one.keys() & other.keys())
+    pairs = [[scores[seed] for seed in seeds] for scores in (one, other)]
+    differences = np.subtract(*pairs)
+    mean = statistics.fmean(differences)
+    if len(seeds) < 2:
+        return Difference(mean, math.nan, math.nan, math.nan, len(seeds))
+    if np.ptp(differences) == 0:  # Student's t divides by the spread
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, len(seeds))
+    test = stats.ttest_rel(*pairs)
+    return Difference(mean, *map(float, test.confidence_interval(0.95)), float(test.pvalue), len(seeds))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down correction: name -> p-value corrected for all of them."""
+    names = sorted(p_values, key=p_values.__getitem__)
+    steps = [min(1.0, (len(names) - place) * p_values[name]) for place, name in enumerate(names)]
+    corrected = dict(zip(names, np.maximum.accumulate(steps).tolist(), strict=True))
+    return {name: corrected[name] for name in p_values}
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def scores_of(rows: list[dict], contender: str, metric: str) -> dict[int, float]:
@@ -53,10 +112,10 @@ def main_table(rows_of: dict[str, list[dict]]) -> str:
         cells = []
         for task, metric in columns:
             scores = scores_of(rows_of[task], name, metric)
-            cells.append(_spread(summary(list(scores.values())), metric) if scores else "-")
+            cells.append(_spread(scores, metric) if scores else "-")
         if set(cells) != {"-"}:
             lines.append([METHODS[name].meaning, *cells])
-    return table(head, lines)
+    return markdown(head, lines)
 
 
 def difference_table(rows_of: dict[str, list[dict]]) -> str:
@@ -68,22 +127,26 @@ def difference_table(rows_of: dict[str, list[dict]]) -> str:
         metric = TASKS[task].metric
         goat = scores_of(rows, "goat", metric)
         others = {name: scores_of(rows, name, metric) for name in MAIN if name not in ("goat", "head")}
-        columns[task] = _differences(goat, {name: scores for name, scores in others.items() if scores}, metric)
+        columns[task] = _differences({name: (goat, scores) for name, scores in others.items()}, metric)
     names = [name for name in MAIN if any(name in column for column in columns.values())]
-    return table(head, [[METHODS[name].meaning, *(columns[task].get(name, "-") for task in rows_of)] for name in names])
+    return markdown(
+        head, [[METHODS[name].meaning, *(columns[task].get(name, "-") for task in rows_of)] for name in names]
+    )
 
 
-def _differences(goat: dict[int, float], others: dict[str, dict[int, float]], metric: str) -> dict[str, str]:
-    found = {name: paired_difference(goat, scores) for name, scores in others.items() if goat.keys() & scores.keys()}
-    tested = {name: one.p for name, one in found.items() if not math.isnan(one.p)}
-    corrected = holm(tested)
+def _differences(pairs: Mapping[str, tuple[dict[int, float], dict[int, float]]], metric: str) -> dict[str, str]:
+    """Name -> one - other with its interval, and a star where Holm's correction over the pairs leaves less than 5 %."""
+    found = {name: paired_difference(*pair) for name, pair in pairs.items() if pair[0].keys() & pair[1].keys()}
+    corrected = holm({name: one.p for name, one in found.items() if not math.isnan(one.p)})
+    return {
+        name: _interval(one, metric) + (" *" if corrected.get(name, 1.0) < 0.05 else "") for name, one in found.items()
+    }
+
+
+def _interval(one: Difference, metric: str) -> str:
     factor, digits, _ = _SHOWN[metric]
-    cells = {}
-    for name, one in found.items():
-        star = " *" if corrected.get(name, 1.0) < 0.05 else ""
-        low, high = sorted((factor * one.low, factor * one.high))
-        cells[name] = f"{factor * one.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{star}"
-    return cells
+    mean, low, high = (f"{factor * value:+.{digits}f}" for value in (one.mean, one.low, one.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def settings_table(rows_of: dict[str, list[dict]]) -> str:
@@ -105,7 +168,7 @@ def settings_table(rows_of: dict[str, list[dict]]) -> str:
             cells.append(", ".join([*parts, f"{of_name[0]['trainable_parameters']:,}", f"{rate:g}{edge}"]))
         if set(cells) != {"-"}:
             lines.append([METHODS[name].meaning, *cells])
-    return table(head, lines)
+    return markdown(head, lines)
 
 
 def paper_table(rows_of: dict[str, list[dict]]) -> str:
@@ -123,7 +186,7 @@ def paper_table(rows_of: dict[str, list[dict]]) -> str:
             cells.append(_mean_over(rows_of, domain, name))
         if set(cells) != {"-"}:
             lines.append([METHODS[name].meaning, *cells])
-    return table(head, lines)
+    return markdown(head, lines)
 
 
 def _mean_over(rows_of: dict[str, list[dict]], domain: str, name: str) -> str:
@@ -136,8 +199,7 @@ def _mean_over(rows_of: dict[str, list[dict]], domain: str, name: str) -> str:
         return "-"
     seeds = set.intersection(*(goat.keys() & other.keys() for goat, other in both))
     means = [{seed: sum(pair[side][seed] for pair in both) / len(both) for seed in seeds} for side in (0, 1)]
-    one = paired_difference(*means)
-    return f"{100 * one.mean:+.1f} [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+    return _interval(paired_difference(*means), "accuracy")
 
 
 def ablation_table(rows: list[dict], ablation: str, task: str) -> str:
@@ -146,30 +208,22 @@ def ablation_table(rows: list[dict], ablation: str, task: str) -> str:
     goat = scores_of(rows, "goat", metric)
     scores = {label: scores_of(rows, contender.name, metric) for label, contender in ABLATIONS[ablation].items()}
     scores = {label: of_label for label, of_label in scores.items() if of_label}
-    others = {label: of_label for label, of_label in scores.items() if ABLATIONS[ablation][label].name != "goat"}
-    differences = _differences(goat, others, metric)
+    names = {label: ABLATIONS[ablation][label].name for label in scores}
+    pairs = {label: (of_label, goat) for label, of_label in scores.items() if names[label] != "goat"}
+    differences = _differences(pairs, metric)
     trainable = {row["contender"]: row["trainable_parameters"] for row in rows}
-    head = [ablation, "trainable", _SHOWN[metric][2], "minus GOAT"]
-    lines = []
-    for label, of_label in scores.items():
-        name = ABLATIONS[ablation][label].name
-        difference = (
-            "GOAT" if name == "goat" else _turned(paired_difference(of_label, goat), metric, differences[label])
-        )
-        lines.append([label, f"{trainable[name]:,}", _spread(summary(list(of_label.values())), metric), difference])
-    return table(head, lines)
+    lines = [
+        [
+            *(label, f"{trainable[names[label]]:,}", _spread(of_label, metric)),
+            "GOAT" if names[label] == "goat" else differences[label],
+        ]
+        for label, of_label in scores.items()
+    ]
+    return markdown([ablation, "trainable", _SHOWN[metric][2], "minus GOAT"], lines)
 
 
-def _turned(one, metric: str, cell: str) -> str:
-    """variant - GOAT, with the star of GOAT - variant."""
-    factor, digits, _ = _SHOWN[metric]
-    star = " *" if cell.endswith("*") else ""
-    return f"{factor * one.mean:+.{digits}f} [{factor * one.low:+.{digits}f}, {factor * one.high:+.{digits}f}]{star}"
-
-
-def provenance(rows: Iterable[dict]) -> str:
+def provenance(rows: list[dict]) -> str:
     """What was run, on what, with which versions: one line."""
-    rows = list(rows)
     machines = sorted({row["gpu"] or row["cpu"] for row in rows})
     versions = rows[-1]["versions"]
     names = ("python", "torch", "transformers", "peft")
@@ -182,16 +236,7 @@ def provenance(rows: Iterable[dict]) -> str:
     )
 
 
-def _spread(one: Summary, metric: str) -> str:
+def _spread(scores: Mapping[int, float], metric: str) -> str:
     factor, digits, _ = _SHOWN[metric]
+    one = summary(list(scores.values()))
     return f"{factor * one.mean:.{digits}f} ± {factor * one.std:.{digits}f}"
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-#: Whether more is better, for captions.
-BETTER = {name: "higher" if more else "lower" for name, more in METRICS.items()}

@@ -5,28 +5,42 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from goat_kernels.kernels.configs import current_target, forced_target
+from goat_kernels.checks.problem import Problem, run_passes
+from goat_kernels.kernels.configs import current_target, forced_target, forced_tile
 from goat_kernels.kernels.launch import Launch, observed
+from goat_kernels.kernels.tiles import Tile
 
 
-@contextlib.contextmanager
-def compiling(device: torch.device) -> Iterator[None]:
-    """Launches inside the block are compiled for ``device`` and not made; their tensors may be without values.
+def compile_ahead(
+    problems: Iterable[Problem], device: torch.device, tiles: Iterable[tuple[str, Tile]] | None = None
+) -> None:
+    """Compile every launch of a forward and backward of ``problems`` for ``device``; none is made.
 
-    What does not compile raises when it is launched.
+    Args:
+        problems: on "meta": their tensors need no values.
+        device: a GPU.
+        tiles: (kernel, tile) to compile with, each in turn, in place of the tiles that would be taken. What a tile
+            does not fit is met again where it is launched, as is whatever else does not compile.
     """
+    from goat_kernels.kernels.passes import TritonPasses
+
     with (
         forced_target(current_target(device)),
         ThreadPoolExecutor() as pool,
         compiled_together(pool),
         observed(_compile),
     ):
-        yield
+        for problem in problems:
+            if tiles is None:
+                run_passes(TritonPasses(), problem)
+            for kernel, tile in tiles or ():
+                with forced_tile(kernel, tile), contextlib.suppress(Exception):
+                    run_passes(TritonPasses(), problem)
 
 
 @contextlib.contextmanager

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from goat_kernels.backends import get_backend
 from goat_kernels.backends.torch_backend import TorchHiddenGradient, TorchPasses
-from goat_kernels.checks.ahead import compiling
-from goat_kernels.checks.lora_arithmetic import goat_as_lora
-from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, make_problem, run_passes
+from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, make_problem
 from goat_kernels.dropout import draw_seed
 from goat_kernels.functional import goat_linear
 from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.passes import Passes, Routing
-from goat_kernels.reference import goat_reference
+from goat_kernels.reference import ReferenceOutput, goat_reference
 
 #: (x's dtype, the adapter's).
 DTYPES: tuple[tuple[torch.dtype, torch.dtype], ...] = (
@@ -62,6 +61,11 @@ class Comparison:
     torch_error: float | None
     bound: float
     lora_error: float | None = None
+
+    @property
+    def label(self) -> str:
+        """In the table: what, and which kernels."""
+        return self.what + (f" ({self.kernels})" if self.kernels else "")
 
     @property
     def passed(self) -> bool:
@@ -150,19 +154,6 @@ def compare(case: LayerCase, backend: str, device: torch.device) -> list[Compari
     return rows
 
 
-def compile_ahead(cases: Iterable[LayerCase], device: torch.device) -> None:
-    """Compile what the cases will launch on a GPU, on all processors: one after the other would take minutes.
-
-    The passes run on tensors without values, and their launches are compiled in place of being made. What does not
-    compile raises when it is launched.
-    """
-    from goat_kernels.kernels.passes import TritonPasses
-
-    with compiling(device):
-        for case in cases:
-            run_passes(TritonPasses(), make_problem(case, "meta"))
-
-
 # --- the passes ---------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +187,7 @@ def _pass_inputs(problem: Problem) -> _PassInputs:
     _, _, routing = oracle.prefill(exact.x_TN, exact.adapter, exact.bias_M, None)
     weighted_TR, *statistics, _ = routing
     routing = Routing(weighted_TR.to(compute), *(value.float() for value in statistics), problem.x_TN.new_empty(0))
-    parts = _gradient_parts(
+    parts = gradient_parts(
         oracle.hidden_gradient(
             exact.grad_y_TM, exact.grad_balance, exact.adapter, Routing(*map(doubled, routing)), with_residual=True
         ),
@@ -208,7 +199,7 @@ def _pass_inputs(problem: Problem) -> _PassInputs:
     )
 
 
-def _gradient_parts(gradient, problem: Problem) -> list[Tensor]:
+def gradient_parts(gradient, problem: Problem) -> list[Tensor]:
     """dh, dlogits [E, T], and dh0 where there is a frozen pair, from any backend's hidden gradient."""
     if not isinstance(gradient, TorchHiddenGradient):
         parts = (gradient.hidden_TR, gradient.logits_ET, gradient.residual_TR0)
@@ -230,7 +221,7 @@ def _run_passes(backend: str, problem: Problem, inputs: _PassInputs, passes: Pas
         own_gradient = passes.hidden_gradient(
             problem.grad_y_TM, problem.grad_balance, adapter, routing, with_residual=True, needs_B=True
         )
-    yield "hidden gradient", _way(kernels), _gradient_parts(own_gradient, problem)
+    yield "hidden gradient", _way(kernels), gradient_parts(own_gradient, problem)
 
     def weight_gradients(gradient) -> tuple[Tensor, Tensor, Tensor]:
         needs = dict.fromkeys(("needs_A", "needs_B", "needs_router"), True)
@@ -300,8 +291,22 @@ def _lora_errors(problem: Problem) -> dict[str, float]:
     if problem.x_TN.dtype.itemsize != 2 or problem.adapter.lora_A.dtype != torch.float32:
         return {}
     expected, masks = _oracle(problem)
-    results = run_layer(goat_as_lora, problem, dropout_masks=masks)
+    results = run_layer(_goat_as_lora, problem, dropout_masks=masks)
     return {what: relative_error(results[what], expected[what]) for what in expected}
+
+
+def _goat_as_lora(
+    x: Tensor, weight: Tensor, *, bias: Tensor, dropout_masks: Tensor | None, **adapter
+) -> ReferenceOutput:
+    """GOAT as PEFT's ``lora.Linear`` computes a LoRA with float32 adapters over a half-precision base.
+
+    The base's output is rounded to x's dtype; x is cast up, everything of the adapter is float32, and the sum is
+    rounded once more. docs/numerics.md sets the fused layer's errors beside these.
+    """
+    nothing = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    masks = None if dropout_masks is None else dropout_masks.float()
+    in_float32 = goat_reference(x.float(), nothing, dropout_masks=masks, **adapter)
+    return in_float32._replace(output=(F.linear(x, weight, bias) + in_float32.output).to(x.dtype))
 
 
 def _layer_errors(backend: str, problem: Problem) -> dict[str, tuple[str, float, float]]:

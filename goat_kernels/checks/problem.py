@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,9 +83,12 @@ class Problem:
 
     def double(self) -> Problem:
         """The same (rounded) values in float64, for the oracle."""
-        adapter = Adapter(*(doubled(value) for value in self.adapter))
-        tensors = (self.x_TN, self.weight_MN, self.bias_M, self.base_output_TM, self.grad_y_TM, self.grad_balance)
-        return Problem(*map(doubled, tensors), adapter)
+        return self.map(doubled)
+
+    def map(self, function: Callable[[Any], Any]) -> Problem:
+        """``function`` of every field, and of every field of the adapter."""
+        fields = {name: function(value) for name, value in vars(self).items() if name != "adapter"}
+        return Problem(**fields, adapter=Adapter(*map(function, self.adapter)))
 
 
 def make_problem(case: LayerCase, device: torch.device | str) -> Problem:
@@ -140,23 +144,26 @@ def _clearly_routed(x_TN: Tensor, router: Tensor, top_k: int) -> Tensor:
 
 def run_passes(
     passes: Passes, problem: Problem, around: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
-) -> None:
-    """One forward and backward, without the base product; each pass runs inside ``around(its name)``.
+) -> dict[str, Any]:
+    """One forward and backward, without the base product: pass -> its results. Each runs inside ``around(its name)``.
 
     In the order, and with the conditions, of ``forward_backward.py``.
     """
-    adapter = problem.adapter
+    adapter, x, grad_y, results = problem.adapter, problem.x_TN, problem.grad_y_TM, {}
     with around("prefill"):
-        _, _, routing = passes.prefill(problem.x_TN, adapter, problem.bias_M, problem.base_output_TM)
+        results["prefill"] = passes.prefill(x, adapter, problem.bias_M, problem.base_output_TM)
+    routing = results["prefill"][2]
     with around("hidden_gradient"):
         gradient = passes.hidden_gradient(
-            problem.grad_y_TM, problem.grad_balance, adapter, routing, with_residual=True, needs_B=True
+            grad_y, problem.grad_balance, adapter, routing, with_residual=True, needs_B=True
         )
+    results["hidden_gradient"] = gradient
     with around("weight_gradients"):
         needs = dict.fromkeys(("needs_A", "needs_B", "needs_router"), True)
-        passes.weight_gradients(problem.x_TN, problem.grad_y_TM, adapter, routing, gradient, **needs)
+        results["weight_gradients"] = passes.weight_gradients(x, grad_y, adapter, routing, gradient, **needs)
     with around("input_prefill"):
-        passes.input_prefill(adapter, routing, gradient._replace(partial_B=None))
+        results["input_prefill"] = passes.input_prefill(adapter, routing, gradient._replace(partial_B=None))
+    return results
 
 
 def dropout_masks(problem: Problem, seed: Tensor) -> Tensor:

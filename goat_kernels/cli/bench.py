@@ -1,261 +1,47 @@
-"""Measure how fast GOAT layers are here, beside the frozen layer, PEFT's LoRA and the public code's algorithm.
-
-Contenders run in one process on the same inputs, interleaved round by round; each is checked against float64 on these
-inputs first, and a wrong one gets no time. What cannot run here is skipped, with a line that says why.
-
-    goat-kernels bench                             the layer suite, on the GPU if there is one
-    goat-kernels bench --suite kernels memory      or: roofline, host, scaling, model, startup, design,
-                                                   tuning, all
-    goat-kernels bench --shape 8192,4096,4096,32   a layer of your own: T,N,M,R
-    goat-kernels bench --compare OLD NEW           two files of results: what became slower?
-    goat-kernels bench --report                    in a checkout: README's and docs' tables and figures anew
-
-Results are JSON lines, in a new file in bench/results unless --output names one. Exit code: 0; 1 if a contender was
-wrong or raised, or if --compare finds something slower, larger or missing.
-"""
+"""Measure layers, passes and whole models here; the options are those of ``bench/command.py`` in a checkout."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from goat_kernels.cli.arguments import integer
+import goat_kernels
 from goat_kernels.command_errors import CommandError
 
-if TYPE_CHECKING:
-    from goat_kernels.benchmarking.compare import Lost
-    from goat_kernels.benchmarking.settings import BenchSettings
-
-#: As in ``goat_kernels.benchmarking.suites`` and ``layers``, which import torch (a test holds them together).
-SUITE_NAMES = ("roofline", "kernels", "layer", "host", "memory", "scaling", "model", "startup", "design", "tuning")
-KINDS = ("frozen", "lora", "unsloth", "loop", "torch", "compiled", "triton", "graph")
-
-_DTYPES = ("bfloat16", "float16", "float32")
-_ROUNDS = {"cuda": 31, "cpu": 15}
-
-#: Changes that --compare prints, the largest first.
-_PRINTED_CHANGES = 40
+_ROOT = Path(goat_kernels.__file__).parents[1]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare every option of ``goat-kernels bench``."""
-    whole = integer(1)
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="compare two files of results; runs nothing")
-    modes.add_argument(
-        "--report", action="store_true", help="write tables and figures from bench/results; run it in a checkout"
-    )
-    parser.add_argument(
-        "--suite",
-        nargs="+",
-        choices=(*SUITE_NAMES, "all"),
-        default=["layer"],
-        help="what to measure (default: layer); design: the base product accumulating onto the adapter's share, "
-        "against other orders",
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", help="append the rows to FILE (default: a new one in bench/results)"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="with --output: a run that stopped goes on; shapes that FILE has whole, of this commit and machine, are "
-        "left out",
-    )
-    parser.add_argument("--rounds", type=whole, help="timed rounds of each comparison (default: 15 on a CPU, else 31)")
-    parser.add_argument(
-        "--shape",
-        action="append",
-        metavar="T,N,M,R",
-        help="measure this layer in place of the standard ones, in kernels, layer, host, memory and design; may be "
-        "repeated",
-    )
-    parser.add_argument(
-        "--residual", choices=("path", "fold"), help="with --shape: this form alone (default: both forms)"
-    )
-    parser.add_argument(
-        "--without", nargs="+", choices=KINDS[1:], default=[], metavar="KIND", help=f"leave out: {', '.join(KINDS[1:])}"
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="with --suite host: print the functions that take most time too"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of x (default: bfloat16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--threads", type=whole, help="torch threads (default: torch's own choice)")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to see that it runs; says nothing about speed"
+def door(name: str) -> tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]:
+    """``add_arguments`` and ``run`` of a command that lives in ``bench``, beside the package in a checkout."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        if not (_ROOT / "bench" / "__init__.py").is_file():
+            parser.parse_known_args = _refuse
+            return
+        command = _command(name)
+        parser.description = command.__doc__
+        command.add_arguments(parser)
+
+    def run(arguments: argparse.Namespace) -> int:
+        return _command(name).run(arguments)
+
+    return add_arguments, run
+
+
+def _command(name: str):
+    if str(_ROOT) not in sys.path:
+        sys.path.insert(0, str(_ROOT))
+    return importlib.import_module(name)
+
+
+def _refuse(*_: object) -> None:
+    raise CommandError(
+        "what measures is not part of the installed package: clone the repository, run pip install -e '.[bench]' in "
+        "the clone, and this command there"
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns the exit code.
-
-    Raises:
-        CommandError: an option that cannot be used here, a file that is not there or does not hold results.
-    """
-    if arguments.compare is not None:
-        return _compare(*map(Path, arguments.compare))
-    if arguments.report:
-        return _report(Path.cwd())
-    return _measure(arguments)
-
-
-# --- measuring ----------------------------------------------------------------------------------------------------
-
-
-def _measure(arguments: argparse.Namespace) -> int:
-    settings = _settings(arguments)
-    from goat_kernels.benchmarking.machine import describe
-    from goat_kernels.benchmarking.results import RESULTS_FOLDER, file_name, timed, writer
-    from goat_kernels.benchmarking.suites import run_suite
-    from goat_kernels.benchmarking.tables import TABLES, not_timed
-
-    suites = SUITE_NAMES if "all" in arguments.suite else tuple(dict.fromkeys(arguments.suite))
-    if {"roofline", "kernels"} & set(suites):  # the ceilings first: before anything has warmed the machine
-        suites = tuple(dict.fromkeys(("roofline", *suites)))
-    machine = describe(settings.device)
-    output = Path(arguments.output) if arguments.output else RESULTS_FOLDER / file_name(machine, suites)
-    if output.is_dir():
-        raise CommandError(f"--output {str(output)!r} is a folder; it needs the name of a file")
-    before = _rows("--output", output) if arguments.resume and output.exists() else []
-    kept = arguments.output is not None or not settings.quick
-    write, failed, said = writer(output) if kept else None, False, set()
-    where = f"results go to {output}" if kept else "--quick keeps no results without --output"
-    print(f"{machine['gpu'] or machine['cpu']}, {settings.dtypes()['dtype']}; {where}", flush=True)
-    for suite in suites:
-        rows: list[dict] = []
-
-        def report(row: dict, rows: list[dict] = rows) -> None:
-            rows.append(row)
-            if write is not None:
-                write(row)
-
-        run_suite(suite, settings, report, before)
-        failed |= any("failed" in row for row in rows)
-        print(f"\n{suite}\n")
-        for line in not_timed(rows):
-            if line not in said:
-                print(line)
-                said.add(line)
-        if timed(rows):  # of a run that goes on: what it measured before too
-            print(f"\n{TABLES[suite]([*(row for row in before if row['suite'] == suite), *rows])}", flush=True)
-    return 1 if failed else 0
-
-
-def _settings(arguments: argparse.Namespace) -> BenchSettings:
-    import torch
-
-    from goat_kernels.benchmarking.cases import FORMS
-    from goat_kernels.benchmarking.settings import BenchSettings
-    from goat_kernels.benchmarking.suites import SUITES, shapes_of
-
-    kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise CommandError("--device 'cuda' needs a GPU, and PyTorch sees none")
-    if arguments.residual is not None and not arguments.shape:
-        raise CommandError(f"--residual {arguments.residual!r} needs --shape")
-    unshaped = [name for name in arguments.suite if name == "all" or not SUITES[name].shaped]
-    if arguments.shape and unshaped:
-        raise CommandError(f"--shape does not go with --suite {unshaped[0]}, which has sizes of its own")
-    if arguments.resume and not arguments.output:
-        raise CommandError("--resume needs --output, the file of the run that goes on")
-    if arguments.profile and not {"host", "all"} & set(arguments.suite):
-        raise CommandError("--profile needs --suite host")
-    if arguments.shape and arguments.quick:
-        raise CommandError("--shape does not go with --quick, which has sizes of its own")
-    forms = FORMS if arguments.residual is None else (arguments.residual,)
-    shapes = shapes_of([_shape(text) for text in arguments.shape or ()], forms)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    return BenchSettings(
-        device=device,
-        dtype=getattr(torch, arguments.dtype or ("bfloat16" if kind == "cuda" else "float32")),
-        rounds=arguments.rounds or (2 if arguments.quick else _ROUNDS[kind]),
-        quick=arguments.quick,
-        shapes=shapes,
-        without=frozenset(arguments.without),
-        profile=arguments.profile,
-    )
-
-
-def _shape(text: str) -> tuple[int, int, int, int]:
-    from goat_kernels.benchmarking.cases import NUM_EXPERTS
-
-    try:
-        T, N, M, R = (int(part) for part in text.split(","))
-    except ValueError:
-        raise CommandError(f"--shape {text!r} must be four whole numbers: T,N,M,R") from None
-    if min(T, N, M, R) < 1:
-        raise CommandError(f"--shape {text!r} must be four numbers of at least 1: T,N,M,R")
-    if R % NUM_EXPERTS:
-        raise CommandError(f"--shape {text!r}: R = {R} must be a multiple of {NUM_EXPERTS}, the number of experts")
-    return T, N, M, R
-
-
-# --- reading ------------------------------------------------------------------------------------------------------
-
-
-def _rows(option: str, path: Path) -> list[dict]:
-    from goat_kernels.benchmarking.results import ResultsError, read_rows
-
-    if not path.is_file():
-        raise CommandError(f"{option} {str(path)!r} needs a file of results that exists")
-    try:
-        return read_rows(path)
-    except ResultsError as error:
-        raise CommandError(f"{option}: {error}") from None
-
-
-def _compare(old: Path, new: Path) -> int:
-    from goat_kernels.benchmarking.compare import compare_rows, lost_rows
-
-    before, after = _rows("--compare", old), _rows("--compare", new)
-    changes, lost = compare_rows(before, after), lost_rows(before, after)
-    if not changes:
-        raise CommandError(
-            f"--compare {str(old)!r} {str(new)!r} need a measurement in common: same machine, threads, dtype and shape"
-        )
-    notable = sorted((change for change in changes if change.verdict), key=lambda change: -abs(change.percent))
-    for change in notable[:_PRINTED_CHANGES]:
-        numbers = f"{change.old:.4g} -> {change.new:.4g} ({change.percent:+.1f} %)"
-        print(f"{change.verdict:7} {change.quantity:24} {numbers:34} {change.what}")
-    if len(notable) > _PRINTED_CHANGES:
-        print(f"... and {len(notable) - _PRINTED_CHANGES} smaller changes")
-    regressed = sum(change.regressed for change in changes)
-    print(f"{len(changes)} compared: {regressed} slower or larger, {len(notable) - regressed} faster or smaller")
-    missed = _print_lost(lost, {row["suite"] for row in after})
-    return 1 if regressed or missed else 0
-
-
-def _print_lost(lost: list[Lost], suites: set[str]) -> int:
-    """Print what only the old file has; returns how many of its rows are of suites that the new run ran too."""
-    missed = [one for one in lost if one.suite in suites]
-    for one in missed[:_PRINTED_CHANGES]:
-        print(f"not in the new run: {one.what}: {one.why}")
-    if len(missed) > _PRINTED_CHANGES:
-        print(f"... and {len(missed) - _PRINTED_CHANGES} more")
-    for suite in dict.fromkeys(one.suite for one in lost if one.suite not in suites):
-        print(f"not in the new run: the suite {suite}")
-    return len(missed)
-
-
-def _report(root: Path) -> int:
-    from goat_kernels.benchmarking.report import DOCUMENTS, write
-    from goat_kernels.benchmarking.results import RESULTS_FOLDER, ResultsError
-
-    missing = [path for path in (*DOCUMENTS, RESULTS_FOLDER) if not (root / path).exists()]
-    if missing:
-        raise CommandError(f"--report needs to run in the root of a checkout: there is no {missing[0]} here")
-    try:
-        written = write(root)
-    except ResultsError as error:
-        raise CommandError(f"--report: {error}") from None
-    for path in written:
-        print(f"written: {path}")
-    if not written:
-        print("everything was up to date")
-    return 0
+add_arguments, run = door("bench.command")

@@ -12,9 +12,9 @@ from drawn_layers import BF16, F16, F32, F64, observed_routing
 from goat_problems import TRAINABLE, Problem, make_problem
 from triton_cases import Recorder, audited
 
+from bench.memory import peak_bytes, saved_bytes
 from goat_kernels import goat_linear
 from goat_kernels.backends import get_backend
-from goat_kernels.benchmarking.memory import peak_bytes, saved_bytes
 from goat_kernels.functional import GoatOutput
 from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 from goat_kernels.kernels.launch import observed

@@ -1,9 +1,9 @@
 """What one eager call of a layer costs the host, forward and backward, where nothing keeps the host waiting.
 
 On a GPU the queue is empty when a sample begins and a sample is a few calls, so that it never fills. Without one the
-Triton contenders run with a driver that launches nothing (``goat_kernels/checks/dry_driver.py``), in a process of its
-own, and their base products, like the other contenders as a whole, are so small that arithmetic does not count. A
-row's ``how`` says which it was.
+Triton contenders run with a driver that launches nothing (``dry_driver.py``), in a process of its own, and their base
+products, like the other contenders as a whole, are so small that arithmetic does not count. A row's ``how`` says which
+it was.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from goat_kernels.backends import get_backend
-from goat_kernels.benchmarking.cases import TRAINING_MODES, Case
-from goat_kernels.benchmarking.failures import in_words, too_far
-from goat_kernels.benchmarking.launches import launches_row
-from goat_kernels.benchmarking.layers import (
+from bench import dry_driver
+from bench.cases import TRAINING_MODES, BenchSettings, Case
+from bench.layers import (
     CONTENDERS,
     FROZEN,
     HALF_LORA,
     LORA,
     Contender,
-    LayerTensors,
+    call_of,
+    differentiated,
     error_bound,
     expected_results,
     layer_error,
+    layer_problem,
+    outputs_of,
 )
-from goat_kernels.benchmarking.settings import BenchSettings
-from goat_kernels.benchmarking.steps import call_of, differentiated, outputs_of
-from goat_kernels.benchmarking.timing import Timing, no_collection
-from goat_kernels.checks import dry_driver
-from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
+from bench.memory import launches_row
+from bench.steps import too_far
+from bench.timing import Samples, in_words, no_collection, rotating, timing_row
+from goat_kernels.backends import get_backend
 
 #: Calls one after the other, with fewer launches than fit a GPU's queue of 1024.
 CALLS = 20
@@ -58,13 +59,9 @@ WITHOUT_PLANS = ", without plans"
 
 _PROFILED_CALLS, _PRINTED_FUNCTIONS = 200, 25
 
-_DRY_PROCESS = """
-import sys
-from goat_kernels.checks import dry_driver
-dry_driver.install()
-from goat_kernels.benchmarking.host_suite import print_dry_rows
-print_dry_rows(sys.argv[1])
-"""
+_DRY_PROCESS = (
+    "from bench import dry_driver; dry_driver.install(); from bench.host import print_dry_rows; print_dry_rows()"
+)
 
 
 def host_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
@@ -85,24 +82,30 @@ def host_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
 
 
 def _rows_of_process(case: Case, settings: BenchSettings) -> Iterator[dict]:
-    given = {"case": dataclasses.asdict(case), "threads": torch.get_num_threads()}
-    given |= {name: getattr(settings, name) for name in ("rounds", "quick", "profile")}
-    given["without"] = sorted(settings.without)
-    command = [sys.executable, "-c", _DRY_PROCESS, json.dumps(given)]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    given = {name: getattr(settings, name) for name in ("rounds", "quick", "profile")}
+    given |= {"without": sorted(settings.without), "threads": torch.get_num_threads(), "case": vars(case)}
+    done = subprocess.run(
+        [sys.executable, "-c", _DRY_PROCESS],
+        input=json.dumps(given),
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1])
     yield from map(json.loads, done.stdout.splitlines())
 
 
-def print_dry_rows(given: str) -> None:
+def print_dry_rows() -> None:
     """What the process started by :func:`host_rows` does; the dry driver is installed."""
-    options = json.loads(given)
-    torch.set_num_threads(options.pop("threads"))
-    case, without = Case(**options.pop("case")), frozenset(options.pop("without"))
-    settings = BenchSettings(torch.device("cpu"), torch.bfloat16, without=without, **options)
+    from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
+
+    given = json.load(sys.stdin)
+    torch.set_num_threads(given.pop("threads"))
+    case, without = Case(**given.pop("case")), frozenset(given.pop("without"))
     with forced_target(KNOWN_TARGETS[dry_driver.TARGET]):
-        for row in _rows(case, settings, dry=True):
+        for row in _rows(case, BenchSettings(torch.device("cpu"), torch.bfloat16, without=without, **given), dry=True):
             print(json.dumps(row))
 
 
@@ -122,31 +125,53 @@ def _small_products() -> Iterator[None]:
         torch.addmm = product
 
 
+@contextmanager
+def _without_plans() -> Iterator[None]:
+    """Every call of the Triton backend chooses tiles, names arguments and looks kernels up anew."""
+    passes: Any = get_backend("triton")
+    passes.call = lambda function, *arguments, **options: function(passes, *arguments, **options)
+    try:
+        yield
+    finally:
+        del passes.call
+
+
 # --- what is timed --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Host:
     """A contender ready to be called.
 
     Attributes:
-        name, backend: as of the layer suite's contender.
+        contender: of the layer suite.
         layer, x, grad_y: a call.
-        how: where its calls run.
-        around: entered for a sample.
+        is_dry: whether the driver launches nothing.
         plans: whether the Triton backend may replay what it did before.
-        ratios_to: quantity -> the contender that it refers to.
+        how: where its calls run.
     """
 
-    name: str
-    backend: str | None
+    contender: Contender
     layer: nn.Module
     x: Tensor
     grad_y: Tensor
+    is_dry: bool
+    plans: bool
     how: str
-    around: Callable[[], AbstractContextManager]
-    ratios_to: dict[str, str]
-    plans: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.contender.name + ("" if self.plans else WITHOUT_PLANS)
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Entered for a sample."""
+        with ExitStack() as stack:
+            if self.is_dry:
+                stack.enter_context(_small_products())
+            if not self.plans:
+                stack.enter_context(_without_plans())
+            yield
 
     def sample_ms(self, calls: int) -> tuple[float, float, float]:
         """Medians of the forward, the backward and both, as the host issues them."""
@@ -166,27 +191,11 @@ class _Host:
         return tuple(1e3 * statistics.median(times) for times in (forward, backward, both))
 
 
-@contextmanager
-def _without_plans() -> Iterator[None]:
-    """Every call of the Triton backend chooses tiles, names arguments and looks kernels up anew."""
-    passes: Any = get_backend("triton")
-    passes.call = lambda function, *arguments, **options: function(passes, *arguments, **options)
-    try:
-        yield
-    finally:
-        del passes.call
-
-
-def _contenders(case: Case, settings: BenchSettings) -> list[Contender]:
-    form = case.forms[-1]
+def _rows(case: Case, settings: BenchSettings, *, dry: bool) -> Iterator[dict]:
+    form, hosts = case.forms[-1], []
     names = (FROZEN, LORA, HALF_LORA, f"GOAT {form}, triton", f"GOAT {form}, torch")
     by_name = {contender.name: contender for contender in CONTENDERS}
-    return [by_name[name] for name in names if by_name[name].kind not in settings.without]
-
-
-def _rows(case: Case, settings: BenchSettings, *, dry: bool) -> Iterator[dict]:
-    hosts: list[_Host] = []
-    for contender in _contenders(case, settings):
+    for contender in (by_name[name] for name in names if by_name[name].kind not in settings.without):
         is_dry = dry and contender.backend == "triton"
         reason = None if is_dry else contender.skipped_reason(settings.device, settings.dtype)
         if reason is not None:
@@ -198,35 +207,23 @@ def _rows(case: Case, settings: BenchSettings, *, dry: bool) -> Iterator[dict]:
             yield from ({"contender": contender.name, "mode": m, "failed": in_words(failure)} for m in TRAINING_MODES)
     yield from _timed_rows(hosts, settings)
     if settings.profile:
-        yield from ({"profile": _profile(host)} for host in hosts if host.backend == "triton" and host.plans)
+        yield from ({"profile": _profile(h)} for h in hosts if h.contender.backend == "triton" and h.plans)
 
 
 def _ready(
     contender: Contender, case: Case, settings: BenchSettings, *, is_dry: bool, is_small: bool
 ) -> Iterator[_Host]:
     """The contender, checked where it computes anything; the Triton backend's without plans too."""
-    t = LayerTensors.draw(_SMALL if is_small else case, settings.dtype, settings.device)
-    layer, how = contender.make(t), "on the GPU, not waited for"
+    p = layer_problem(_SMALL if is_small else case, settings.dtype, settings.device)
+    layer, how = contender.make(p), f"on the CPU at {_SMALL}" if is_small else "on the GPU, not waited for"
     if is_dry:
         how = "a driver that launches nothing; base products of 2 x 16 by 16 x 16"
     else:
-        error, bound = layer_error(layer, t, expected_results(contender.computes, t)), error_bound(settings.dtype)
+        error, bound = layer_error(layer, p, expected_results(contender.computes, p)), error_bound(settings.dtype)
         if not error <= bound:
             raise RuntimeError(too_far(error, bound))
-    if is_small:
-        how = f"on the CPU at {_SMALL}"
-    around = _small_products if is_dry else nullcontext
-    common = {"backend": contender.backend, "layer": layer, "x": t.x_TN, "grad_y": t.grad_y_TM, "how": how}
-    yield _Host(contender.name, around=around, ratios_to=contender.ratios_to, **common)
-    if contender.backend == "triton":
-
-        @contextmanager
-        def as_if_first() -> Iterator[None]:
-            with around(), _without_plans():
-                yield
-
-        ratios_to = {"ratio": FROZEN}
-        yield _Host(contender.name + WITHOUT_PLANS, around=as_if_first, ratios_to=ratios_to, plans=False, **common)
+    for plans in (True, False) if contender.backend == "triton" else (True,):
+        yield _Host(contender, layer, p.x_TN, p.grad_y_TM, is_dry, plans, how)
 
 
 def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:
@@ -234,26 +231,25 @@ def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:
     calls = 2 if settings.quick else CALLS
     times: dict[str, list[tuple[float, float, float]]] = {host.name: [] for host in hosts}
     with no_collection():
-        for round_ in range(-_WARMING_ROUNDS, settings.rounds):
-            start = round_ % max(len(hosts), 1)
-            for host in hosts[start:] + hosts[:start]:
-                with host.around():
-                    sample = host.sample_ms(calls)
-                if round_ >= 0:
-                    times[host.name].append(sample)
+        for round_, host in rotating(hosts, range(-_WARMING_ROUNDS, settings.rounds), "host"):
+            with host.around():
+                sample = host.sample_ms(calls)
+            if round_ >= 0:
+                times[host.name].append(sample)
     for host in hosts:
         with host.around():
             call = call_of("both", host.layer, host.x, host.grad_y)
-            launches = launches_row(call, host.backend, settings.device)
+            launches = launches_row(call, host.contender.backend, settings.device)
+        to = {
+            q: base
+            for q, base in host.contender.ratios_to.items()
+            if base != host.name and (host.plans or q == "ratio")
+        }
         for index, mode in enumerate(TRAINING_MODES):
-            own = tuple(sample[index] for sample in times[host.name])
-            to = {q: base for q, base in host.ratios_to.items() if base in times and base != host.name}
-            ratios = {
-                q: tuple(ms / other[index] for ms, other in zip(own, times[base], strict=True))
-                for q, base in to.items()
-            }
-            row = {"contender": host.name, "mode": mode, "how": host.how, **Timing(own, ratios, calls).row()}
-            yield row | {f"{q}_to": base for q, base in to.items()} | (launches if mode == "both" else {})
+            of_mode = {name: Samples(calls, [one[index] for one in of_name]) for name, of_name in times.items()}
+            row = {"contender": host.name, "mode": mode, "how": host.how, **timing_row(host.name, of_mode, to)}
+            row |= {f"{quantity}_to": base for quantity, base in to.items() if f"{quantity}_p50" in row}
+            yield row | (launches if mode == "both" else {})
 
 
 def _profile(host: _Host) -> str:

@@ -8,15 +8,15 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import goat_kernels
-from goat_kernels.benchmarking.results import RESULTS_FOLDER
-from goat_kernels.benchmarking.timing import fastest_ms
+from bench.results import RESULTS_FOLDER
+from bench.timing import fastest_ms
 
 #: Packages whose version a result names, where they are installed.
 _PACKAGES = ("triton", "transformers", "peft", "liger-kernel", "unsloth")
@@ -31,13 +31,14 @@ _USUAL_CACHE_BYTES = 32 * 2**20
 def describe(device: torch.device) -> dict:
     """The fields that every row of a run has in common; no paths and no host names."""
     cuda = device.type == "cuda"
+    driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **commit(),
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "gpu_multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count if cuda else None,
-        "driver": _driver() if cuda else None,
+        "driver": driver.splitlines()[0] if driver else None,
         "cuda": torch.version.cuda if cuda else None,
         "hip": torch.version.hip if cuda else None,
         "cpu": processor_name(),
@@ -51,11 +52,11 @@ def commit() -> dict:
 
     Where this is no checkout, as a copy on another machine, :data:`COMMIT_VARIABLE` says it.
     """
-    head = _git("rev-parse", "--short=12", "HEAD")
+    head = _said("git", "rev-parse", "--short=12", "HEAD")
     # A virtual environment may lie in somebody else's checkout.
-    if head is None or not _git("ls-files", Path(__file__).name):
+    if head is None or not _said("git", "ls-files", Path(__file__).name):
         return {"commit": os.environ.get(COMMIT_VARIABLE) or None, "commit_is_dirty": None}
-    changes = _git("status", "--porcelain", "--", ":(top)", f":(top,exclude){RESULTS_FOLDER}")
+    changes = _said("git", "status", "--porcelain", "--", ":(top)", f":(top,exclude){RESULTS_FOLDER}")
     return {"commit": head, "commit_is_dirty": None if changes is None else bool(changes)}
 
 
@@ -73,13 +74,12 @@ def versions() -> dict[str, str]:
 def processor_name() -> str:
     """The processor's name as the kernel gives it, with its family and model where the name alone says little."""
     try:
-        with open("/proc/cpuinfo") as file:
-            fields = dict(line.split(":", 1) for line in file if ":" in line)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    wanted = {key.strip(): value.strip() for key, value in fields.items()}
-    name = wanted.get("model name", "unknown processor")
-    return f"{name} (family {wanted.get('cpu family', '?')}, model {wanted.get('model', '?')})"
+    fields = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", text, re.M))
+    name = fields.get("model name", "unknown processor")
+    return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -94,49 +94,18 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=_USUAL_CACHE_BYTES)
 
 
-def _git(*command: str) -> str | None:
-    """What git says about the checkout that this package lies in; None outside of one."""
+def _said(*command: str) -> str | None:
+    """What a command says, run in this folder; None where there is no such command or it fails."""
     try:
         done = subprocess.run(
-            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
 
-def _driver() -> str | None:
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.split("\n")[0].strip() or None
-
-
 # --- the ceilings -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """One rate that the machine reaches, in the fastest of its rounds: a ceiling is what nothing is above.
-
-    Attributes:
-        what: "read", "copy" or "product".
-        time_ms: of one call.
-        rate: 10^9 bytes per second, read and written ones together, or 10^12 operations per second.
-        size: bytes of a buffer, or the side of the matrices.
-    """
-
-    what: str
-    time_ms: float
-    rate: float
-    size: int
 
 
 @dataclass(frozen=True)
@@ -145,38 +114,27 @@ class Roofline:
 
     Attributes:
         read_gb_per_s, copy_gb_per_s: 10^9 bytes per second: of a sum; of a copy, read and written ones together.
-        tflops: 10^12 floating-point operations per second, of products of ``dtype`` at the size that suits it best.
-        measured: what these were taken from.
+        tflops: 10^12 floating-point operations per second, of the products at the size that suits them best.
+        measured: the rows of results that these were taken from.
     """
 
-    dtype: torch.dtype
     read_gb_per_s: float
     copy_gb_per_s: float
     tflops: float
-    measured: tuple[Ceiling, ...] = ()
-
-    @property
-    def gb_per_s(self) -> float:
-        """The faster of the two: a floor must not be above what a pass can do."""
-        return max(self.read_gb_per_s, self.copy_gb_per_s)
+    measured: tuple[dict, ...] = ()
 
     def floor_ms(self, moved_bytes: int, flops: int) -> float:
-        """No faster than either ceiling allows."""
-        return 1e3 * max(moved_bytes / (self.gb_per_s * 1e9), flops / (self.tflops * 1e12))
+        """No faster than either ceiling allows. Of the bandwidths the larger: no pass may be below its floor."""
+        gb_per_s = max(self.read_gb_per_s, self.copy_gb_per_s)
+        return 1e3 * max(moved_bytes / (gb_per_s * 1e9), flops / (self.tflops * 1e12))
 
     def row(self) -> dict:
+        """The fields of a result that depends on the ceilings."""
         return {
             "machine_read_gb_per_s": round(self.read_gb_per_s, 2),
             "machine_copy_gb_per_s": round(self.copy_gb_per_s, 2),
             "machine_tflops": round(self.tflops, 4),
         }
-
-
-def product_sizes(device: torch.device, *, quick: bool) -> tuple[int, ...]:
-    """Sides of the square products that the matmul rate is the best of."""
-    if quick:
-        return (32, 64)
-    return (4096, 8192, 16384) if device.type == "cuda" else (1024, 1536, 2048)
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Roofline:
@@ -187,26 +145,28 @@ def measure_roofline(device: torch.device, dtype: torch.dtype, *, quick: bool = 
         dtype: of the product.
         quick: on buffers too small for a true figure, for tests.
     """
+    measured = []
+    for what, size, unit, work, run in _ceilings(device, dtype, quick):
+        time_ms = fastest_ms(run, device, rounds=3 if quick else 11)
+        measured.append({"contender": what, "size": size, "time_ms_fastest": time_ms, unit: work / time_ms})
+    read, copy, *products = measured
+    tflops = max(product["tflops"] for product in products)
+    return Roofline(read["gb_per_s"], copy["gb_per_s"], tflops, tuple(measured))
+
+
+def _ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[tuple]:
+    """(what, its size, unit of its rate, work of a call so that work / milliseconds is the rate, call)."""
     cuda = device.type == "cuda"
     size_bytes = 2**20 if quick else (2**31 if cuda else max(2**27, 4 * cache_bytes(device)))
-    rounds = 3 if quick else 11
-    measured = [*_bandwidths(device, size_bytes, rounds)]
-    measured += [_product(device, dtype, size, rounds) for size in product_sizes(device, quick=quick)]
-    best = {what: max(c.rate for c in measured if c.what == what) for what in ("read", "copy", "product")}
-    return Roofline(dtype, best["read"], best["copy"], best["product"], tuple(measured))
-
-
-def _bandwidths(device: torch.device, size_bytes: int, rounds: int) -> Iterator[Ceiling]:
     source = torch.randn(size_bytes // 4, device=device)
     target = torch.randn_like(source)
-    read_ms = fastest_ms(lambda _: source.sum(), device, rounds=rounds)
-    yield Ceiling("read", read_ms, size_bytes / read_ms / 1e6, size_bytes)
-    copy_ms = fastest_ms(lambda _: target.copy_(source), device, rounds=rounds)
-    yield Ceiling("copy", copy_ms, 2 * size_bytes / copy_ms / 1e6, size_bytes)
+    yield "read", size_bytes, "gb_per_s", size_bytes / 1e6, lambda _: source.sum()
+    yield "copy", size_bytes, "gb_per_s", 2 * size_bytes / 1e6, lambda _: target.copy_(source)
+    for side in (32, 64) if quick else (4096, 8192, 16384) if cuda else (1024, 1536, 2048):
+        yield "product", side, "tflops", 2 * side**3 / 1e9, _product(side, device, dtype)
 
 
-def _product(device: torch.device, dtype: torch.dtype, size: int, rounds: int) -> Ceiling:
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[int], object]:
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    time_ms = fastest_ms(lambda _: torch.mm(left, right, out=out), device, rounds=rounds)
-    return Ceiling("product", time_ms, 2 * size**3 / time_ms / 1e9, size)
+    return lambda _: torch.mm(left, right, out=out)

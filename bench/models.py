@@ -7,7 +7,6 @@ the gradient of its inputs, which any adapter needs.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,16 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from goat_kernels.backends import BACKEND_NAMES, ENVIRONMENT_VARIABLE, resolve_backend
-from goat_kernels.benchmarking.cases import NUM_EXPERTS, TOP_K, Case
-from goat_kernels.benchmarking.failures import in_words, too_far
-from goat_kernels.benchmarking.memory import peak_bytes
-from goat_kernels.benchmarking.settings import BenchSettings
-from goat_kernels.benchmarking.steps import BALANCE_COEFFICIENT
-from goat_kernels.benchmarking.timing import time_interleaved
+from bench.cases import FORMS, BenchSettings, Case
+from bench.layers import BALANCE_COEFFICIENT, why_not
+from bench.memory import peak_bytes
+from bench.steps import Candidate, measured
+from bench.timing import in_words
+from goat_kernels.backends import BACKEND_NAMES, ENVIRONMENT_VARIABLE
 from goat_kernels.numerics import TOLERANCES
 
 FROZEN_MODEL, LORA_MODEL = "frozen model", "PEFT LoRA"
+
+_NUM_EXPERTS, _TOP_K = Case.E, Case.K
 
 _LIGER = "liger_kernel"
 
@@ -51,16 +51,12 @@ class ModelCase:
     def row(self) -> dict:
         """The fields of a result that say which model it was."""
         of_model = {"model": self.name, **self.sizes, "batch": self.batch, "length": self.length}
-        return {**of_model, "R": self.rank, "E": NUM_EXPERTS, "K": TOP_K}
+        return {**of_model, "R": self.rank, "E": _NUM_EXPERTS, "K": _TOP_K}
 
-    @property
-    def unit(self) -> str:
-        return "tokens_per_s" if self.length else "images_per_s"
-
-    @property
-    def units(self) -> int:
-        """Tokens or images of one step."""
-        return self.batch * max(self.length, 1)
+    def rate(self, time_ms: float) -> dict:
+        """Tokens or images per second."""
+        unit = "tokens_per_s" if self.length else "images_per_s"
+        return {unit: self.batch * max(self.length, 1) / time_ms * 1e3}
 
 
 def _llama(hidden: int, layers: int, heads: int, vocabulary: int, batch: int, length: int, rank: int) -> ModelCase:
@@ -136,27 +132,18 @@ class Method:
         name: in results.
         adapt: puts adapters into a pretrained one.
         backend: of ours.
-        needs: packages without which it is skipped.
+        needs: a package without which it is skipped.
     """
 
     name: str
     adapt: Callable[[nn.Module, ModelCase], nn.Module]
     backend: str | None = None
-    needs: tuple[str, ...] = ()
+    needs: str = "transformers"
 
     def skipped_reason(self, case: ModelCase, settings: BenchSettings) -> str | None:
-        missing = [package for package in ("transformers", *self.needs) if importlib.util.find_spec(package) is None]
-        if missing:
-            return f"the package {missing[0]} is not installed"
-        if _LIGER in self.needs and (settings.device.type != "cuda" or case.name != "llama"):
+        if self.needs == _LIGER and (settings.device.type != "cuda" or case.name != "llama"):
             return f"{_LIGER} has kernels for a Llama on a GPU"
-        if self.backend == "triton" and settings.device.type != "cuda":
-            return "the Triton kernels run on a GPU; in Triton's interpreter there is nothing to time"
-        try:
-            resolve_backend(self.backend or "torch", settings.device, settings.dtype)
-        except RuntimeError as error:
-            return str(error)
-        return None
+        return why_not(self.needs, self.backend, settings.device, settings.dtype)
 
 
 def _lora(model: nn.Module, case: ModelCase) -> nn.Module:
@@ -181,8 +168,8 @@ def _goat(residual: str) -> Callable[[nn.Module, ModelCase], nn.Module]:
 
         config = GoatConfig(
             r=case.rank,
-            num_experts=NUM_EXPERTS,
-            top_k=TOP_K,
+            num_experts=_NUM_EXPERTS,
+            top_k=_TOP_K,
             target_modules="all-linear",
             residual=residual,
             balance_coefficient=BALANCE_COEFFICIENT,
@@ -194,17 +181,18 @@ def _goat(residual: str) -> Callable[[nn.Module, ModelCase], nn.Module]:
 
 
 def methods() -> tuple[Method, ...]:
+    """In the order in which they are built."""
     return (
         Method(FROZEN_MODEL, lambda model, case: model),
-        Method(LORA_MODEL, _lora, needs=("peft",)),
+        Method(LORA_MODEL, _lora),
         *(
-            Method(f"GOAT {form}, {backend}", _goat(form), backend=backend, needs=("peft",))
+            Method(f"GOAT {form}, {backend}", _goat(form), backend=backend)
             for backend in BACKEND_NAMES
             if backend != "auto"
-            for form in ("fold", "path")
+            for form in FORMS
         ),
         # Last: it exchanges classes of transformers, for every model that is built after it.
-        Method(f"{LORA_MODEL} with Liger-Kernel", _lora_with_liger, needs=("peft", _LIGER)),
+        Method(f"{LORA_MODEL} with Liger-Kernel", _lora_with_liger, needs=_LIGER),
     )
 
 
@@ -222,42 +210,10 @@ def _backend(name: str | None) -> Iterator[None]:
             os.environ[ENVIRONMENT_VARIABLE] = before
 
 
-def _training_step(model: nn.Module, batch: dict[str, Tensor], backend: str | None) -> Callable[[int], None]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-6) if parameters else None
-
-    def step(copy_number: int) -> None:
-        with _backend(backend):
-            model(**batch).loss.backward()
-            if optimiser is not None:
-                optimiser.step()
-                optimiser.zero_grad()
-
-    return step
-
-
-def _loss_error(model: nn.Module, batch: dict[str, Tensor], backend: str | None) -> float:
-    """Relative error of the loss against the same model in float64; NaN where a gradient is not finite."""
-    exact = copy.deepcopy(model).double()
-    with torch.no_grad(), _backend("torch"):
-        doubled = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-        expected = exact(**doubled).loss
-    del exact
-    with _backend(backend):
-        loss = model(**batch).loss
-        loss.backward()
-    finite = [torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    if not all(bool(one) for one in finite):
-        return float("nan")
-    return float((loss.detach().double() - expected).abs() / expected.abs())
-
-
 def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
     """One row for each method: time of a step, tokens or images per second, peak memory of a step."""
     common = {**case.row(), "mode": "training step", **settings.dtypes()}
-    batch, bound = _batch(case, settings), TOLERANCES[settings.dtype].relative
-    steps, of_method = {}, {}
+    batch, candidates = _batch(case, settings), []
     for method in methods():
         row = {**common, "contender": method.name}
         reason = method.skipped_reason(case, settings)
@@ -265,44 +221,55 @@ def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
             yield {**row, "skipped": reason}
             continue
         try:
-            step, measured = _checked_step(method, case, batch, settings)
+            candidates.append(_candidate(row, method, case, batch, settings))
         except Exception as failure:  # whatever a peer or a driver raises is a result, and others follow
             yield {**row, "failed": in_words(failure)}
-            continue
-        if step is None:
-            yield {**row, "failed": too_far(measured["relative_error"], bound)}
-            continue
-        steps[method.name], of_method[method.name] = step, {**row, **measured, "relative_error_bound": bound}
-    ratios = {
-        "ratio": dict.fromkeys(steps, FROZEN_MODEL),
-        "lora_ratio": {name: LORA_MODEL for name in steps if name.startswith("GOAT")},
-    }
-    timings = time_interleaved(
-        steps, device=settings.device, copies=1, rounds=settings.rounds, ratios=ratios, label=case.name
-    )
-    for name, timing in timings.items():
-        to = {f"{quantity}_to": ratios[quantity][name] for quantity in timing.ratios}
-        row = {**of_method[name], **timing.row(), **to}
-        if "time_ms_p50" in row:
-            row[case.unit] = case.units / row["time_ms_p50"] * 1e3
-        yield row
+    for row in measured(candidates, 1, settings, case.name):
+        yield row | (case.rate(row["time_ms_p50"]) if "time_ms_p50" in row else {})
 
 
-def _checked_step(
-    method: Method, case: ModelCase, batch: dict[str, Tensor], settings: BenchSettings
-) -> tuple[Callable[[int], None] | None, dict]:
-    """(what is timed, or None where the loss is wrong; fields of its row)."""
+def _candidate(
+    row: dict, method: Method, case: ModelCase, batch: dict[str, Tensor], settings: BenchSettings
+) -> Candidate:
+    """The method's model, whose step gives the loss from before its update."""
     model = method.adapt(_build(case, settings), case).train()
     if method.name == FROZEN_MODEL:
         model.enable_input_require_grads()
-    error = _loss_error(model, batch, method.backend)
-    if not error <= TOLERANCES[settings.dtype].relative:
-        return None, {"relative_error": error}
-    step = _training_step(model, batch, method.backend)
-    step(0)  # the optimiser's state stays
-    peak = peak_bytes(lambda: step(0), settings.device)
-    return step, {
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "peak_mib": round(peak / 2**20, 3),
-        "relative_error": error,
-    }
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-6) if parameters else None
+    expected = _exact_loss(model, batch)
+
+    def step() -> Tensor:
+        with _backend(method.backend):
+            loss = model(**batch).loss
+            loss.backward()
+            if optimiser is not None:
+                optimiser.step()
+                optimiser.zero_grad()
+        return loss
+
+    def further(_) -> dict:
+        """Of a model that has made a step: the optimiser's state is there."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+            raise RuntimeError("a gradient is not finite")
+        return {
+            "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+            "peak_mib": round(peak_bytes(step, settings.device) / 2**20, 3),
+        }
+
+    return Candidate(
+        row,
+        lambda copy: step,
+        lambda _, loss: float((loss.double() - expected).abs() / expected.abs()),
+        TOLERANCES[settings.dtype].relative,
+        ratios={"ratio": FROZEN_MODEL} | ({"lora_ratio": LORA_MODEL} if method.backend is not None else {}),
+        further=further,
+    )
+
+
+@torch.no_grad()
+def _exact_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of the same model in float64."""
+    doubled = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    with _backend("torch"):
+        return copy.deepcopy(model).double()(**doubled).loss

@@ -1,20 +1,17 @@
-"""Which shapes a suite runs, on a GPU and on a CPU; ``quick`` ones are for tests. Adding a shape is adding a line."""
+"""What a run is given: its settings, and which shapes a suite runs. Adding a shape is adding a line."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from goat_kernels.checks.problem import LayerCase
-
-#: Of every suite that does not vary them.
-NUM_EXPERTS, TOP_K = 8, 2
+from bench.machine import Roofline, cache_bytes, measure_roofline
+from bench.timing import copies_for
+from goat_kernels.checks.problem import LayerCase, Problem, name_of
 
 #: What a layer is timed in: a training step's forward, its backward, both; or a forward without gradients.
 TRAINING_MODES = ("forward", "backward", "both")
-MODES = (*TRAINING_MODES, "inference")
 
 FORMS = ("fold", "path")
 
@@ -26,7 +23,7 @@ class Case:
     Attributes:
         T, N, M, R: tokens, in_features, out_features, total rank.
         forms: of the residual.
-        modes: of ``MODES``.
+        modes: of ``TRAINING_MODES``, or "inference".
         E, K: experts, and how many a token uses.
         varied: what the scaling suite varies here.
         dropout_p: of x in front of the adapter; 0 is none.
@@ -38,19 +35,18 @@ class Case:
     R: int
     forms: tuple[str, ...] = FORMS
     modes: tuple[str, ...] = TRAINING_MODES
-    E: int = NUM_EXPERTS
-    K: int = TOP_K
+    E: int = 8
+    K: int = 2
     varied: str | None = None
     dropout_p: float = 0.0
 
     def layer(self, dtype: torch.dtype, form: str) -> LayerCase:
         """The same for ``goat_kernels.checks``."""
         sizes = {letter: getattr(self, letter) for letter in "TNMREK"}
-        return LayerCase(
-            **sizes, dtype=dtype, adapter_dtype=torch.float32, path=form == "path", dropout_p=self.dropout_p
-        )
+        return LayerCase(**sizes, dtype=dtype, path=form == "path", dropout_p=self.dropout_p)
 
     def row(self) -> dict:
+        """The fields of a result that say which case it is."""
         row = {letter: getattr(self, letter) for letter in "TNMREK"}
         if self.varied is not None:
             row["varied"] = self.varied
@@ -61,58 +57,104 @@ class Case:
         return f"T={self.T} {self.N}->{self.M} R={self.R} E={self.E} K={self.K}{dropout}"
 
 
+@dataclass
+class BenchSettings:
+    """Settings of one run.
+
+    Attributes:
+        device, dtype: where, and of x and the base weight; adapters are float32.
+        rounds: timed rounds of each comparison.
+        quick: tiny sizes, which say nothing about speed; for tests.
+        shapes: in place of the suites' own; empty for these.
+        without: kinds of contenders to leave out.
+        profile: whether the host suite prints where its time goes.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rounds: int
+    quick: bool = False
+    shapes: tuple[Case, ...] = ()
+    without: frozenset[str] = frozenset()
+    profile: bool = False
+    _measured: list[Roofline] = field(default_factory=list, repr=False)  # shared by copies of these settings
+
+    @property
+    def cases(self) -> str:
+        """What a result says about its shapes: only "standard" ones enter the tables."""
+        if self.quick:
+            return "quick"
+        return "custom" if self.shapes else "standard"
+
+    @property
+    def roofline(self) -> Roofline:
+        """The machine's ceilings, measured when first asked for: a run asks before it times anything."""
+        if not self._measured:
+            self._measured.append(measure_roofline(self.device, self.dtype, quick=self.quick))
+        return self._measured[0]
+
+    def dtypes(self) -> dict:
+        """The fields of a result that say what the dtypes are."""
+        return {"dtype": name_of(self.dtype), "adapter_dtype": "float32"}
+
+
+def copies_of(problem: Problem, input_bytes: int, settings: BenchSettings) -> list[Problem]:
+    """The problem and copies of it in other memory, as many as a step rotates through; ``input_bytes`` of one."""
+    copies = copies_for(input_bytes, 0 if settings.quick else cache_bytes(settings.device))
+    return [problem, *(problem.map(_cloned) for _ in range(copies - 1))]
+
+
+def _cloned(value: object) -> object:
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
+
+_BOTH = ("both",)
+
 #: The three that the torch backend was tuned for, then those that were not looked at while it was written.
 _CPU_LAYERS = (
     Case(1536, 768, 768, 32),
     Case(1024, 768, 3072, 32),
     Case(512, 2048, 2048, 16),
-    Case(2048, 384, 1536, 16, modes=("both",)),
-    Case(640, 1024, 1024, 64, modes=("both",)),
-    Case(3200, 768, 768, 8, modes=("both",)),
-    Case(768, 3072, 768, 32, modes=("both",)),
-    Case(256, 4096, 4096, 8, modes=("both",)),
+    Case(2048, 384, 1536, 16, modes=_BOTH),
+    Case(640, 1024, 1024, 64, modes=_BOTH),
+    Case(3200, 768, 768, 8, modes=_BOTH),
+    Case(768, 3072, 768, 32, modes=_BOTH),
+    Case(256, 4096, 4096, 8, modes=_BOTH),
 )
 
 #: The shapes that have a target, forward and backward together; the two directions apart where a shape stands for many.
 _GPU_TRAINED = (
     Case(8192, 4096, 4096, 32),
-    Case(8192, 4096, 4096, 8, modes=("both",)),
-    Case(8192, 4096, 11008, 32, modes=("both",)),
-    Case(8192, 11008, 4096, 32, modes=("both",)),
-    Case(8192, 5120, 13824, 128, modes=("both",)),
-    Case(8192, 13824, 5120, 128, modes=("both",)),
-    Case(16384, 8192, 8192, 64, modes=("both",)),
+    Case(8192, 4096, 4096, 8, modes=_BOTH),
+    Case(8192, 4096, 11008, 32, modes=_BOTH),
+    Case(8192, 11008, 4096, 32, modes=_BOTH),
+    Case(8192, 5120, 13824, 128, modes=_BOTH),
+    Case(8192, 13824, 5120, 128, modes=_BOTH),
+    Case(16384, 8192, 8192, 64, modes=_BOTH),
     Case(3200, 768, 768, 8),  # ViT-B/32, 64 images
-    Case(3200, 768, 3072, 8, modes=("both",)),
+    Case(3200, 768, 3072, 8, modes=_BOTH),
 )
-
-#: p of the second time that every training shape is measured.
-DROPOUT_P = 0.05
 
 _GPU_LAYERS = (
     *_GPU_TRAINED,
     *(Case(T, 4096, 4096, 32, modes=("inference",)) for T in (1, 16, 64)),  # decoding
-    *(dataclasses.replace(case, modes=("both",), dropout_p=DROPOUT_P) for case in _GPU_TRAINED),
+    *(replace(case, modes=_BOTH, dropout_p=0.05) for case in _GPU_TRAINED),  # every training shape a second time
 )
 
 _QUICK = (Case(48, 32, 40, 16),)
 
-#: The three of docs/design.md's table of floors.
-_GPU_DESIGN = (
-    Case(8192, 4096, 4096, 32),
-    Case(8192, 5120, 13824, 128, forms=("fold",)),
-    Case(8192, 13824, 5120, 128, forms=("fold",)),
-)
-
 
 def layer_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
-    """Of the layer suite, and of the memory suite but for decoding."""
+    """Of the layer suite."""
     if quick:
         return _QUICK
     return _GPU_LAYERS if device == "cuda" else _CPU_LAYERS
 
 
 def memory_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
+    """The same but for decoding and dropout."""
     return tuple(case for case in layer_cases(device, quick=quick) if "both" in case.modes and not case.dropout_p)
 
 
@@ -120,13 +162,6 @@ def kernel_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
     """Each pass alone: the training shapes on a GPU, the three targets on a CPU."""
     cases = memory_cases(device, quick=quick)
     return cases if device == "cuda" else cases[:3]
-
-
-def design_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
-    """Of the comparison of orders in which base product and adapter can be computed."""
-    if quick:
-        return _QUICK
-    return _GPU_DESIGN if device == "cuda" else _CPU_LAYERS[:3]
 
 
 def tuning_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
@@ -151,8 +186,6 @@ def host_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
 def scaling_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
     """T, N (= M), R, E and K one at a time from a middle; the middle is in each of the five."""
     middle = Case(8192, 4096, 4096, 32) if device == "cuda" else Case(512, 768, 768, 32)
-    if quick:
-        middle = Case(32, 32, 32, 16)
     T, N, R = middle.T, middle.N, middle.R
     values = {
         "T": (T // 4, T // 2, T, 2 * T, 4 * T),
@@ -162,11 +195,9 @@ def scaling_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
         "K": (1, 2, 4, 8),
     }
     if quick:
-        values = {"T": (T, 2 * T), "E": (4, 8)}
+        middle, values = Case(32, 32, 32, 16), {"T": (32, 64), "E": (4, 8)}
     return tuple(
-        dataclasses.replace(
-            middle, **({"N": value, "M": value} if name == "N" else {name: value}), modes=("both",), varied=name
-        )
+        replace(middle, **({"N": value, "M": value} if name == "N" else {name: value}), modes=_BOTH, varied=name)
         for name, of_name in values.items()
         for value in of_name
     )

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-
-from goat_kernels.benchmarking.failures import in_words
-from goat_kernels.benchmarking.progress import tracked
+from tqdm.auto import tqdm
 
 Step = Callable[[int], object]
 
@@ -31,40 +31,36 @@ MAX_CALLS = 256
 #: Copies of the inputs together are this many times the last-level cache; and no more copies than that.
 CACHE_TIMES, MAX_COPIES = 2, 16
 
+#: A compiler's message goes on for pages.
+_MOST_CHARACTERS = 300
 
-@dataclass(frozen=True)
-class Timing:
+
+@dataclass
+class Samples:
     """Times of one contender.
 
     Attributes:
-        time_ms: per call, one for each round.
-        ratios: quantity, as "ratio" -> time / time of what it refers to in the same round, one for each round.
         calls: in a sample.
-        failed: None, or what it raised while it was timed; nothing else is there then.
+        time_ms: per call, one for each round.
+        failed: None, or what it raised while it was timed.
     """
 
-    time_ms: tuple[float, ...] = ()
-    ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    calls: int = 0
+    calls: int
+    time_ms: list[float] = field(default_factory=list)
     failed: str | None = None
 
-    def row(self) -> dict:
-        """The fields of a result."""
-        if self.failed is not None:
-            return {"failed": self.failed}
-        row = {"rounds": len(self.time_ms), "calls_per_sample": self.calls}
-        for name, values in (("time_ms", self.time_ms), *self.ratios.items()):
-            row |= {f"{name}_p{p}": quantile(values, p / 100) for p in (20, 50, 80)}
-        return row
 
-
-def quantile(values: tuple[float, ...], share: float) -> float:
-    """The ``share`` quantile, linear between neighbours; share 0.5 is the median."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+def timing_row(name: object, samples: Mapping[object, Samples], ratios: Mapping[str, object]) -> dict:
+    """The fields of a result; ``ratios``: quantity -> the contender that its time is divided by, round by round."""
+    own = samples[name]
+    if own.failed is not None:
+        return {"failed": own.failed}
+    values = {"time_ms": own.time_ms}
+    for quantity, base in ratios.items():
+        if base in samples and samples[base].failed is None:
+            values[quantity] = [ms / of for ms, of in zip(own.time_ms, samples[base].time_ms, strict=True)]
+    row = {"rounds": len(own.time_ms), "calls_per_sample": own.calls}
+    return row | {f"{name}_p{p}": float(np.percentile(of, p)) for name, of in values.items() for p in (20, 50, 80)}
 
 
 def copies_for(input_bytes: int, cache_bytes: int) -> int:
@@ -73,15 +69,14 @@ def copies_for(input_bytes: int, cache_bytes: int) -> int:
 
 
 def time_interleaved(
-    steps: Mapping[str, Step],
+    steps: Mapping[object, Step],
     *,
     device: torch.device,
     copies: int,
     rounds: int,
-    ratios: Mapping[str, Mapping[str, str]] | None = None,
     warmup: int = 3,
     label: str = "",
-) -> dict[str, Timing]:
+) -> dict[object, Samples]:
     """Time every contender once per round, in an order that rotates from round to round.
 
     A contender that raises is out, and the others go on.
@@ -91,43 +86,33 @@ def time_interleaved(
         device: where it runs.
         copies: numbers that a step may be called with: 0..copies-1.
         rounds: how many rounds are timed.
-        ratios: quantity -> name -> the contender that its time is divided by; none by default.
         warmup: rounds before that, the first through all copies; the number of calls is found in them too.
         label: of the progress.
     """
-    names = list(steps)
-    calls = dict.fromkeys(names, copies)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    failed: dict[str, str] = {}
+    samples = {name: Samples(calls=copies) for name in steps}
     with no_collection():
-        for round_ in tracked(range(-warmup, rounds), label, "round") if names else ():
-            start = round_ % len(names)
-            for name in names[start:] + names[:start]:
-                if name in failed:
-                    continue
-                first = (round_ + warmup) * calls[name]
-                try:
-                    elapsed_ms = sample_ms(steps[name], device, copies, calls[name], first)
-                except Exception as failure:
-                    failed[name] = in_words(failure)
-                    continue
-                if round_ >= 0:
-                    times[name].append(elapsed_ms)
-                else:
-                    calls[name] = _calls_to_fill(steps[name], elapsed_ms, device)
+        for round_, name in rotating(steps, range(-warmup, rounds), label):
+            step, own = steps[name], samples[name]
+            if own.failed is not None:
+                continue
+            try:
+                elapsed_ms = sample_ms(step, device, copies, own.calls, (round_ + warmup) * own.calls)
+            except Exception as failure:
+                own.failed = in_words(failure)
+                continue
+            if round_ >= 0:
+                own.time_ms.append(elapsed_ms)
+            else:
+                own.calls = _calls_to_fill(step, elapsed_ms, device)
+    return samples
 
-    def timing(name: str) -> Timing:
-        if name in failed:
-            return Timing(failed=failed[name])
-        bases = {quantity: of[name] for quantity, of in (ratios or {}).items() if name in of}
-        of_round = {
-            quantity: tuple(t / b for t, b in zip(times[name], times[base], strict=True))
-            for quantity, base in bases.items()
-            if base in times and base not in failed
-        }
-        return Timing(tuple(times[name]), of_round, calls[name])
 
-    return {name: timing(name) for name in names}
+def rotating(names: Iterable, rounds: Iterable[int], label: str) -> Iterator[tuple[int, object]]:
+    """(round, name) of every name once a round, in an order that rotates."""
+    names = list(names)
+    for round_ in tracked(rounds, label, "round") if names else ():
+        start = round_ % len(names)
+        yield from ((round_, name) for name in names[start:] + names[:start])
 
 
 def _calls_to_fill(step: Step, elapsed_ms: float, device: torch.device) -> int:
@@ -170,10 +155,10 @@ def fastest_ms(step: Step, device: torch.device, rounds: int) -> float:
     Raises:
         RuntimeError: the step raised.
     """
-    timing = time_interleaved({"": step}, device=device, copies=1, rounds=rounds)[""]
-    if timing.failed is not None:
-        raise RuntimeError(timing.failed)
-    return min(timing.time_ms)
+    samples = time_interleaved({"": step}, device=device, copies=1, rounds=rounds)[""]
+    if samples.failed is not None:
+        raise RuntimeError(samples.failed)
+    return min(samples.time_ms)
 
 
 @contextmanager
@@ -187,3 +172,13 @@ def no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def tracked(items: Iterable, label: str, unit: str) -> Iterator:
+    """``items`` with a progress bar on a terminal, and a line every 15 seconds elsewhere."""
+    return tqdm(items, desc=label, unit=unit, leave=False, mininterval=0.1 if sys.stderr.isatty() else 15, delay=1)
+
+
+def in_words(failure: BaseException) -> str:
+    """What was raised, on one line."""
+    return f"raised {type(failure).__name__}: {' '.join(str(failure).split())[:_MOST_CHARACTERS]}".removesuffix(": ")

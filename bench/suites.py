@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from goat_kernels.benchmarking.ahead import compile_ahead
-from goat_kernels.benchmarking.cases import (
+from bench.cases import (
+    BenchSettings,
     Case,
-    design_cases,
     host_cases,
     kernel_cases,
     layer_cases,
@@ -20,18 +19,17 @@ from goat_kernels.benchmarking.cases import (
     scaling_cases,
     tuning_cases,
 )
-from goat_kernels.benchmarking.design_suite import design_rows
-from goat_kernels.benchmarking.failures import in_words
-from goat_kernels.benchmarking.host_suite import host_rows
-from goat_kernels.benchmarking.layer_suite import layer_rows, memory_rows
-from goat_kernels.benchmarking.machine import describe
-from goat_kernels.benchmarking.models import model_cases, model_layers, model_rows
-from goat_kernels.benchmarking.passes import kernel_rows
-from goat_kernels.benchmarking.progress import tracked
-from goat_kernels.benchmarking.results import case_of, finished_cases
-from goat_kernels.benchmarking.settings import BenchSettings
-from goat_kernels.benchmarking.startup import startup_rows
-from goat_kernels.benchmarking.tuning import tuning_rows
+from bench.host import host_rows
+from bench.layer_suites import layer_rows, memory_rows
+from bench.machine import describe
+from bench.models import model_cases, model_layers, model_rows
+from bench.passes import kernel_rows
+from bench.results import case_of, finished_cases
+from bench.timing import in_words, tracked
+from bench.tuning import tuning_rows
+from goat_kernels.backends import why_not_auto
+from goat_kernels.checks.ahead import compile_ahead
+from goat_kernels.checks.problem import Problem, make_problem
 
 
 def _itself(case: Case) -> tuple[Case, ...]:
@@ -59,11 +57,9 @@ class Suite:
     without: frozenset[str] = frozenset()
 
 
-def _roofline_rows(settings: BenchSettings) -> Iterator[dict]:
-    for ceiling in settings.roofline.measured:
-        unit = "tflops" if ceiling.what == "product" else "gb_per_s"
-        row = {"contender": ceiling.what, "size": ceiling.size, **settings.dtypes(), "time_ms_fastest": ceiling.time_ms}
-        yield {**row, unit: ceiling.rate, **settings.roofline.row()}
+def _roofline_rows(case: None, settings: BenchSettings) -> Iterator[dict]:
+    for row in settings.roofline.measured:
+        yield {**row, **settings.dtypes(), **settings.roofline.row()}
 
 
 _COMPILED = frozenset({"compiled"})
@@ -72,15 +68,13 @@ SUITES: dict[str, Suite] = {
     "roofline": Suite(
         "how fast this machine reads, copies and multiplies",
         lambda device, quick: (None,),
-        lambda case, settings: _roofline_rows(settings),
+        _roofline_rows,
         layers=None,
         shaped=False,
     ),
     "kernels": Suite("each pass alone, against the machine's roofline", kernel_cases, kernel_rows),
     "layer": Suite("forward, backward, both; ratio to the frozen nn.Linear", layer_cases, layer_rows),
-    "host": Suite(
-        "what a call of the layer costs the host", host_cases, host_rows, without=_COMPILED | frozenset({"graph"})
-    ),
+    "host": Suite("what a call of the layer costs the host", host_cases, host_rows),
     "memory": Suite("bytes saved for backward, and the peak", memory_cases, memory_rows, without=_COMPILED),
     "scaling": Suite(
         "cost as T, N, R, E and K grow, each alone", scaling_cases, layer_rows, shaped=False, without=_COMPILED
@@ -91,16 +85,6 @@ SUITES: dict[str, Suite] = {
         model_rows,
         layers=model_layers,
         shaped=False,
-    ),
-    "startup": Suite(
-        "import, first call, initialisation",
-        lambda device, quick: (None,),
-        lambda case, settings: startup_rows(settings),
-        layers=None,
-        shaped=False,
-    ),
-    "design": Suite(
-        "the base product accumulating onto the adapter's share, against other orders", design_cases, design_rows
     ),
     "tuning": Suite("each step away from the table's tiles", tuning_cases, tuning_rows),
 }
@@ -119,9 +103,10 @@ def run_suite(name: str, settings: BenchSettings, report: Callable[[dict], None]
     finished = finished_cases(before, name, {**common, **settings.dtypes()})
     cases = [case for case in cases if case is None or case_of(case.row()) not in finished]
     of_suite = dataclasses.replace(settings, without=settings.without | suite.without)
-    if suite.layers is not None:
+    if suite.layers is not None and why_not_auto("triton", settings.device, settings.dtype) is None:
         try:
-            compile_ahead((layer for case in cases for layer in suite.layers(case)), settings)
+            layers = (layer for case in cases for layer in suite.layers(case))
+            compile_ahead(problems_of(layers, settings.dtype), settings.device)
         except Exception as failure:  # what does not compile is met again when it is launched
             warnings.warn(f"compiling ahead: {in_words(failure)}", stacklevel=2)
     skipped = set()
@@ -144,6 +129,15 @@ def _rows_until_it_raises(suite: Suite, case: object, settings: BenchSettings) -
         yield {**of_case, "contender": "the rest of this case", "failed": in_words(failure)}
 
 
-def shapes_of(sizes: Sequence[tuple[int, int, int, int]], forms: tuple[str, ...]) -> tuple[Case, ...]:
-    """Cases of (T, N, M, R), in all training modes."""
-    return tuple(Case(*one, forms=forms) for one in sizes)
+def problems_of(cases: Iterable[Case], dtype: torch.dtype) -> Iterator[Problem]:
+    """What to compile for ``cases``, on "meta".
+
+    The checks' layers have one scaling with "fold" and one per expert with "path"; the benchmarks' have one in either
+    form, so that "path" has both kernels.
+    """
+    for case in cases:
+        for form in case.forms:
+            problem = make_problem(case.layer(dtype, form), "meta")
+            yield problem
+            if problem.adapter.scaling_E is not None:
+                yield dataclasses.replace(problem, adapter=problem.adapter._replace(scaling_E=None))

@@ -1,4 +1,8 @@
-"""Figures from rows of results: ratio to the frozen layer by shape, roofline, scaling curves, memory."""
+"""Figures from rows of results: ratio to the frozen layer by shape, roofline, scaling curves, memory.
+
+A figure is a function that draws data onto a matplotlib figure; the PNG carries a digest of the data, by which a report
+that is out of date is found.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from goat_kernels.benchmarking.layers import FROZEN
-from goat_kernels.benchmarking.results import timed
-from goat_kernels.benchmarking.tables import by_shape, commit_of, contenders, in_mode, scaling_groups
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
+from PIL import Image
+
+from bench.results import timed
+from bench.tables import adapters, by_shape, by_varied, commit_of, contenders, in_mode
 
 #: Colour-blind safe (Okabe and Ito). A contender has its colour in every figure, however it is launched.
 _COLOURS = {
@@ -31,70 +39,60 @@ _COLOURS = {
 #: How it is launched -> marker.
 _MARKERS = {", compiled": "s", ", CUDA graph": "^", "": "o"}
 
-_PASS_MARKERS = "osD^vP*Xp"
+_PASS_MARKERS = "osD^vP*Xpd"
 
 #: Of axes of ratios, which are logarithmic.
 _RATIO_TICKS = (
-    0.5,
-    0.7,
-    0.8,
-    0.9,
-    1,
-    1.1,
-    1.2,
-    1.3,
-    1.4,
-    1.6,
-    1.8,
-    2,
-    2.5,
-    3,
-    4,
-    5,
-    6,
-    8,
-    10,
-    12,
-    16,
-    20,
-    24,
-    32,
-    48,
-    64,
+    *(0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8),
+    *(2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64),
 )
 
-#: Raised when a figure is drawn otherwise from the same rows, so that those on disk count as out of date.
+#: Raised when a figure is drawn otherwise from the same data, so that those on disk count as out of date.
 _DRAWING = 3
 
 _DIGEST = "goat-kernels-rows"
 
+Draw = Callable[[Figure, object], None]
 
-def figure(suite: str, rows: list[dict]) -> bytes:
-    """The PNG of a suite; it carries a digest of the rows that it was drawn from."""
-    from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(10, 7 if suite == "memory" else 5.5), layout="constrained")
-    FIGURES[suite](drawn, timed(rows))
-    row = max(rows, key=lambda row: row["date"])
-    drawn.suptitle(f"{row['gpu'] or row['cpu']}, {row['date'][:10]}, {commit_of(row)}", fontsize=9)
+def png(draw: Draw, data: object) -> bytes:
+    """What ``draw`` makes of ``data``, with a digest of it."""
+    drawn = Figure(layout="constrained")
+    draw(drawn, data)
     buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=110, metadata={_DIGEST: digest(rows), "Software": None})
+    drawn.savefig(buffer, format="png", dpi=110, metadata={_DIGEST: digest(data), "Software": None})
     return buffer.getvalue()
 
 
-def digest(rows: list[dict]) -> str:
+def digest(data: object) -> str:
     """Of everything that a figure is drawn from."""
-    return hashlib.sha256(json.dumps([_DRAWING, rows], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_DRAWING, data], sort_keys=True).encode()).hexdigest()
 
 
 def digest_in(path: Path) -> str | None:
     """The digest that a PNG carries; None where there is no such file or it carries none."""
-    from PIL import Image
-
     if not path.is_file():
         return None
     with Image.open(path) as image:
         return image.info.get(_DIGEST)
+
+
+def legend(drawn: Figure, handles: list) -> None:
+    """Below everything, where it hides nothing."""
+    columns = len(handles) if len(handles) < 6 else 4
+    drawn.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def _of_suite(draw: Draw) -> Draw:
+    """With a title that says what was measured on; ``draw`` gets the rows that have a time."""
+
+    def figure(drawn: Figure, rows: list[dict]) -> None:
+        drawn.set_size_inches(10, 7 if draw is _memory else 5.5)
+        draw(drawn, timed(rows))
+        row = max(rows, key=lambda row: row["date"])
+        drawn.suptitle(f"{row['gpu'] or row['cpu']}, {row['date'][:10]}, {commit_of(row)}", fontsize=9)
+
+    return figure
 
 
 def _style(name: str) -> dict:
@@ -103,10 +101,9 @@ def _style(name: str) -> dict:
     return {"color": _COLOURS.get(name.removesuffix(ending), "#777777"), "marker": _MARKERS[ending]}
 
 
-def _legend(drawn, handles: list) -> None:
-    """Below everything, where it hides nothing."""
-    columns = len(handles) if len(handles) < 6 else 4
-    drawn.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+def _places(count: int, place: int, of: int) -> list[float]:
+    """x of the contender ``place`` of ``of`` in each of ``count`` groups."""
+    return [index + 0.8 * ((place + 0.5) / of - 0.5) for index in range(count)]
 
 
 def _shape_labels(axes, grouped: dict[tuple, dict]) -> None:
@@ -114,9 +111,9 @@ def _shape_labels(axes, grouped: dict[tuple, dict]) -> None:
     axes.set_xticks(range(len(labels)), labels, fontsize=8 if len(labels) < 10 else 7)
 
 
-def _ratio_axis(axes, lowest: float, highest: float) -> None:
+def _ratio_axis(axes, ratios: list[float]) -> None:
     """Logarithmic, with the ticks that fit, from below 1 to above the highest."""
-    lowest, highest = min(lowest, 1.0) * 0.96, max(highest, 1.2) * 1.05
+    lowest, highest = min([*ratios, 1.0]) * 0.96, max([*ratios, 1.2]) * 1.05
     axes.set_yscale("log")
     axes.set_ylim(lowest, highest)
     ticks = [tick for tick in _RATIO_TICKS if lowest <= tick <= highest]
@@ -128,31 +125,26 @@ def _ratio_axis(axes, lowest: float, highest: float) -> None:
     axes.grid(True, axis="y", alpha=0.3)
 
 
-def _layer(drawn, rows: list[dict]) -> None:
+def _layer(drawn: Figure, rows: list[dict]) -> None:
     rows = [row for row in in_mode(rows, "both") if "ratio_p50" in row]
-    grouped, axes, handles = by_shape(rows), drawn.subplots(), []
-    names = [name for name in contenders(rows) if not name.startswith(FROZEN)]
+    grouped, axes, handles, names = by_shape(rows), drawn.subplots(), [], adapters(rows)
     for place, name in enumerate(names):
-        offset = 0.8 * ((place + 0.5) / len(names) - 0.5)
-        found = [(index + offset, of[name]) for index, of in enumerate(grouped.values()) if name in of]
+        at = _places(len(grouped), place, len(names))
+        found = [(x, of[name]) for x, of in zip(at, grouped.values(), strict=True) if name in of]
         middle = [row["ratio_p50"] for _, row in found]
         below = [row["ratio_p50"] - row["ratio_p20"] for _, row in found]
         above = [row["ratio_p80"] - row["ratio_p50"] for _, row in found]
         style = {"linestyle": "none", "markersize": 5, "capsize": 2, **_style(name)}
-        handles.append(axes.errorbar([at for at, _ in found], middle, yerr=[below, above], label=name, **style))
+        handles.append(axes.errorbar([x for x, _ in found], middle, yerr=[below, above], label=name, **style))
     for index in range(1, len(grouped)):
         axes.axvline(index - 0.5, color="#dddddd", linewidth=0.8)
     _shape_labels(axes, grouped)
     axes.set(ylabel="time / frozen nn.Linear, p50 with p20-p80", title="Forward and backward of one layer")
-    ratios = [row[f"ratio_p{p}"] for row in rows if not row["contender"].startswith(FROZEN) for p in (20, 80)]
-    _ratio_axis(axes, min(ratios, default=1), max(ratios, default=1))
-    _legend(drawn, handles)
+    _ratio_axis(axes, [row[f"ratio_p{p}"] for row in rows if row["contender"] in names for p in (20, 80)])
+    legend(drawn, handles)
 
 
-def _kernels(drawn, rows: list[dict]) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator
-
+def _kernels(drawn: Figure, rows: list[dict]) -> None:
     axes, first = drawn.subplots(), rows[0]
     intensity = [row["flops"] / row["floor_bytes"] for row in rows]
     bandwidth, peak = max(first["machine_read_gb_per_s"], first["machine_copy_gb_per_s"]), first["machine_tflops"]
@@ -160,9 +152,10 @@ def _kernels(drawn, rows: list[dict]) -> None:
     line = sorted({0.5 * min(*intensity, ridge), ridge, 1.5 * max(*intensity, ridge)})
     axes.plot(line, [min(peak, x * bandwidth / 1e3) for x in line], color="#000000", linewidth=1.2)
     passes = dict(zip(dict.fromkeys(row["pass"] for row in rows), _PASS_MARKERS, strict=False))
+    plain = {"linestyle": "none", "markersize": 6, "markeredgewidth": 0}
     for row, x in zip(rows, intensity, strict=True):
-        style = {"color": _style(row["contender"])["color"], "marker": passes.get(row["pass"], "o")}
-        axes.plot([x], [row["tflops"]], linestyle="none", markersize=6, alpha=0.75, markeredgewidth=0, **style)
+        colour = _style(row["contender"])["color"]
+        axes.plot([x], [row["tflops"]], alpha=0.75, color=colour, marker=passes.get(row["pass"], "o"), **plain)
     axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", title="Each pass alone, under the measured roofline")
     axes.set_xlabel("operations per byte that the pass must move, each tensor once")
     for axis in (axes.xaxis, axes.yaxis):
@@ -170,38 +163,34 @@ def _kernels(drawn, rows: list[dict]) -> None:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     axes.grid(True, which="both", alpha=0.2)
-    plain = {"linestyle": "none", "markersize": 6, "markeredgewidth": 0}
     handles = [Line2D([], [], color="#000000", linewidth=1.2, label="roofline")]
     for name in contenders(rows):
         handles.append(Line2D([], [], marker="o", color=_style(name)["color"], label=name, **plain))
     for name, marker in passes.items():
         handles.append(Line2D([], [], marker=marker, color="#777777", label=name.replace("_", " "), **plain))
-    _legend(drawn, handles)
+    legend(drawn, handles)
 
 
-def _scaling(drawn, rows: list[dict]) -> None:
-    names = [name for name in contenders(rows) if not name.startswith(FROZEN)]
-    groups, handles = scaling_groups(rows), {}
-    all_axes = drawn.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for axes, (letter, of_letter) in zip(all_axes, groups.items(), strict=True):
+def _scaling(drawn: Figure, rows: list[dict]) -> None:
+    names, varied, handles = adapters(rows), by_varied(rows), {}
+    letters = dict.fromkeys(letter for letter, _ in varied)
+    all_axes = drawn.subplots(1, len(letters), sharey=True, squeeze=False)[0]
+    for axes, letter in zip(all_axes, letters, strict=True):
+        of_letter = sorted((value, of) for (one, value), of in varied.items() if one == letter)
         for name in names:
-            found = [
-                (value, of[name]["ratio_p50"]) for value, of in of_letter.items() if "ratio_p50" in of.get(name, {})
-            ]
+            found = [(value, of[name]["ratio_p50"]) for value, of in of_letter if "ratio_p50" in of.get(name, {})]
             if found:
-                (handles[name],) = axes.plot(
-                    *zip(*sorted(found), strict=True), markersize=4, label=name, **_style(name)
-                )
+                (handles[name],) = axes.plot(*zip(*found, strict=True), markersize=4, label=name, **_style(name))
         axes.set(xscale="log", xlabel=f"{letter} (= M)" if letter == "N" else letter)
-        axes.set_xticks(sorted(of_letter), [str(value) for value in sorted(of_letter)], fontsize=7)
+        axes.set_xticks([value for value, _ in of_letter], [str(value) for value, _ in of_letter], fontsize=7)
     ratios = [row["ratio_p50"] for row in rows if "ratio_p50" in row and row["contender"] in names]
     for axes in all_axes:
-        _ratio_axis(axes, min(ratios, default=1), max(ratios, default=1))
+        _ratio_axis(axes, ratios)
     all_axes[0].set_ylabel("time / frozen nn.Linear, forward and backward")
-    _legend(drawn, list(handles.values()))
+    legend(drawn, list(handles.values()))
 
 
-def _memory(drawn, rows: list[dict]) -> None:
+def _memory(drawn: Figure, rows: list[dict]) -> None:
     grouped, names, handles = by_shape(rows), contenders(rows), []
     both = drawn.subplots(2, 1, sharex=True)
     for axes, field, scale, title in (
@@ -210,16 +199,21 @@ def _memory(drawn, rows: list[dict]) -> None:
     ):
         handles.clear()
         for place, name in enumerate(names):
-            at = [index + 0.8 * ((place + 0.5) / len(names) - 0.5) for index in range(len(grouped))]
             values = [of[name][field] / scale if name in of else 0 for of in grouped.values()]
-            handles.append(axes.bar(at, values, width=0.8 / len(names), color=_style(name)["color"], label=name))
+            style = {"width": 0.8 / len(names), "color": _style(name)["color"], "label": name}
+            handles.append(axes.bar(_places(len(grouped), place, len(names)), values, **style))
         axes.set_ylabel("MiB")
         axes.set_title(title, fontsize=10)
         axes.grid(True, axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     _shape_labels(both[1], grouped)
-    _legend(drawn, handles)
+    legend(drawn, handles)
 
 
 #: Suite -> what draws its figure.
-FIGURES: dict[str, Callable] = {"layer": _layer, "kernels": _kernels, "scaling": _scaling, "memory": _memory}
+FIGURES: dict[str, Draw] = {
+    "layer": _of_suite(_layer),
+    "kernels": _of_suite(_kernels),
+    "scaling": _of_suite(_scaling),
+    "memory": _of_suite(_memory),
+}

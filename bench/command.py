@@ -1,0 +1,200 @@
+"""Measure how fast GOAT layers are here, beside the frozen layer, PEFT's LoRA and the public code's algorithm.
+
+Contenders run in one process on the same inputs, interleaved round by round; each is checked against float64 on these
+inputs first, and a wrong one gets no time. What cannot run here is skipped, with a line that says why.
+
+    goat-kernels bench                             the layer suite, on the GPU if there is one
+    goat-kernels bench --suite kernels memory      or: roofline, host, scaling, model, tuning, all
+    goat-kernels bench --shape 8192,4096,4096,32   a layer of your own: T,N,M,R
+    goat-kernels bench --report                    README's and docs' tables and figures anew
+
+Results are JSON lines, in a new file in bench/results unless --output names one. Exit code: 0; 1 if a contender was
+wrong or raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from goat_kernels.command_errors import CommandError
+
+if TYPE_CHECKING:
+    from bench.cases import BenchSettings, Case
+
+#: As in ``suites.py`` and ``layers.py``, which import torch (a test holds them together).
+SUITE_NAMES = ("roofline", "kernels", "layer", "host", "memory", "scaling", "model", "tuning")
+KINDS = ("frozen", "lora", "unsloth", "loop", "torch", "compiled", "triton", "graph")
+
+DTYPES = ("bfloat16", "float16", "float32")
+_ROUNDS = {"cuda": 31, "cpu": 15}
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare every option of ``goat-kernels bench``."""
+    parser.add_argument(
+        "--report", action="store_true", help="write tables and figures from bench/results; run nothing"
+    )
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        choices=(*SUITE_NAMES, "all"),
+        default=["layer"],
+        help="what to measure (default: layer)",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="append the rows to FILE (default: a new one in bench/results)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --output: a run that stopped goes on; shapes that FILE has whole, of this commit and machine, are "
+        "left out",
+    )
+    parser.add_argument("--rounds", type=whole, help="timed rounds of each comparison (default: 15 on a CPU, else 31)")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="T,N,M,R",
+        help="measure this layer in place of the standard ones, in kernels, layer, host, memory and tuning; may be "
+        "repeated",
+    )
+    parser.add_argument(
+        "--residual", choices=("path", "fold"), help="with --shape: this form alone (default: both forms)"
+    )
+    parser.add_argument(
+        "--without", nargs="+", choices=KINDS[1:], default=[], metavar="KIND", help=f"leave out: {', '.join(KINDS[1:])}"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="with --suite host: print the functions that take most time too"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="of x (default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--threads", type=whole, help="torch threads (default: torch's own choice)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that it runs; says nothing about speed"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        CommandError: an option that cannot be used here, a file that is not there or does not hold results.
+    """
+    if arguments.report:
+        return _report(Path.cwd())
+    settings = _settings(arguments)
+    from bench.machine import describe
+    from bench.results import RESULTS_FOLDER, ResultsError, append, file_name, read_rows, timed
+    from bench.suites import run_suite
+    from bench.tables import TABLES, not_timed
+
+    suites = SUITE_NAMES if "all" in arguments.suite else tuple(dict.fromkeys(arguments.suite))
+    if {"roofline", "kernels"} & set(suites):  # the ceilings first: before anything has warmed the machine
+        suites = tuple(dict.fromkeys(("roofline", *suites)))
+    machine = describe(settings.device)
+    output = Path(arguments.output) if arguments.output else RESULTS_FOLDER / file_name(machine, suites)
+    if output.is_dir():
+        raise CommandError(f"--output {str(output)!r} is a folder; it needs the name of a file")
+    try:
+        before = read_rows(output) if arguments.resume and output.exists() else []
+    except ResultsError as error:
+        raise CommandError(f"--output: {error}") from None
+    kept, failed, said = arguments.output is not None or not settings.quick, False, set()
+    where = f"results go to {output}" if kept else "--quick keeps no results without --output"
+    print(f"{machine['gpu'] or machine['cpu']}, {settings.dtypes()['dtype']}; {where}", flush=True)
+    for suite in suites:
+        rows: list[dict] = []
+
+        def report(row: dict, rows: list[dict] = rows) -> None:
+            rows.append(row)
+            if kept:
+                append(output, row)
+
+        run_suite(suite, settings, report, before)
+        failed |= any("failed" in row for row in rows)
+        print(f"\n{suite}\n")
+        for line in not_timed(rows):
+            if line not in said:
+                print(line)
+                said.add(line)
+        if timed(rows):  # of a run that goes on: what it measured before too
+            print(f"\n{TABLES[suite]([*(row for row in before if row['suite'] == suite), *rows])}", flush=True)
+    return 1 if failed else 0
+
+
+def _settings(arguments: argparse.Namespace) -> BenchSettings:
+    import torch
+
+    from bench.cases import FORMS, BenchSettings
+    from bench.suites import SUITES
+
+    kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device 'cuda' needs a GPU, and PyTorch sees none")
+    if arguments.residual is not None and not arguments.shape:
+        raise CommandError(f"--residual {arguments.residual!r} needs --shape")
+    unshaped = [name for name in arguments.suite if name == "all" or not SUITES[name].shaped]
+    if arguments.shape and unshaped:
+        raise CommandError(f"--shape does not go with --suite {unshaped[0]}, which has sizes of its own")
+    if arguments.resume and not arguments.output:
+        raise CommandError("--resume needs --output, the file of the run that goes on")
+    if arguments.profile and not {"host", "all"} & set(arguments.suite):
+        raise CommandError("--profile needs --suite host")
+    if arguments.shape and arguments.quick:
+        raise CommandError("--shape does not go with --quick, which has sizes of its own")
+    forms = FORMS if arguments.residual is None else (arguments.residual,)
+    shapes = tuple(_shape(text, forms) for text in arguments.shape or ())
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
+    return BenchSettings(
+        device=device,
+        dtype=getattr(torch, arguments.dtype or ("bfloat16" if kind == "cuda" else "float32")),
+        rounds=arguments.rounds or (2 if arguments.quick else _ROUNDS[kind]),
+        quick=arguments.quick,
+        shapes=shapes,
+        without=frozenset(arguments.without),
+        profile=arguments.profile,
+    )
+
+
+def _shape(text: str, forms: tuple[str, ...]) -> Case:
+    from bench.cases import Case
+
+    try:
+        case = Case(*(int(part) for part in text.split(",")), forms=forms)
+    except (TypeError, ValueError):
+        raise CommandError(f"--shape {text!r} must be four whole numbers: T,N,M,R") from None
+    if min(case.T, case.N, case.M, case.R) < 1:
+        raise CommandError(f"--shape {text!r} must be four numbers of at least 1: T,N,M,R")
+    if case.R % case.E:
+        raise CommandError(f"--shape {text!r}: R = {case.R} must be a multiple of {case.E}, the number of experts")
+    return case
+
+
+def _report(root: Path) -> int:
+    from bench.report import PAGES, write
+    from bench.results import RESULTS_FOLDER, ResultsError
+
+    missing = [path for path in (*PAGES, RESULTS_FOLDER) if not (root / path).exists()]
+    if missing:
+        raise CommandError(f"--report needs to run in the root of a checkout: there is no {missing[0]} here")
+    try:
+        written = write(root)
+    except ResultsError as error:
+        raise CommandError(f"--report: {error}") from None
+    for path in written:
+        print(f"written: {path}")
+    if not written:
+        print("everything was up to date")
+    return 0

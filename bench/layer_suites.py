@@ -1,0 +1,178 @@
+"""The layer and what it keeps: rows of time, of ratio to the frozen layer, and of memory, for every contender."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import FORMS, BenchSettings, Case, copies_of
+from bench.layers import (
+    CONTENDERS,
+    Contender,
+    call_of,
+    dropping,
+    error_bound,
+    expected_results,
+    layer_error,
+    layer_problem,
+    results_error,
+)
+from bench.memory import launches_row, peak_bytes, saved_bytes
+from bench.steps import Candidate, measured, too_far
+from bench.timing import in_words
+from goat_kernels.checks.problem import Problem
+
+Expected = dict[str, list[Tensor]]
+
+
+def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
+    """Check every contender on the case's tensors, then time those that are right, beside one another.
+
+    With dropout, contenders draw masks of their own: they are checked without it, and what is timed has to differ.
+    """
+    first = layer_problem(case, settings.dtype, settings.device)
+    # Of what the frozen layer reads in a step: the least that a rotation has to push out of the cache.
+    problems = copies_of(first, first.x_TN.nbytes + first.weight_MN.nbytes + first.grad_y_TM.nbytes, settings)
+    common = {**case.row(), **settings.dtypes(), "copies": len(problems)}
+    right, expected = {}, {}
+    for contender, layer, fields in checked_layers(case, settings, first, expected):
+        if layer is not None:
+            right[contender] = layer, fields
+        else:
+            yield from ({**common, **row} for row in rows_without_time(contender, fields, case.modes))
+    if case.dropout_p:
+        problems = [dropping(p, case.dropout_p) for p in problems]
+        common["checked"] = "without dropout"
+    layers = {contender: _makes(contender, layer, problems) for contender, (layer, _) in right.items()}
+    for mode in case.modes:
+        candidates = (
+            _candidate(mode, contender, layers[contender], problems, expected[contender.computes], fields, settings)
+            for contender, (_, fields) in right.items()
+            if mode in contender.modes(case.modes)
+        )
+        for row in measured(candidates, len(problems), settings, f"{case}, {mode}"):
+            yield {**common, "mode": mode, **row}
+        gc.collect()  # graphs of autograd remember the streams that they ran on
+
+
+def _makes(contender: Contender, first: nn.Module, problems: list[Problem]) -> Callable[[int], nn.Module]:
+    """Copy -> the contender's module on it, made when first asked for; ``first`` is one that drops nothing."""
+
+    @functools.cache
+    def layer(copy: int) -> nn.Module:
+        return first if copy == 0 and not problems[0].adapter.dropout_p else contender.make(problems[copy])
+
+    return layer
+
+
+def _candidate(
+    mode: str,
+    contender: Contender,
+    layer: Callable[[int], nn.Module],
+    problems: list[Problem],
+    expected: list[Tensor],
+    checked: dict,
+    settings: BenchSettings,
+) -> Candidate:
+    E = problems[0].adapter.num_experts
+
+    def error(copy: int, results: Tensor | tuple[Tensor, ...]) -> float:
+        """Of the output of a forward, else of the gradients."""
+        if isinstance(results, Tensor):
+            return results_error([results], E, expected[:1])
+        return results_error(list(results), E, expected[1:])
+
+    def further(step) -> dict:
+        if contender.graph:  # which repeats what the eager one launches
+            return {}
+        return launches_row(functools.partial(step, 0), contender.backend, settings.device)
+
+    must_differ = problems[0].adapter.dropout_p > 0 and contender.computes != "frozen"
+    return Candidate(
+        {"contender": contender.name},
+        lambda copy: call_of(mode, layer(copy), problems[copy].x_TN, problems[copy].grad_y_TM),
+        error,
+        error_bound(settings.dtype),
+        must_differ=must_differ,
+        graph=contender.graph,
+        ratios=contender.ratios_to,
+        further=lambda step: {**(checked if must_differ else {}), **further(step)},
+    )
+
+
+def checked_layers(
+    case: Case, settings: BenchSettings, p: Problem, expected: Expected
+) -> Iterator[tuple[Contender, nn.Module | None, dict]]:
+    """(contender, its module on ``p``, its error) of those that compute what they should; (contender, None, why not).
+
+    Args:
+        case: what is run.
+        settings: of the run.
+        p: its tensors, without dropout.
+        expected: filled with what is computed -> the results in float64.
+    """
+    bound = error_bound(settings.dtype)
+    if "compiled" not in settings.without:
+        torch._dynamo.reset()  # a further shape would otherwise have it compile for symbolic sizes
+    for contender in CONTENDERS:
+        if (
+            (contender.computes in FORMS and contender.computes not in case.forms)
+            or contender.kind in settings.without
+            or (contender.half and settings.dtype.itemsize != 2)
+            or (case.dropout_p and not contender.knows_dropout)
+        ):
+            continue
+        reason = contender.skipped_reason(settings.device, settings.dtype)
+        if reason is not None:
+            yield contender, None, {"skipped": reason}
+            continue
+        try:
+            if contender.computes not in expected:
+                expected[contender.computes] = expected_results(contender.computes, p)
+            layer = contender.make(p)
+            error = layer_error(layer, p, expected[contender.computes])
+        except Exception as failure:  # whatever a peer, a compiler or a driver raises is a result, and others follow
+            yield contender, None, {"failed": in_words(failure)}
+            continue
+        if error <= bound:
+            yield contender, layer, {"relative_error": error, "relative_error_bound": bound}
+        else:
+            yield contender, None, {"failed": too_far(error, bound)}
+
+
+def rows_without_time(contender: Contender, reason: dict, modes: tuple[str, ...]) -> Iterator[dict]:
+    """A skipped contender once, a failed one once for each mode: such a row stands where its time would."""
+    if "skipped" in reason:
+        yield {"contender": contender.name, **reason}
+    else:
+        yield from ({"contender": contender.name, "mode": mode, **reason} for mode in contender.modes(modes))
+
+
+def memory_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
+    """Bytes that each eager contender saves for backward, and the peak of a forward and backward, results included."""
+    p = layer_problem(case, settings.dtype, settings.device)
+    common = {**case.row(), **settings.dtypes()}
+    for contender, layer, fields in checked_layers(case, settings, p, {}):
+        if layer is None:
+            yield from ({**common, **row} for row in rows_without_time(contender, fields, ("both",)))
+        elif not contender.graph:  # a graph's memory is reserved as long as it lives
+            row = {**common, "mode": "both", "contender": contender.name}
+            try:
+                yield {**row, **_memory(layer, p, settings.device), **fields}
+            except Exception as failure:
+                yield {**row, "failed": in_words(failure)}
+
+
+def _memory(layer: nn.Module, p: Problem, device: torch.device) -> dict:
+    step = call_of("both", layer, p.x_TN, p.grad_y_TM)
+    step()  # workspaces and constants that stay
+    of_layer = [*layer.parameters(), *layer.buffers(), p.x_TN]
+    return {
+        "saved_for_backward_bytes": saved_bytes(lambda: layer(p.x_TN), of_layer),
+        "x_bytes": p.x_TN.nbytes,
+        "peak_mib": round(peak_bytes(step, device) / 2**20, 3),
+    }

@@ -1,0 +1,295 @@
+"""The layer's contenders on shared tensors, and the check of each against float64 on these very tensors.
+
+Adding a contender is adding an entry to ``CONTENDERS``. It comes with the function that it computes: "frozen", "lora",
+or GOAT with the residual as "fold" or "path"; that is what the check holds it to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.cases import FORMS, Case
+from bench.peers import ExpertLoop, UnslothLora, frozen_linear, peft_lora
+from bench.steps import worst
+from goat_kernels.backends import resolve_backend
+from goat_kernels.checks.problem import Problem, make_problem
+from goat_kernels.linear import GoatLinear
+from goat_kernels.numerics import TOLERANCES, relative_error
+from goat_kernels.reference import goat_reference
+
+#: s, of every contender.
+SCALING = 2.0
+
+#: Of the balance loss; the paper's.
+BALANCE_COEFFICIENT = 1e-3
+
+FROZEN = "frozen linear"
+LORA, HALF_LORA = "PEFT LoRA", "PEFT LoRA, adapter in x's dtype"
+
+
+def layer_problem(case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
+    """What all contenders of a shape share: the tensors of a "path" layer without dropout."""
+    problem = make_problem(dataclasses.replace(case, dropout_p=0.0).layer(dtype, "path"), device)
+    problem.x_TN.requires_grad_()
+    return problem
+
+
+def folded(p: Problem) -> Problem:
+    """The same layer with W0 - B0 A0 in the weight's dtype, and no frozen pair."""
+    correction_MN = p.adapter.residual_B.double() @ p.adapter.residual_A.double()
+    weight_MN = (p.weight_MN.double() - correction_MN).to(p.weight_MN.dtype)
+    adapter = p.adapter._replace(residual_A=None, residual_B=None)
+    return dataclasses.replace(p, weight_MN=weight_MN, adapter=adapter)
+
+
+def dropping(p: Problem, dropout_p: float) -> Problem:
+    """The same tensors, of which layers are made that drop."""
+    return dataclasses.replace(p, adapter=p.adapter._replace(dropout_p=dropout_p))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute the layer.
+
+    Attributes:
+        name: in results.
+        kind: what ``--without`` names.
+        computes: "frozen", "lora", "fold" or "path".
+        make: tensors -> module; its trainable parameters are A, B and the router, in this order.
+        backend: "torch" or "triton" of ours.
+        graph: whether a CUDA graph of it is replayed.
+        half: another contender than the one above it only where x has two bytes.
+        needs: a package without which it is skipped.
+    """
+
+    name: str
+    kind: str
+    computes: str
+    make: Callable[[Problem], nn.Module]
+    backend: str | None = None
+    graph: bool = False
+    half: bool = False
+    needs: str | None = None
+
+    @property
+    def knows_dropout(self) -> bool:
+        """Whether it drops x in front of its adapter, or has none."""
+        return self.kind in ("frozen", "lora", "torch", "triton") and not self.graph
+
+    @property
+    def ratios_to(self) -> dict[str, str]:
+        """Quantity -> the contender that it refers to, launched in the same way; GOAT's to LoRA too."""
+        graph = ", CUDA graph" if self.graph else ""
+        to_lora = {"lora_ratio": LORA + graph, "half_lora_ratio": HALF_LORA + graph} if self.computes in FORMS else {}
+        return {"ratio": FROZEN + graph, **to_lora}
+
+    def skipped_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None, or why it cannot be timed here."""
+        if (self.graph or self.kind == "unsloth") and device.type != "cuda":
+            return "CUDA graphs need a GPU" if self.graph else "it needs a GPU"
+        if self.kind == "compiled" and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+            return "torch.compile needs a C++ compiler on a CPU"
+        return why_not(self.needs, self.backend, device, dtype)
+
+    def modes(self, modes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of ``modes`` that it can run: a compiled backward does not run twice on one forward."""
+        return tuple(mode for mode in modes if self.kind != "compiled" or mode != "backward")
+
+
+def why_not(needs: str | None, backend: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why something that needs a package and a backend of ours cannot be timed here."""
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        return f"the package {needs} is not installed"
+    if backend == "triton" and device.type != "cuda":
+        return "the Triton kernels run on a GPU; in Triton's interpreter there is nothing to time"
+    try:
+        resolve_backend(backend or "torch", device, dtype)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _frozen(p: Problem) -> nn.Module:
+    return frozen_linear(p.weight_MN, p.bias_M)
+
+
+def _lora(p: Problem) -> nn.Module:
+    return peft_lora(_frozen(p), p.adapter.lora_A, p.adapter.lora_B, SCALING, p.adapter.dropout_p)
+
+
+def _half_lora(p: Problem) -> nn.Module:
+    A, B = (matrix.to(p.x_TN.dtype) for matrix in p.adapter[:2])
+    return peft_lora(_frozen(p), A, B, SCALING, p.adapter.dropout_p)
+
+
+def _loop(p: Problem) -> nn.Module:
+    lora_A, lora_B, router, *_ = p.adapter
+    return ExpertLoop(_frozen(folded(p)), lora_A, lora_B, router, SCALING, p.adapter.top_k)
+
+
+def _unsloth(p: Problem) -> nn.Module:
+    return UnslothLora(_frozen(p), p.adapter.lora_A, p.adapter.lora_B, SCALING)
+
+
+def goat_layer(p: Problem, form: str, backend: str) -> GoatLinear:
+    """``GoatLinear`` around these tensors, without a singular value decomposition.
+
+    "fold" is a layer over the folded weight that has no frozen pair: what a folded layer runs.
+    """
+    if form == "fold":
+        p = folded(p)
+    (M, N), adapter = p.weight_MN.shape, p.adapter
+    layer = GoatLinear(
+        N,
+        M,
+        r=adapter.rank,
+        num_experts=adapter.num_experts,
+        top_k=adapter.top_k,
+        scaling=SCALING,
+        init="goat" if form == "path" else "lora",
+        residual=form,
+        dropout=adapter.dropout_p,
+        balance_coefficient=BALANCE_COEFFICIENT,
+        backend=backend,
+        device="meta",
+        dtype=p.weight_MN.dtype,
+    )
+    values = {name: getattr(adapter, name).detach().clone() for name in ("lora_A", "lora_B", "router")}
+    values |= {"weight": p.weight_MN, "bias": p.bias_M}
+    if form == "path":
+        values |= {"residual_A": adapter.residual_A, "residual_B": adapter.residual_B}
+    layer.load_state_dict(values, assign=True, strict=False)
+    return layer
+
+
+def _goat(form: str, backend: str, kind: str) -> Contender:
+    def make(p: Problem) -> nn.Module:
+        layer = goat_layer(p, form, backend)
+        # Whole or not at all: a part that silently runs as it is would be timed as compiled.
+        return torch.compile(layer, fullgraph=True) if kind == "compiled" else layer
+
+    suffix = {"compiled": ", compiled", "graph": ", CUDA graph"}.get(kind, "")
+    return Contender(f"GOAT {form}, {backend}{suffix}", kind, form, make, backend=backend, graph=kind == "graph")
+
+
+CONTENDERS: tuple[Contender, ...] = (
+    Contender(FROZEN, "frozen", "frozen", _frozen),
+    Contender(f"{FROZEN}, CUDA graph", "frozen", "frozen", _frozen, graph=True),
+    Contender(LORA, "lora", "lora", _lora, needs="peft"),
+    Contender(HALF_LORA, "lora", "lora", _half_lora, half=True, needs="peft"),
+    Contender(f"{LORA}, CUDA graph", "lora", "lora", _lora, graph=True, needs="peft"),
+    Contender(f"{HALF_LORA}, CUDA graph", "lora", "lora", _half_lora, graph=True, half=True, needs="peft"),
+    Contender("Unsloth LoRA", "unsloth", "lora", _unsloth, needs="unsloth"),
+    Contender("expert loop", "loop", "fold", _loop),
+    *(
+        _goat(form, backend, kind)
+        for backend, kind in (("torch", "torch"), ("torch", "compiled"), ("triton", "triton"), ("triton", "graph"))
+        for form in FORMS
+    ),
+)
+
+KINDS = tuple(dict.fromkeys(contender.kind for contender in CONTENDERS))
+
+
+# --- one call of a layer ----------------------------------------------------------------------------------------------
+
+
+def outputs_of(layer: nn.Module, x: Tensor, grad_y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """(what the layer computed, the gradient of each): y, and the balance loss where the layer hands it out.
+
+    ``GoatLinear`` injects its balance loss in backward; a layer that leaves it to the trainer has it as ``loss``.
+    """
+    y = layer(x)
+    loss = getattr(layer, "loss", None)
+    if loss is None:
+        return [y], [grad_y]
+    return [y, loss], [grad_y, torch.full_like(loss, BALANCE_COEFFICIENT)]
+
+
+def differentiated(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """x and the trainable parameters, in the order in which the layer registered them."""
+    return [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+
+
+def call_of(mode: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> Callable[[], object]:
+    """What is timed.
+
+    Args:
+        mode: "forward" keeps what the backward needs; "backward" has run the forward before; "both"; "inference"
+            keeps nothing.
+        layer: the contender.
+        x: [T, N].
+        grad_y: [T, M].
+    """
+    # A leaf of its own: autograd keeps, with a leaf, the stream on which it was first used, and a capture on another
+    # stream would have to wait for that one.
+    x = x.detach().requires_grad_()
+    if mode == "inference":
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                return layer(x)
+
+        return infer
+    if mode == "forward":
+        return lambda: layer(x)
+    inputs = differentiated(layer, x)
+    if mode == "backward":
+        outputs, gradients = outputs_of(layer, x, grad_y)
+        return lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        outputs, gradients = outputs_of(layer, x, grad_y)
+        return torch.autograd.grad(outputs, inputs, gradients)
+
+    return forward_and_backward
+
+
+# --- the check ----------------------------------------------------------------------------------------------------
+
+
+def expected_results(computes: str, p: Problem) -> list[Tensor]:
+    """float64 [y, dX, dA, dB, drouter] of what a contender computes, as far as it has them."""
+    exact = (folded(p) if computes == "fold" else p).double()
+    adapter, weight, bias = exact.adapter, exact.weight_MN, exact.bias_M
+    parameters = {"frozen": (), "lora": adapter[:2]}.get(computes, adapter[:3])
+    x, *leaves = (leaf.detach().requires_grad_() for leaf in (exact.x_TN, *parameters))
+    if computes in FORMS:
+        residual = (adapter.residual_A, adapter.residual_B) if computes == "path" else None
+        oracle = goat_reference(x, weight, *leaves, bias=bias, scaling=SCALING, top_k=adapter.top_k, residual=residual)
+        y, balance_loss = oracle.output, oracle.balance_loss
+    else:
+        y, balance_loss = F.linear(x, weight, bias), 0.0
+        if computes == "lora":
+            y = y + SCALING * (x @ leaves[0].t()) @ leaves[1].t()
+    objective = (y * exact.grad_y_TM).sum() + BALANCE_COEFFICIENT * balance_loss
+    return [y.detach(), *torch.autograd.grad(objective, [x, *leaves])]
+
+
+def layer_error(layer: nn.Module, p: Problem, expected: list[Tensor]) -> float:
+    """The largest relative error of the layer's results; NaN where anything is NaN."""
+    outputs, gradients = outputs_of(layer, p.x_TN, p.grad_y_TM)
+    of_inputs = torch.autograd.grad(outputs, differentiated(layer, p.x_TN), gradients)
+    return results_error([outputs[0].detach(), *of_inputs], p.adapter.num_experts, expected)
+
+
+def results_error(results: list[Tensor], E: int, expected: list[Tensor]) -> float:
+    """The largest relative error of [y, gradients of x and of the parameters], or of its first or last part."""
+    if len(results) > 5:  # an expert's A and B are each a parameter of its own
+        *first, router = results
+        of_A, of_B = first[-2 * E : -E], first[-E:]
+        results = [*first[: -2 * E], torch.cat(of_A), torch.cat(of_B, dim=1), router]
+    return worst(relative_error(result, oracle) for result, oracle in zip(results, expected, strict=True))
+
+
+def error_bound(dtype: torch.dtype) -> float:
+    """On every contender's error."""
+    return TOLERANCES[dtype].relative

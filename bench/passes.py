@@ -1,0 +1,270 @@
+"""Each pass alone: its time, its floor from the machine's ceilings, and what it asks memory for.
+
+The floor counts each tensor once: what a pass must read and write, whoever implements it. What our Triton kernels ask
+for, re-reads included, is beside it, from the plans that ``goat-kernels check --traffic`` proves. On a GPU a pass is a
+CUDA graph, so that its launches' host time drops out.
+
+Beside the passes stand the frozen layer's own products and, in Triton, y and dX as a whole in two orders: the adapter's
+share first and the base product onto it, which is the design's, and one matmul with the rank as more of its K.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.cases import BenchSettings, Case, copies_of
+from bench.steps import Candidate, measured, worst
+from bench.timing import in_words
+from goat_kernels.backends import get_backend, why_not_auto
+from goat_kernels.checks.correctness import gradient_parts
+from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
+from goat_kernels.kernels.configs import Target, current_target, forced_target
+from goat_kernels.numerics import TOLERANCES, relative_error
+from goat_kernels.passes import Routing
+
+PASSES = ("prefill", "hidden_gradient", "weight_gradients", "input_prefill")
+BASE_FORWARD, BASE_BACKWARD = "base product", "base product of dX"
+_ONTO = ", onto what is there"
+
+#: The contenders of ``WHOLE_FORWARD`` and ``WHOLE_BACKWARD``.
+OURS, EXTRA_K = "adapter, then base product onto it (ours)", "one Triton matmul, the rank as extra K"
+WHOLE_FORWARD, WHOLE_BACKWARD = "y as a whole", "dX as a whole"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that a pass has to move, each tensor once, and its operations."""
+
+    moved_bytes: int
+    flops: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.moved_bytes + other.moved_bytes, self.flops + other.flops)
+
+
+def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
+    """Of each pass and of the base products; ``lora_B_rides``: its gradient comes with the hidden gradient."""
+    T, N, M, R, E = case.T, case.N, case.M, case.R, case.E
+    R0 = R if case.path else 0
+    b, a = case.dtype.itemsize, case.adapter_dtype.itemsize
+    hidden, statistics = T * R * b, 2 * 4 * T * E  # h~ or dh; gate and probs in float32
+    adapter_in, adapter_out = (R + E + R0) * N * a, (R + R0) * M * a
+    dh_bytes = T * (R + R0) * b + 4 * T * E
+    onto_bias = 0 if case.onto_base else M * b
+    of_B = 2 * T * M * R  # operations; and another read of dY and of h~, unless it rides
+    first, second, again = (of_B, 0, 0) if lora_B_rides else (0, of_B, T * M * b + hidden)
+    product = 2 * T * N * M
+    base = (T * (N + M) + M * N) * b
+    return {
+        "prefill": Work(
+            T * (N + M) * b + adapter_in + adapter_out + onto_bias + hidden + statistics,
+            2 * T * ((R + E + R0) * N + (R + R0) * M),
+        ),
+        "hidden_gradient": Work(T * M * b + adapter_out + hidden + statistics + dh_bytes, 2 * T * (R + R0) * M + first),
+        "weight_gradients": Work(
+            again + T * N * b + hidden + 4 * T * E + ((R + E) * N + M * R) * a,
+            second + 2 * T * (R + E) * N,
+        ),
+        "input_prefill": Work(T * N * b + dh_bytes + adapter_in, 2 * T * (R + E + R0) * N),
+        BASE_FORWARD: Work(base + M * b, product),
+        BASE_FORWARD + _ONTO: Work(base + T * M * b, product),
+        BASE_BACKWARD: Work(base, product),
+        BASE_BACKWARD + _ONTO: Work(base + T * N * b, product),
+    }
+
+
+def pass_calls(backend: str, p: Problem) -> dict[str, Callable[[], object]]:
+    """Pass -> a call of it, handed what the passes before it gave."""
+    passes, adapter = get_backend(backend), p.adapter
+
+    def prefill():
+        return passes.prefill(p.x_TN, adapter, p.bias_M, p.base_output_TM)
+
+    _, _, routing = prefill()
+
+    def hidden_gradient():
+        return passes.hidden_gradient(p.grad_y_TM, p.grad_balance, adapter, routing, with_residual=True, needs_B=True)
+
+    gradient = hidden_gradient()
+    return {
+        "prefill": prefill,
+        "hidden_gradient": hidden_gradient,
+        "weight_gradients": lambda: passes.weight_gradients(
+            p.x_TN, p.grad_y_TM, adapter, routing, gradient, needs_A=True, needs_B=True, needs_router=True
+        ),
+        "input_prefill": lambda: passes.input_prefill(adapter, routing, gradient),
+    }
+
+
+def base_calls(problem: Problem) -> dict[str, Callable[[], object]]:
+    """The frozen layer's two products, each into a new tensor and onto one that is there, in place."""
+    x, weight, bias, grad_y = problem.x_TN, problem.weight_MN, problem.bias_M, problem.grad_y_TM
+    y, grad_x = torch.zeros_like(grad_y), torch.zeros_like(x)
+    return {
+        BASE_FORWARD: lambda: torch.nn.functional.linear(x, weight, bias),
+        BASE_FORWARD + _ONTO: lambda: torch.addmm(y, x, weight.t(), out=y),
+        BASE_BACKWARD: lambda: grad_y @ weight,
+        BASE_BACKWARD + _ONTO: lambda: torch.addmm(grad_x, grad_y, weight, out=grad_x),
+    }
+
+
+def whole_calls(backend: str, p: Problem) -> dict[tuple[str, str], Callable[[], Tensor]]:
+    """(contender, what) -> a call that gives y, or dX from the gradients of the hidden columns."""
+    passes, calls = get_backend(backend), pass_calls(backend, p)
+    gradient = calls["hidden_gradient"]()
+
+    def forward() -> Tensor:
+        y, _, _ = calls["prefill"]()
+        return torch.addmm(y, p.x_TN, p.weight_MN.t(), out=y)
+
+    def backward() -> Tensor:
+        grad_x = calls["input_prefill"]()
+        return torch.addmm(grad_x, p.grad_y_TM, p.weight_MN, out=grad_x)
+
+    whole = {(OURS, WHOLE_FORWARD): forward, (OURS, WHOLE_BACKWARD): backward}
+    if backend == "triton" and p.adapter.residual_A is None:  # it is written for folded layers
+        from bench import extra_k
+
+        whole[EXTRA_K, WHOLE_FORWARD] = lambda: extra_k.forward(passes, p)
+        whole[EXTRA_K, WHOLE_BACKWARD] = lambda: extra_k.input_gradient(p, gradient.hidden_TR, gradient.logits_ET)
+    return whole
+
+
+# --- the check ------------------------------------------------------------------------------------------------------
+
+
+def expected_of(problem: Problem) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """Pass, or y or dX as a whole -> the parts of its results in float64."""
+    exact = problem.double()
+    results = run_passes(get_backend("torch"), exact)
+    expected = {name: parts_of(of_pass, exact) for name, of_pass in results.items()}
+    y, grad_x = results["prefill"][0], results["input_prefill"]
+    expected[WHOLE_FORWARD] = [torch.addmm(y, exact.x_TN, exact.weight_MN.t())], []
+    expected[WHOLE_BACKWARD] = [torch.addmm(grad_x, exact.grad_y_TM, exact.weight_MN)], []
+    return expected
+
+
+def parts_of(results: object, problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
+    """(what a pass gives in x's precision, what of the router's in float32's), in one order for every backend."""
+    if isinstance(results, Tensor):
+        return [results], []
+    if hasattr(results, "partial_B"):
+        return gradient_parts(results, problem), []
+    if isinstance(results[2], Routing):
+        y, balance, routing = results
+        return [y, routing.weighted_TR], [balance, routing.gate_ET, routing.probs_ET, routing.load_E]
+    return list(results), []
+
+
+def results_error(results: object, expected: tuple[list[Tensor], list[Tensor]], problem: Problem) -> float:
+    """The largest relative error; one of the router's counts as so many times more as float32 is more precise."""
+    bounds = [TOLERANCES[dtype].relative for dtype in (problem.x_TN.dtype, torch.float32)]
+    return worst(
+        relative_error(result, oracle) * bounds[0] / bound
+        for bound, *pair in zip(bounds, parts_of(results, problem), expected, strict=True)
+        for result, oracle in zip(*pair, strict=True)
+    )
+
+
+# --- the suite ------------------------------------------------------------------------------------------------------
+
+
+def kernel_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
+    """Every pass of every backend in every form, and the base products, beside one another."""
+    for form in case.forms:
+        layer = case.layer(settings.dtype, form)
+        common = {**case.row(), **settings.dtypes(), "residual": form}
+        yield from ({**common, **row} for row in _form_rows(layer, settings, f"{case}, {form}"))
+
+
+def _form_rows(layer: LayerCase, settings: BenchSettings, label: str) -> Iterator[dict]:
+    problem = make_problem(layer, settings.device)
+    problems = copies_of(problem, min(problem.x_TN.nbytes, problem.grad_y_TM.nbytes), settings)
+    names = ["torch"]
+    reason = why_not_auto("triton", settings.device, layer.dtype)
+    if reason is None:
+        names.insert(0, "triton")
+    else:
+        yield {"contender": "triton", "skipped": reason}
+    candidates, rides = [], {}
+    expected = expected_of(problem)
+    for name in names:
+        try:
+            calls = [pass_calls(name, p) for p in problems]
+            rides[name] = calls[0]["hidden_gradient"]().partial_B is not None
+            whole = [whole_calls(name, p) for p in problems] if name == "triton" else [{}]
+        except Exception as failure:
+            yield from ({"contender": name, "pass": one, "failed": in_words(failure)} for one in PASSES)
+            continue
+        candidates += [_candidate(name, one, calls, expected[one], problem) for one in PASSES]
+        candidates += [
+            _candidate(*key, [{key[1]: of[key]} for of in whole], expected[key[1]], problem) for key in whole[0]
+        ]
+    base = [base_calls(p) for p in problems]
+    candidates += [_candidate("base", one, base, None, problem) for one in base[0]]
+    requested = requested_bytes(layer, current_target(settings.device)) if "triton" in names else {}
+    for row in measured(candidates, len(problems), settings, label):
+        row["copies"] = len(problems)
+        if "time_ms_p50" in row:
+            work = _work(row["pass"], pass_work(layer, lora_B_rides=rides.get(row["contender"], False)))
+            row |= _against_floor(work, row["time_ms_p50"], settings)
+            if row["contender"] == "triton":
+                row["requested_bytes"] = requested[row["pass"]]
+        yield row
+
+
+def _candidate(name: str, what: str, calls: list[dict], expected: tuple | None, problem: Problem) -> Candidate:
+    """``calls``: of each copy; ``expected`` None: PyTorch's own product, which needs no check."""
+    return Candidate(
+        {"contender": name, "pass": what},
+        lambda copy: calls[copy][what],
+        None if expected is None else lambda _, results: results_error(results, expected, problem),
+        TOLERANCES[problem.x_TN.dtype].relative,
+        graph=problem.x_TN.is_cuda,
+        ratios={"ratio": OURS} if what in (WHOLE_FORWARD, WHOLE_BACKWARD) else {},
+    )
+
+
+def _work(what: str, work: dict[str, Work]) -> Work:
+    parts = {
+        WHOLE_FORWARD: ("prefill", BASE_FORWARD + _ONTO),
+        WHOLE_BACKWARD: ("input_prefill", BASE_BACKWARD + _ONTO),
+    }.get(what, (what,))
+    return sum((work[part] for part in parts), Work(0, 0))
+
+
+def requested_bytes(case: LayerCase, target: Target) -> dict[str, int]:
+    """Pass -> bytes that the Triton kernels' programs load and store, re-reads included, by their plans.
+
+    ``target``: the GPU whose tiles are taken; none has to be here.
+    """
+    from goat_kernels.checks.traffic_plans import planned
+    from goat_kernels.kernels.launch import observed
+    from goat_kernels.kernels.passes import TritonPasses
+
+    moved = Counter()
+
+    def around(name: str):
+        return observed(lambda launch: moved.update({name: sum(sum(both) for both in planned(launch).values())}))
+
+    with forced_target(target):
+        run_passes(TritonPasses(), make_problem(case, "meta"), around=around)
+    return dict(moved)
+
+
+def _against_floor(work: Work, time_ms: float, settings: BenchSettings) -> dict:
+    floor_ms = settings.roofline.floor_ms(work.moved_bytes, work.flops)
+    return {
+        "floor_bytes": work.moved_bytes,
+        "flops": work.flops,
+        "gb_per_s": work.moved_bytes / time_ms / 1e6,
+        "tflops": work.flops / time_ms / 1e9,
+        "floor_ms": floor_ms,
+        "roofline_percent": 100 * floor_ms / time_ms,
+        **settings.roofline.row(),
+    }

@@ -1,0 +1,138 @@
+"""README's and docs' tables and figures, generated from the files of results alone.
+
+A page holds blocks::
+
+    <!-- bench:sections cpu -->
+    ... generated ...
+    <!-- /bench -->
+
+and everything between such a pair of comments is replaced by what the results say. ``bench:sections DEVICE`` has a
+section for every suite that has results on that type of device, of the newest on the standard shapes;
+``bench:summary DEVICE`` is the README's short table of the layer; ``quality:NAME`` are those of ``bench.quality``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bench.plots import FIGURES, Draw, digest, digest_in, png
+from bench.quality import report as quality
+from bench.results import RESULTS_FOLDER, newest, read_folder, timed
+from bench.suites import SUITES
+from bench.tables import TABLES, layer_summary, provenance, summary_table
+
+#: Pages with blocks, and the folder of the figures, in a checkout.
+PAGES = (Path("README.md"), Path("docs/benchmarks.md"), Path("docs/quality.md"))
+FIGURES_FOLDER = Path("docs/figures")
+
+#: Suite -> the heading of its section, and a line of explanation.
+_SECTIONS = {
+    "roofline": (
+        "What the machine reaches",
+        "The ceilings that the floors are made of: the fastest of eleven rounds each.",
+    ),
+    "layer": ("One layer", ""),
+    "host": (
+        "Host time",
+        "What one call of a layer in bfloat16 costs the host; the last column says where it ran. Without a GPU the "
+        "Triton contenders\nrun with a driver that launches nothing, the others at sizes at which arithmetic does not "
+        'count. On a GPU the queue is empty when\na sample of 20 calls begins, and nothing is waited for. "Without '
+        'plans" chooses tiles and looks kernels up at every call, as the first\ntwo calls of a shape do '
+        "([kernels.md](kernels.md#host-time)).",
+    ),
+    "kernels": (
+        "Each pass alone",
+        '"base" is the frozen layer\'s own product, into a new tensor and onto one that is there.',
+    ),
+    "memory": (
+        "Memory",
+        "Of a forward and backward. The peak counts what the step hands out, the gradients among it, not weights and "
+        "inputs.",
+    ),
+    "scaling": ("As one size grows", ""),
+    "model": (
+        "Training steps of whole models",
+        "Forward, loss, backward and AdamW. Random weights; R on every linear layer but the head; the frozen model is "
+        "its forward and the\ngradient of its embeddings.",
+    ),
+    "tuning": (
+        "Tiles near the table's",
+        "For each kernel, all its launches in a forward and backward: the table's tile and the fastest one step away "
+        "from it.",
+    ),
+}
+
+_BLOCK = re.compile(r"(<!-- (bench|quality):(\S+)(?: (\w+))? -->\n).*?(<!-- /\2 -->)", re.S)
+
+
+def _summary(rows: list[dict], device: str) -> str:
+    rows, backend = newest(rows, "layer", device), "torch" if device == "cpu" else "triton"
+    return f"{summary_table(rows, backend)}\n\n{provenance(rows)} {layer_summary(rows, backend)}".rstrip()
+
+
+def _sections(rows: list[dict], device: str) -> str:
+    """Empty where there are no results."""
+    parts = []
+    for suite, (title, explanation) in _SECTIONS.items():
+        of_suite = newest(rows, suite, device)
+        if not timed(of_suite):
+            continue
+        figure = f"![{SUITES[suite].summary}](figures/{_figure_name(suite, device)})" if suite in FIGURES else ""
+        heading = f"### {title}" + ("" if device == "cpu" else " on a GPU")
+        parts += [heading, explanation, figure, TABLES[suite](of_suite), provenance(of_suite)]
+    if parts and device == "cuda":
+        parts.insert(0, "## On a GPU")
+    return "\n\n".join(filter(None, parts))
+
+
+def _figure_name(suite: str, device: str) -> str:
+    return f"bench-{suite}-{'cpu' if device == 'cpu' else 'gpu'}.png"
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Page -> its text with every block as the results have it.
+
+    Raises:
+        KeyError: a block that nothing makes.
+    """
+    rows, rows_of_task = read_folder(root / RESULTS_FOLDER), quality.read(root)
+    makers = {"summary": _summary, "sections": _sections}
+
+    def block(match: re.Match) -> str:
+        opening, kind, name, device, closing = match.groups()
+        content = makers[name](rows, device) if kind == "bench" else quality.BLOCKS[name](rows_of_task)
+        return f"{opening}\n{content}\n\n{closing}" if content else f"{opening}{closing}"
+
+    return {path: _BLOCK.sub(block, (root / path).read_text(encoding="utf-8")) for path in PAGES}
+
+
+def figures(root: Path) -> dict[Path, tuple[Draw, object]]:
+    """Figure -> what draws it, and the data that it has to be drawn from."""
+    rows, rows_of_task, found = read_folder(root / RESULTS_FOLDER), quality.read(root), {}
+    for suite, draw in FIGURES.items():
+        for device in ("cpu", "cuda"):
+            of_figure = newest(rows, suite, device)
+            if timed(of_figure):
+                found[FIGURES_FOLDER / _figure_name(suite, device)] = draw, of_figure
+    if rows_of_task:
+        found |= {FIGURES_FOLDER / name: (draw, rows_of_task) for name, draw in quality.FIGURES.items()}
+    return found
+
+
+def out_of_date(root: Path) -> list[Path]:
+    """The pages and figures that do not say what the results say."""
+    stale = [path for path, text in pages(root).items() if (root / path).read_text(encoding="utf-8") != text]
+    return stale + [path for path, (_, data) in figures(root).items() if digest_in(root / path) != digest(data)]
+
+
+def write(root: Path) -> list[Path]:
+    """Bring everything up to date; returns what was written."""
+    stale, texts, drawn = out_of_date(root), pages(root), figures(root)
+    (root / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
+    for path in stale:
+        if path in texts:
+            (root / path).write_text(texts[path], encoding="utf-8")
+        else:
+            (root / path).write_bytes(png(*drawn[path]))
+    return stale

@@ -1,0 +1,263 @@
+"""What ``goat-kernels check`` prints: the table of each check. Each returns (rows for --json, failures)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+import goat_kernels
+from goat_kernels.backends import ENVIRONMENT_VARIABLE, available_backends, resolve_backend, why_not_auto
+from goat_kernels.checks import correctness, traffic
+from goat_kernels.checks.ahead import compile_ahead
+from goat_kernels.checks.correctness import Comparison
+from goat_kernels.checks.problem import LayerCase, make_problem, name_of
+from goat_kernels.checks.replay import STEPS, check_replay
+from goat_kernels.checks.traffic import Moved, StreamPasses
+from goat_kernels.command_errors import CommandError
+
+Findings = tuple[list[dict], list[str]]
+
+
+def _versions() -> dict[str, str]:
+    found = {"goat_kernels": goat_kernels.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+    except ImportError:
+        return found
+    return {**found, "triton": triton.__version__}
+
+
+def _of_case(case: LayerCase) -> dict:
+    """The fields of a row that say which layer it is."""
+    sizes = {letter: getattr(case, letter) for letter in "TNMREK"}
+    dtypes = {"dtype": name_of(case.dtype), "adapter_dtype": name_of(case.adapter_dtype)}
+    return {**sizes, **dtypes, "residual": "path" if case.path else "fold", "dropout": case.dropout_p}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# --- correctness ----------------------------------------------------------------------------------------------------
+
+
+def report_correctness(dtypes: Sequence[torch.dtype], *, interpreted: bool) -> Findings:
+    """Every pass and the whole layer against float64, on the GPU if there is one.
+
+    Args:
+        dtypes: of x.
+        interpreted: whether Triton interprets kernels in this process.
+    """
+    start, versions = time.perf_counter(), _versions()
+    device = torch.device("cuda" if torch.cuda.is_available() and not interpreted else "cpu")
+    without_triton = None if interpreted else why_not_auto("triton", device, torch.float32)
+    backend = "triton" if without_triton is None else "torch"
+    machine = "Triton's interpreter" if interpreted else "CPU"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "PyTorch sees none")
+    for dtype in dtypes:
+        print(_what_auto_picks(device, dtype))
+    if interpreted:
+        print(
+            "The kernels run in Triton's interpreter, on small shapes: their arithmetic is checked, not compiled code."
+        )
+    if without_triton is not None:
+        print(f"The torch backend alone is checked, because triton cannot run: {without_triton}")
+    # Without a GPU the torch backend alone would take the real sizes too, but slowly.
+    groups = correctness.groups(interpreted=device.type == "cpu", dtypes=tuple(dtypes))
+    if device.type == "cuda" and backend == "triton":
+        compile_ahead((make_problem(case, "meta") for group in groups for case in group.cases), device)
+        print(f"Kernels compiled in {time.perf_counter() - start:.0f} s; Triton keeps them for the next time.")
+    compared: list[Comparison] = []
+    raised: dict[LayerCase, str] = {}
+    for group in groups:
+        of_forms = []
+        for case in group.cases:
+            try:
+                of_forms.append(correctness.compare(case, backend, device))
+            except Exception as error:  # whatever a driver or a compiler raises here is a result, and others follow
+                raised[case] = f"raised {type(error).__name__}: {_one_line(error)}"
+        _print_group(group, of_forms)
+        compared += [row for of_form in of_forms for row in of_form]
+    failures = [f"{case}: {message}" for case, message in raised.items()]
+    failures += [f"{row.label}: {_errors(row)} above {row.bound:.0e}; {row.case}" for row in compared if not row.passed]
+    ran = [case for group in groups for case in group.cases if case not in raised]
+    if backend == "triton" and ran:
+        failures += _report_replay(ran[0], device)
+    passed = sum(row.passed for row in compared)
+    print(f"\n{passed} of {len(compared)} within bounds, {time.perf_counter() - start:.0f} s")
+    common = {"check": "correctness", "backend": backend, "machine": machine, **versions}
+    rows = [{**common, **_comparison_row(row)} for row in compared]
+    rows += [{**common, **_of_case(case), "what": what, "passed": False} for case, what in raised.items()]
+    return rows, failures
+
+
+def _what_auto_picks(device: torch.device, dtype: torch.dtype) -> str:
+    try:
+        picked = resolve_backend("auto", device, dtype)
+    except (RuntimeError, ValueError) as error:  # the environment names a backend that is not to be had
+        raise CommandError(str(error)) from error
+    reasons = {name: why_not_auto(name, device, dtype) for name in available_backends()}
+    because = [f"{name} is passed over, because {reason}" for name, reason in reasons.items() if reason is not None]
+    if os.environ.get(ENVIRONMENT_VARIABLE):
+        because = [f"{ENVIRONMENT_VARIABLE} asks for it"]
+    return "; ".join([f"auto picks {picked} for {name_of(dtype)}", *because])
+
+
+def _print_group(group: correctness.CaseGroup, of_forms: Sequence[Sequence[Comparison]]) -> None:
+    """One line for each pass and result, one column for each form that ran."""
+    first = group.cases[0]
+    compared = " (torch's)" if of_forms and of_forms[0][0].torch_error is not None else ""
+    if of_forms and of_forms[0][-1].lora_error is not None:
+        compared += ", | that of PEFT's float32-adapter LoRA arithmetic"
+    print(f"\n{first.dtypes}; {group.title}: {first.sizes}; relative error{compared}")
+    print(" " * 36 + "".join(f"{rows[0].case.form:31}" for rows in of_forms) + "bound")
+    for rows in zip(*of_forms, strict=True):
+        kernels = ", ".join(dict.fromkeys(row.kernels for row in rows if row.kernels))
+        label = dataclasses.replace(rows[0], kernels=kernels).label
+        verdict = "pass" if all(row.passed for row in rows) else "FAIL"
+        print(f"  {label:34}{''.join(f'{_errors(row):31}' for row in rows)}{rows[0].bound:<8.0e}{verdict}", flush=True)
+
+
+def _errors(row: Comparison) -> str:
+    torch_error = "" if row.torch_error is None else f" ({row.torch_error:.1e})"
+    return f"{row.error:.1e}{torch_error}" + ("" if row.lora_error is None else f" | {row.lora_error:.1e}")
+
+
+def _comparison_row(row: Comparison) -> dict:
+    errors = {name: getattr(row, name) for name in ("error", "torch_error", "lora_error")}
+    return {
+        **_of_case(row.case),
+        "what": row.what,
+        "kernels": row.kernels or None,
+        **{name: None if error is None or math.isnan(error) else error for name, error in errors.items()},
+        "bound": row.bound,
+        "passed": row.passed,
+    }
+
+
+def _report_replay(case: LayerCase, device: torch.device) -> list[str]:
+    """Print whether calls are replayed, and how many of one layer's are; failures."""
+    from goat_kernels.kernels.replay import REPLAY_VARIABLE
+
+    found = check_replay(case, device)
+    bits = "with the bits of the first" if found.identical else "with OTHER BITS than the first"
+    switch = f"on ({REPLAY_VARIABLE}=0 turns it off)"
+    if not found.is_on:
+        switch = f"off ({REPLAY_VARIABLE}=0), every call runs the passes"
+    print(
+        f"\nReplay is {switch}: {STEPS} steps of one layer, {found.replayed} of {found.calls} calls replayed, {bits}."
+    )
+    return [] if found.fault() is None else [f"replay: {found.fault()}"]
+
+
+# --- traffic --------------------------------------------------------------------------------------------------------
+
+
+def report_traffic(dtype: torch.dtype | None) -> Findings:
+    """What each kernel moves, against what it should; of x in ``dtype``, or in all."""
+    start = time.perf_counter()
+    cases = [case for case in traffic.CASES if dtype in (None, case.layer.dtype)]
+    if not cases:
+        counted = ", ".join(sorted({name_of(case.layer.dtype) for case in traffic.CASES}))
+        raise CommandError(
+            f"--dtype {name_of(dtype)!r} with --traffic must be one of {counted}; the others move as many bytes"
+        )
+    print("Bytes that programs load and store, counted in Triton's interpreter; re-reads count, caches do not.")
+    print("ok: exactly what the kernel's tiles imply, to the byte, and nothing outside of its tensors.")
+    rows, failures, versions = [], [], _versions()
+    for case in cases:
+        moved = traffic.count_layer(case.layer)
+        streams = traffic.stream_passes(case, moved)
+        print(f"\n{case.name}; {case.layer}; as on {case.layer.target.multiprocessors} multiprocessors")
+        print(f"  {'kernel':24}{'what':10}{'read':>12}{'written':>12}{'once':>12}{'times':>8}")
+        for row in moved:
+            numbers = f"{row.read_bytes:12,}{row.written_bytes:12,}{row.once_bytes:12,}{row.times:8.2f}"
+            print(f"  {row.kernel:24}{row.what:10}{numbers}  {'ok' if row.passed else 'FAIL: ' + _why(row)}")
+        print("  whole layer: " + ", ".join(map(_stream, streams)), flush=True)
+        failures += [f"{row.kernel}: {_why(row)}; {case.name}: {case.layer}" for row in moved if not row.passed]
+        failures += [f"whole layer: {_stream(row)}; {case.name}: {case.layer}" for row in streams if not row.passed]
+        common = {"check": "traffic", "case": case.name, **versions, **_of_case(case.layer)}
+        rows += [{**common, **dataclasses.asdict(row), "passed": row.passed} for row in moved]
+    print("\nThe same for real layers on an H200, forward and backward in bfloat16, from the formulas alone, in MiB:")
+    print(f"  {'':58}{'x y dY dX':>10}{'adapter':>10}{'hidden':>10}{'rest':>8}{'forward x':>11}")
+    for layer in traffic.REAL_CASES:
+        _print_real(layer, traffic.plan_layer(layer))
+    print(f"\n{len(rows)} rows, {len(failures)} out of bounds, {time.perf_counter() - start:.0f} s")
+    return rows, failures
+
+
+def _stream(row: StreamPasses) -> str:
+    designed = "" if row.designed is None else f" of {row.designed}"
+    return f"{row.direction} {row.what} {row.times:.2f}{designed}" + ("" if row.passed else " FAIL")
+
+
+def _why(row: Moved) -> str:
+    """A failed row in words."""
+    if row.planned is None:
+        return f"{row.what} is {row.moved_bytes:,} of {row.launch_bytes:,} bytes"
+    read, written = row.planned
+    return f"{row.what} {row.read_bytes:,} read, {row.written_bytes:,} written, not {read:,} and {written:,}"
+
+
+def _print_real(layer: LayerCase, moved: Sequence[Moved]) -> None:
+    wide, forward_x, kinds = ("x", "y", "dY", "dX"), 0.0, Counter()
+    for row in moved:
+        kind = "wide" if row.what in wide else row.what if row.what in ("adapter", "hidden") else "rest"
+        kinds[kind] += row.moved_bytes / 2**20
+        forward_x += row.times if (row.direction, row.what) == ("forward", "x") else 0
+    numbers = f"{kinds['wide']:10.0f}{kinds['adapter']:10.0f}{kinds['hidden']:10.0f}{kinds['rest']:8.0f}"
+    print(f"  {layer.form + '; ' + layer.sizes:58}{numbers}{forward_x:10.0f}x")
+
+
+# --- compilation ----------------------------------------------------------------------------------------------------
+
+
+def report_compilation(everything: bool) -> Findings:
+    """What each kernel takes of GPUs that are not here, in the order in which they are done."""
+    from goat_kernels.checks.compilation import Case, Compiled, cases, compile_all  # imports Triton
+
+    start, common = time.perf_counter(), {"check": "compilation", **_versions()}
+    chosen = cases(everything=everything)
+    print(f"{len(chosen)} kernels, compiled by Triton {common['triton']} for GPUs that are not here")
+    print(
+        f"{'kernel':24} {'target':8}{'x':9}{'tile':26}{'registers':>9}{'spilled':>8}{'shared':>8}{'occupancy':>10}  "
+        f"{'matrix instruction':19}{'instructions of its loops'}"
+    )
+    rows: list[dict] = []
+    failures: list[str] = []
+
+    def report(case: Case, result: Compiled | Exception) -> None:
+        row = {**common, "target": case.target, **_of_case(case.layer)}
+        if isinstance(result, Exception):
+            failures.append(f"{case}: {type(result).__name__}: {_one_line(result)}")
+            rows.append({**row, "fault": _one_line(result)})
+            return
+        fault, tile = result.fault(), result.tile
+        if fault is not None:
+            failures.append(f"{result.kernel} on {case.target}: {fault}; {result.layer}, {tile}")
+        size = f"{tile.rows} x {tile.columns}" + f" x {tile.rank}" * bool(tile.rank)
+        print(
+            f"{result.kernel:24} {result.target:8}{name_of(result.layer.dtype):9}"
+            f"{f'{size}, {tile.warps} warps, {tile.stages}':26}"
+            f"{result.registers:9}{result.spilled_bytes:8}{result.shared_bytes:8}{result.occupancy:10.0%}  "
+            f"{result.matrix_instruction or '-':19}{' '.join(map(str, result.loops)) or '-'}"
+            f"{'' if fault is None else '  FAIL: ' + fault}",
+            flush=True,
+        )
+        fields = ("kernel", "registers", "spilled_bytes", "shared_bytes", "occupancy", "matrix_instruction", "loops")
+        tiles = {f"tile_{name}": value for name, value in dataclasses.asdict(tile).items()}
+        rows.append({**row, **{name: getattr(result, name) for name in fields}, **tiles, "fault": fault})
+
+    compile_all(chosen, report)
+    print(f"\n{len(rows)} compiled, {len(failures)} faults, {time.perf_counter() - start:.0f} s")
+    return rows, failures
