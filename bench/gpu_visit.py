@@ -50,7 +50,7 @@ _RESERVE_S, _GRACE_S = 15, 5
 
 #: The step of what only a GPU can show of the kernels, and its files; and the step of every other test that uses one.
 KERNEL_TESTS, OTHER_TESTS = "tests of the kernels", "other tests on the GPU"
-_KERNEL_TESTS = ("tests/test_triton_gpu.py", "tests/test_triton_plans.py")
+_KERNEL_TESTS = ("tests/kernels/test_triton_gpu.py", "tests/kernels/test_triton_plans.py")
 
 #: Marked for a GPU, or with the fixture that hands one out.
 _ON_GPU = re.compile(r"mark\.gpu\b|def test_\w+\([^)]*\bdevice\b")

@@ -143,7 +143,7 @@ def test_the_tests_that_documents_name_exist():
 COLLECT = """
 import pytest, torch
 torch.cuda.is_available = lambda: True
-pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_tiles.py"])
+pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/kernels/test_tiles.py"])
 """
 
 

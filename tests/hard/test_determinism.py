@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import goat_problems
 import pytest
 import torch
 from drawn_layers import F32
@@ -64,7 +65,7 @@ print(json.dumps([bits, values]))
 
 
 def run(threads: int) -> tuple[dict, dict]:
-    tests = str(Path(__file__).parents[1])
+    tests = str(Path(goat_problems.__file__).parent)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     command = [sys.executable, "-W", "ignore", "-c", _RUN, str(threads), tests]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

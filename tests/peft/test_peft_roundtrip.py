@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft_tiny_models
 import pytest
 import torch
 from peft import get_peft_model
@@ -88,11 +89,11 @@ def train(case: str, folder: Path) -> None:
 def test_outputs_are_bit_equal_in_a_new_process(tmp_path):
     for case in CASES:
         train(case, tmp_path / case)
-    here = Path(__file__).parent
+    tools = Path(peft_tiny_models.__file__).parent
     package = Path(goat_kernels.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", LOADER, str(tmp_path), *CASES],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(here)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(tools)])},
         capture_output=True,
         text=True,
         timeout=300,

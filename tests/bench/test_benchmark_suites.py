@@ -44,7 +44,7 @@ from goat_kernels.checks.problem import LayerCase, make_problem
 from goat_kernels.cli import bench, main
 from goat_kernels.linear import GoatLinear
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # --- suites and results ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import subprocess
 import sys
@@ -36,9 +37,9 @@ def joined(rank: int, folder: str):
         torch.distributed.destroy_process_group()
 
 
-def environment() -> dict[str, str]:
-    """Where this package and the test files can be imported, and neither hub nor GPU is looked for."""
-    paths = [str(Path(goat_kernels.__file__).parents[1]), str(Path(__file__).parent)]
+def environment(*folders: Path) -> dict[str, str]:
+    """Where this package, the tests' tools and ``folders`` can be imported, without a hub and without a GPU."""
+    paths = [str(folder) for folder in (Path(goat_kernels.__file__).parents[1], Path(__file__).parent, *folders)]
     if os.environ.get("PYTHONPATH"):
         paths.append(os.environ["PYTHONPATH"])
     ours = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
@@ -57,7 +58,7 @@ def run_two(function, folder: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(folder)],
-            env={**environment(), **_launched(rank)},
+            env={**environment(Path(inspect.getfile(function)).parent), **_launched(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

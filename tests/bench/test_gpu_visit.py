@@ -12,7 +12,7 @@ import pytest
 from bench import gpu_visit, suites
 from bench.gpu_visit import LEAST_S, Outcome, Step, run_process, visit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Rehearsal:
@@ -72,10 +72,10 @@ def test_the_kernels_own_tests_come_before_all_others(standard):
     commands = {step.name: step.command for step in standard}
     files = {name: [part for part in command if part.endswith(".py")] for name, command in commands.items()}
     first, others = files[gpu_visit.KERNEL_TESTS], files[gpu_visit.OTHER_TESTS]
-    assert first == ["tests/test_triton_gpu.py", "tests/test_triton_plans.py"]
+    assert first == ["tests/kernels/test_triton_gpu.py", "tests/kernels/test_triton_plans.py"]
     assert "-m" not in commands[gpu_visit.KERNEL_TESTS][3:]  # all of them: each may launch a kernel
     assert "gpu and not slow" in commands[gpu_visit.OTHER_TESTS] and not set(first) & set(others)
-    assert "tests/test_triton_kernels.py" in others and "tests/test_benchmark_suites.py" in others
+    assert "tests/kernels/test_triton_kernels.py" in others and "tests/bench/test_benchmark_suites.py" in others
     depth = [len(Path(file).parts) for file in others]
     assert depth == sorted(depth)  # PEFT's last
     assert all("--maxfail=20" in commands[name] for name in (gpu_visit.KERNEL_TESTS, gpu_visit.OTHER_TESTS))

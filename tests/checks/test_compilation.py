@@ -17,7 +17,7 @@ from goat_kernels.checks.problem import LayerCase
 from goat_kernels.kernels.configs import KNOWN_TARGETS
 from goat_kernels.kernels.tiles import Tile
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 KERNELS = {
     "pack_adapter",

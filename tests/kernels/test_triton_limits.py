@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import goat_problems
 import pytest
 import torch
 from goat_problems import (
@@ -136,7 +137,7 @@ compare("dropout", MANY_PROCESSORS, 3, 140, 139, far, ["dropped_hidden"], K=3, d
 def test_strides_may_pass_two_to_the_31_elements(calls, device):
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of GPU memory")
-    code = BEYOND_INT32.replace("@tests@", str(Path(__file__).parent)).replace("@calls@", calls)
+    code = BEYOND_INT32.replace("@tests@", str(Path(goat_problems.__file__).parent)).replace("@calls@", calls)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=600)
     assert done.stdout.split() == ["few", "fused", "staged", "dropout"], (done.returncode, done.stderr[-2000:])
     assert done.returncode == 0, done.stderr[-2000:]
