@@ -276,8 +276,6 @@ def _largest_error(results: list[Tensor], oracles: list[Tensor]) -> float:
 
 # --- the whole layer ----------------------------------------------------------------------------------------------
 
-_GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B", "router")
-
 
 def _oracle(problem: Problem) -> tuple[dict[str, Tensor], Tensor | None]:
     """(results of the layer in float64, dropout masks)."""
