@@ -1,6 +1,6 @@
 """One adapter: its settings, its tensors and its routed product.
 
-``GoatLinear`` is an :class:`Adapter` around a weight of its own; a PEFT layer holds one for each adapter name. The
+``GoatLinear`` is an :class:`AdapterModule` around a weight of its own; a PEFT layer holds one for each adapter name. The
 functions at the end give the tensors that an adapter starts from where they are not computed from a pretrained weight.
 """
 
@@ -21,7 +21,7 @@ PARAMETERS = ("lora_A", "lora_B", "router")
 BUFFERS = ("residual_A", "residual_B", "scaling")
 
 
-class Adapter(nn.Module):
+class AdapterModule(nn.Module):
     """The tensors of one adapter, and what a call does with them.
 
     Attributes:

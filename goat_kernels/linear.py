@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from goat_kernels.adapter import Adapter, FoldedWeight, placeholders
+from goat_kernels.adapter import AdapterModule, FoldedWeight, placeholders
 from goat_kernels.argument_checks import check_pretrained_linear
 from goat_kernels.autocast import autocast_dtype
 from goat_kernels.backends import BACKEND_NAMES
@@ -22,7 +22,7 @@ from goat_kernels.settings import AdapterSettings, check_count, check_name
 _DEFAULT = AdapterSettings()
 
 
-class GoatLinear(RoutedModule, Adapter):
+class GoatLinear(RoutedModule, AdapterModule):
     """nn.Linear with E routed LoRA experts on a frozen weight (GOAT).
 
     A new one draws its weight as nn.Linear does; :meth:`from_linear` adapts a pretrained layer. Weight and bias are
@@ -47,7 +47,7 @@ class GoatLinear(RoutedModule, Adapter):
         weight: [M, N], W0 (``residual="path"``) or, while the adapter is on, W0 - W_res (``"fold"``). The state dict
             holds W0 either way.
         bias: [M] or None.
-        lora_A, lora_B, router, scaling, residual_A, residual_B: see :class:`goat_kernels.adapter.Adapter`.
+        lora_A, lora_B, router, scaling, residual_A, residual_B: see :class:`goat_kernels.adapter.AdapterModule`.
         balance_loss, expert_load: of the last forward, detached.
         svd_error: of ``svd="randomized"``, see :class:`goat_kernels.initialisation.InitialAdapter`; 0 otherwise.
 

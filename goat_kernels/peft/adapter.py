@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from goat_kernels.adapter import BUFFERS, PARAMETERS, Adapter
+from goat_kernels.adapter import BUFFERS, PARAMETERS, AdapterModule
 from goat_kernels.settings import AdapterSettings
 
 #: Name of a tensor in adapters that were saved by versions before 0.2 -> its name now. Both are read.
@@ -25,7 +25,7 @@ def present_name(key: str) -> str:
     return f"{module}.{FORMER_NAMES[tensor]}" if module and tensor in FORMER_NAMES else key
 
 
-class GoatAdapter(Adapter):
+class GoatAdapter(AdapterModule):
     """One adapter on one layer of a PEFT model.
 
     It is a module, and its parameters are called ``lora_A`` and ``lora_B``, because other libraries go by that: TRL
@@ -50,7 +50,7 @@ class GoatAdapter(Adapter):
         self.awaited = len(self._placeholders)
 
     def forward(self):
-        """What :meth:`Adapter.for_call` returns, as accelerate's hook has placed it."""
+        """What :meth:`AdapterModule.for_call` returns, as accelerate's hook has placed it."""
         return super().for_call()
 
     def for_call(self):
