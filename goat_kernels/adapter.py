@@ -1,7 +1,8 @@
 """One adapter: its settings, its tensors and its routed product.
 
-``GoatLinear`` is an :class:`AdapterModule` around a weight of its own; a PEFT layer holds one for each adapter name. The
-functions at the end give the tensors that an adapter starts from where they are not computed from a pretrained weight.
+``GoatLinear`` is an :class:`AdapterModule` around a weight of its own; a PEFT layer holds one for each adapter name.
+The functions at the end give the tensors that an adapter starts from where they are not computed from a pretrained
+weight.
 """
 
 from __future__ import annotations
