@@ -43,6 +43,12 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend in turn: what holds for both is one test. Tensors belong on ``device``."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _fresh_start(monkeypatch: pytest.MonkeyPatch) -> None:
     # Set first, so that it is absent again afterwards whatever the test's commands put there.

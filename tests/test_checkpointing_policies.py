@@ -101,7 +101,6 @@ class Block(nn.Module):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("residual", ["path", "fold"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_selective_checkpointing_changes_no_bit(backend, residual, dropout, policy, device):
     block = Block(residual=residual, dropout=dropout, backend=backend).to(device)
     x = torch.randn(2, 5, 20, device=device)
@@ -154,7 +153,6 @@ class Executed(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_kept_base_product_does_not_run_again(backend, device):
     layer = GoatLinear(20, 44, r=6, num_experts=3, backend=backend).to(device)
     x = torch.randn(5, 20, device=device, requires_grad=True)
@@ -179,7 +177,6 @@ def test_a_mode_that_only_looks_changes_no_bit_and_sees_the_passes_and_the_base_
     assert executed.count[torch.ops.goat_kernels.backward.default] == 4
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_fake_tensors_go_through_and_leave_nothing_behind(backend, device):
     layer = GoatLinear(20, 44, r=6, num_experts=3, backend=backend).to(device)
     real = layer(torch.randn(4, 20, device=device))
@@ -212,7 +209,6 @@ def test_flops_of_an_eager_call_are_those_of_its_products(T, folds):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck_of_the_operators_that_a_mode_sees(backend, dropout_p, device):
     problem = make_problem(T=5, R0=3, dtype=torch.float32).map(lambda t: t.to(device))
     seed = torch.tensor([3, 4], dtype=torch.int32, device=device) if dropout_p else None

@@ -315,7 +315,6 @@ def test_the_load_counts_tokens_and_sums_to_k():
     assert not routed.load.requires_grad
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_an_expert_without_tokens_has_a_load_of_exactly_zero(backend, device):
     for T in (1, 41, 47, 55):  # T * (1 / T) is not 1 in float32 for the last three
         problem = replace(make_problem(T, K=1, dtype=torch.float32), router=torch.zeros(4, 13))

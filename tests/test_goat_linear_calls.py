@@ -6,6 +6,7 @@ a base layer that ran elsewhere, the balance loss injected, the choice of the ba
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from goat_problems import (
     BALANCE_SHARE,
     TRAINABLE,
+    Problem,
     assert_close,
     assert_outcomes_agree,
     assert_outcomes_identical,
@@ -24,10 +26,27 @@ from goat_problems import (
     run_goat,
 )
 
-from goat_kernels import goat_linear, goat_reference
+from goat_kernels import GoatOutput, goat_linear, goat_reference
 from goat_kernels.functional import routed_linear
 
 HALVES = (torch.float16, torch.bfloat16)
+
+
+def on(backend: str, device: torch.device, **sizes) -> Problem:
+    """A problem on ``device``, in the most precise dtype that ``backend`` has."""
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    return make_problem(dtype=dtype, **sizes).map(lambda tensor: tensor.to(device))
+
+
+def called(backend: str, problem: Problem) -> GoatOutput:
+    return goat_linear(
+        *(problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.router),
+        bias=problem.bias,
+        scaling=problem.scaling,
+        top_k=problem.top_k,
+        residual=problem.residual,
+        backend=backend,
+    )
 
 
 # --- strides and shapes -------------------------------------------------------------------------------------------
@@ -105,8 +124,8 @@ def test_leading_dimensions_are_kept(leading, R0):
 # --- graphs -------------------------------------------------------------------------------------------------------
 
 
-def test_two_uses_of_one_layer_in_a_graph_add_up():
-    problem = make_problem(T=9, N=11, M=11, R0=3, seed=13)
+def test_two_uses_of_one_layer_in_a_graph_add_up(backend, device):
+    problem = on(backend, device, T=9, N=11, M=11, R0=3, seed=13)
 
     def twice(function):
         def run(x, *parameters, **options):
@@ -116,8 +135,9 @@ def test_two_uses_of_one_layer_in_a_graph_add_up():
 
         return run
 
-    result = evaluate(twice(goat_linear), problem)
-    assert_outcomes_agree(result, evaluate(twice(goat_reference), problem), torch.float64)
+    oracle = evaluate(twice(goat_reference), problem.double())
+    found = evaluate(twice(functools.partial(goat_linear, backend=backend)), problem)
+    assert_outcomes_agree(found, oracle, problem.x.dtype)
 
 
 def test_shared_tensors_get_the_sum_of_their_gradients():
@@ -178,15 +198,9 @@ def test_no_input_is_modified(dropout_p):
     assert torch.equal(leaves.scaling, problem.scaling)
 
 
-def test_the_graph_can_be_differentiated_twice_with_retain_graph():
-    leaves = make_problem(R0=3).leaves(TRAINABLE)
-    result = goat_linear(
-        *(leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, leaves.router),
-        bias=leaves.bias,
-        scaling=1.7,
-        top_k=2,
-        residual=leaves.residual,
-    )
+def test_the_graph_can_be_differentiated_twice_with_retain_graph(backend, device):
+    leaves = on(backend, device, R0=3).leaves(TRAINABLE)
+    result = called(backend, leaves)
     loss = (result.output * output_weights(result.output)).sum() + result.balance_loss
     loss.backward(retain_graph=True)
     first = {name: getattr(leaves, name).grad.clone() for name in TRAINABLE}
@@ -196,18 +210,11 @@ def test_the_graph_can_be_differentiated_twice_with_retain_graph():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_result_is_the_same_and_carries_no_graph(mode):
-    problem = make_problem(R0=3)
-    expected = run_goat(problem)
-    leaves = problem.leaves(TRAINABLE)
+def test_without_gradients_the_result_is_the_same_and_carries_no_graph(mode, backend, device):
+    leaves = on(backend, device, R0=3).leaves(TRAINABLE)
+    expected = called(backend, leaves)
     with mode():
-        result = goat_linear(
-            *(leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, leaves.router),
-            bias=leaves.bias,
-            scaling=1.7,
-            top_k=2,
-            residual=leaves.residual,
-        )
+        result = called(backend, leaves)
     assert not result.output.requires_grad and not result.balance_loss.requires_grad
     assert torch.equal(result.output, expected.output)
     assert torch.equal(result.balance_loss, expected.balance_loss)
@@ -245,10 +252,9 @@ SECOND_ORDER_TARGETS = ("x", "weight", "lora_A", "lora_B", "router")
 
 @pytest.mark.parametrize("target", SECOND_ORDER_TARGETS)
 @pytest.mark.parametrize("of", ["x", "lora_A", "lora_B", "router"])
-def test_a_second_derivative_raises_rather_than_being_wrong(of, target):
-    leaves = make_problem().leaves(TRAINABLE)
-    tensors = (leaves.x, leaves.weight, leaves.lora_A, leaves.lora_B, leaves.router)
-    result = goat_linear(*tensors, bias=leaves.bias, scaling=1.7, top_k=2)
+def test_a_second_derivative_raises_rather_than_being_wrong(of, target, backend, device):
+    leaves = on(backend, device).leaves(TRAINABLE)
+    result = called(backend, leaves)
     loss = result.output.sum() + result.balance_loss
     (gradient,) = torch.autograd.grad(loss, getattr(leaves, of), create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):

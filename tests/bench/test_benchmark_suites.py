@@ -179,7 +179,6 @@ def test_the_matmul_with_the_rank_as_extra_k_computes_the_layer():
 
 
 @pytest.mark.parametrize("path", [False, True], ids=["fold", "path"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_pass_is_compared_with_float64_result_by_result(backend, path, device):
     problem = make_problem(LayerCase(66, 40, 72, R=16, path=path, dtype=torch.float16), device)
     expected, bound = passes.expected_of(problem), error_bound(torch.float16)

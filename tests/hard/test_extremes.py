@@ -20,8 +20,6 @@ from goat_kernels.reference import select_top_k
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 
-BACKENDS = ("torch", "triton")
-
 
 def agree(problem: Problem, backend: str, device: torch.device, dtype: torch.dtype | None = None, **options) -> Tensor:
     """Output and gradients are the oracle's on the same selection, which is returned."""
@@ -44,7 +42,6 @@ def with_logits(logits_TE: Tensor, dtype: torch.dtype, K: int, **options) -> Pro
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_of_ten_thousand(backend, dtype, device):
     """Beside logits that differ by quarters: the router's two bfloat16 parts hold 17 bits (docs/numerics.md)."""
     logits = torch.randn(17, 4) + torch.randint(-1, 2, (17, 4)) * 1e4
@@ -53,7 +50,6 @@ def test_logits_of_ten_thousand(backend, dtype, device):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1e4, 1e4, 6e4])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_logits_of_any_size_give_equal_gates_to_the_first_experts(backend, value, device):
     needs = ("weight", "lora_A", "lora_B", "router")  # the gradient of x is the difference of large equal terms
     for dtype in (F32, BF16, F16):
@@ -96,7 +92,6 @@ def smallest(dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_subnormal_input_is_not_lost(backend, dtype, device):
     """The adapter term of x among the smallest numbers, to half of one a rounding; bfloat16 units skip them."""
     problem = make_problem(33, 16, 9, R0=3, bias=False, dtype=dtype, adapter_dtype=F32)
@@ -114,7 +109,6 @@ def test_subnormal_input_is_not_lost(backend, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_subnormal_logits_still_choose_the_largest(backend, dtype, device):
     if device.type == "cuda":
         pytest.skip("GPUs may take subnormal products for 0, and then these logits tie")
@@ -129,7 +123,6 @@ def test_subnormal_logits_still_choose_the_largest(backend, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_values_near_the_limit_of_half_precision(backend, dtype, device):
     """x, h~ and y up to half of the largest number: nothing in between overflows."""
     largest = torch.finfo(dtype).max / 2
@@ -147,7 +140,6 @@ def test_values_near_the_limit_of_half_precision(backend, dtype, device):
     assert relative_error(outcome.output / largest, oracle.output / largest) <= TOLERANCES[dtype].relative
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_does_not_fit_float16_spoils_its_token_alone(backend, device):
     problem = make_problem(33, 16, 9, R=8, bias=False, dtype=F16, adapter_dtype=F32)
     problem = replace(problem, lora_B=problem.lora_B.abs() + 1, lora_A=problem.lora_A.abs() + 1)
@@ -189,7 +181,6 @@ def test_tokens_that_are_not_finite_keep_to_their_rows(backend, dtype, target, d
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("target", [ONE_PROCESSOR, MANY_PROCESSORS], ids=["fused", "staged"])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_that_half_precision_would_lose_are_exact(backend, target, dtype, device):
     """4096 + 1 + 1 + ... - 4096 is 0 in half precision. Over N and M: hidden columns, y, dX; over T: the gradients."""
     terms = torch.ones(130)
@@ -225,7 +216,6 @@ _LONG_STEPS = {"project": Tile(16, 1024, 4, 1, 16)}
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_error_grows_with_n_no_faster_than_its_root(backend, dtype, device):
     """Up to N = 65536, where float32 sums have lost a few of their 24 bits and half precision shows nothing of it."""
     found = {}

@@ -30,7 +30,6 @@ from goat_kernels.numerics import SELECTION_GAP, TOLERANCES
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 
-BACKENDS = ("torch", "triton")
 NUMERICS = Path(__file__).parents[2] / "docs" / "numerics.md"
 
 #: Sizes at which norms are those of many elements, so that chance cancels nowhere.
@@ -143,7 +142,6 @@ def is_clear(problem) -> bool:
     return bool((gap > 10 * SELECTION_GAP[F32] * ordered.abs().max()).all())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @few
 @given(case=sizes, data=st.data())
 def test_experts_may_change_places(backend, case, data, device):
@@ -177,7 +175,6 @@ def soft_mixture(x, weight, lora_A, lora_B, router, *, bias, scaling, top_k, res
     return GoatOutput(F.linear(x, weight, bias) + h.flatten(1) @ lora_B.t(), torch.tensor(float(E), dtype=F64))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @few
 @given(case=sizes, E=st.integers(2, 9), D=st.integers(1, 3))
 def test_all_experts_chosen_are_a_soft_mixture(backend, case, E, D, device):
@@ -192,7 +189,6 @@ def lora(x, weight, lora_A, lora_B, router, *, bias, scaling, top_k, residual) -
     return GoatOutput(y + 0 * router.sum(), torch.ones((), dtype=F64))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @few
 @given(case=sizes, R=st.integers(1, 20))
 def test_one_expert_is_lora(backend, case, R, device):
@@ -205,7 +201,6 @@ def test_one_expert_is_lora(backend, case, R, device):
 # --- the router ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @few
 @given(case=sizes, K=st.integers(1, 4), power=st.integers(-6, 6), path=st.booleans())
 def test_without_a_router_a_power_of_two_passes_through_exactly(backend, case, K, power, path, device):
@@ -223,7 +218,6 @@ def test_without_a_router_a_power_of_two_passes_through_exactly(backend, case, K
     assert bool(results[0].any()) and torch.equal(results[0] * factor, results[1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @few
 @given(case=sizes, E=st.integers(2, 9), data=st.data())
 def test_the_balance_losss_gradient_of_the_logits_sums_to_zero_over_experts(backend, case, E, data, device):

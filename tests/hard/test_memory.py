@@ -150,7 +150,6 @@ def test_the_peak_of_the_triton_backend_to_the_byte(change, device):
 # --- over time ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own objects, looked at from outside
 def test_a_thousand_steps_leave_nothing_behind(backend, device):
     """No tensor and no memory of Python: under Triton on the host side of every launch, without the kernels."""

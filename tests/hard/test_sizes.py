@@ -30,7 +30,6 @@ from goat_kernels.operators import _forward, forward_operator
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
 
-BACKENDS = ("torch", "triton")
 
 #: Walks in few steps: the interpreter takes a millisecond for each.
 _LONG_STEPS = {
@@ -47,7 +46,6 @@ def agree(problem, backend: str, device: torch.device, **options) -> None:
     assert_outcomes_agree(outcome, oracle, problem.x.dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_131072_features(backend, device):
     problem = make_problem(3, 131072, 4, R0=3, dtype=BF16, adapter_dtype=F32)
     with forced_tiles(_LONG_STEPS if INTERPRETED else {}):
@@ -55,7 +53,6 @@ def test_131072_features(backend, device):
 
 
 @pytest.mark.parametrize("T", [3, 70])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_64_experts_of_rank_8(backend, T, device):
     agree(make_problem(T, 24, 20, R=512, E=64, K=8, R0=512, dtype=BF16, adapter_dtype=F32), backend, device)
 

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import MANY_PROCESSORS, ONE_PROCESSOR, Recorder, audited, goat_on, matmul_precision, moved, run_triton
 
 import goat_kernels
-from goat_kernels import GoatLinear, available_backends, goat_linear, goat_reference
+from goat_kernels import GoatLinear, available_backends, goat_linear
 from goat_kernels.backends import resolve_backend, triton_backend, why_not_auto
 from goat_kernels.backends.triton_backend import TritonBackend
 from goat_kernels.forward_backward import Layer
@@ -411,54 +411,6 @@ def test_other_devices_are_refused_by_name(device):
 
 
 # --- graphs, modes, autocast --------------------------------------------------------------------------------------
-
-
-def test_two_uses_of_one_layer_in_a_graph_add_up(device):
-    problem = make_problem(T=9, N=11, M=11, R0=3, seed=13, dtype=F32)
-
-    def twice(function):
-        def run(x, *parameters, **options):
-            first = function(x, *parameters, **options)
-            second = function(torch.tanh(first.output), *parameters, **options)
-            return type(first)(*((a + b if a.is_floating_point() else a) for a, b in zip(first, second, strict=True)))
-
-        return run
-
-    oracle = evaluate(twice(goat_reference), problem.double())
-    assert_outcomes_agree(evaluate(twice(goat_on(device)), problem), oracle, F32)
-
-
-def test_the_graph_can_be_differentiated_twice_with_retain_graph(device):
-    leaves = make_problem(R0=3, dtype=F32).map(lambda t: t.to(device)).leaves(TRAINABLE)
-    result = goat_linear(*tensors_of(leaves), **options_of(leaves))
-    loss = result.output.square().sum() + result.balance_loss
-    loss.backward(retain_graph=True)
-    first = {name: getattr(leaves, name).grad.clone() for name in TRAINABLE}
-    loss.backward()
-    for name in TRAINABLE:
-        assert torch.equal(getattr(leaves, name).grad, 2 * first[name]), name
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_result_is_the_same_and_carries_no_graph(mode, device):
-    problem = make_problem(R0=3, **HALF).map(lambda t: t.to(device))
-    expected = goat_linear(*tensors_of(problem), **options_of(problem))
-    leaves = problem.leaves(TRAINABLE)
-    with mode():
-        result = goat_linear(*tensors_of(leaves), **options_of(leaves))
-    assert not result.output.requires_grad and not result.balance_loss.requires_grad
-    assert torch.equal(result.output, expected.output)
-    assert torch.equal(result.balance_loss, expected.balance_loss)
-
-
-@pytest.mark.parametrize("of", ["x", "lora_A", "router"])
-def test_a_second_derivative_raises_rather_than_being_wrong(of, device):
-    leaves = make_problem(dtype=F32).map(lambda t: t.to(device)).leaves(TRAINABLE)
-    result = goat_linear(*tensors_of(leaves), **options_of(leaves))
-    loss = result.output.sum() + result.balance_loss
-    (gradient,) = torch.autograd.grad(loss, getattr(leaves, of), create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(gradient.square().sum(), leaves.lora_B, allow_unused=True)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
