@@ -68,7 +68,7 @@ def test_a_visit_covers_every_suite_in_the_order_of_worth_and_writes_few_files()
 def test_the_tests_that_a_visit_names_exist_and_its_markers_too():
     named = {part for step in STEPS for part in step.command if part.startswith("tests")}
     assert named and all((ROOT / part).exists() for part in named)
-    assert "gpu: " in (ROOT / "pyproject.toml").read_text() and "slow: " in (ROOT / "pyproject.toml").read_text()
+    assert "gpu: " in (ROOT / "pyproject.toml").read_text() and "long: " in (ROOT / "pyproject.toml").read_text()
 
 
 def test_a_visit_whose_steps_take_their_time_runs_them_all(monkeypatch, tmp_path):
@@ -143,7 +143,7 @@ def test_the_summary_is_made_of_whatever_there_is(tmp_path):
     assert "71 % of the roofline: prefill, triton" in text and "1 rows say that something failed" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_quick_visit_runs_here(tmp_path, monkeypatch):
     steps = [step for step in plan(tmp_path, quick=True) if step.name == "kernels"]
     monkeypatch.setattr(gpu_visit, "plan", lambda folder, quick: steps)

@@ -44,7 +44,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_table(tmp_path):
     done = run_check("--json", str(tmp_path / "rows.jsonl"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -220,7 +220,7 @@ print(len(submitted))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels_compile_ahead_without_running(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = run_check(code=AHEAD)

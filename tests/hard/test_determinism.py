@@ -78,7 +78,7 @@ def with_one_thread() -> tuple[dict, dict]:
     return run(1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_compute_the_same_bits(with_one_thread):
     """Forward, backward, and the parameters after 50 steps of AdamW with dropout and the balance loss."""
     bits, values = with_one_thread
@@ -86,7 +86,7 @@ def test_two_processes_compute_the_same_bits(with_one_thread):
     assert run(1) == [bits, values]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_thread_counts_change_no_more_than_the_order_of_the_vendors_sums(with_one_thread):
     """PyTorch promises no bits of its products across thread counts; the masks, which are integers, have them."""
     bits, values = run(2)

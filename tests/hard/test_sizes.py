@@ -95,7 +95,7 @@ print("passed")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_than_two_to_the_31_elements_on_the_torch_backend():
     """The Triton kernels' offsets are held to this in test_triton_limits.py."""
     done = subprocess.run([sys.executable, "-c", _BEYOND], capture_output=True, text=True, env=os.environ, timeout=600)

@@ -324,7 +324,7 @@ def test_scratch_never_overlaps_while_both_are_in_use():
                 assert not together or start + bytes_ <= other or other + other_bytes <= start
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_kernels_get_the_right_addresses():
     script = Path(__file__).with_name("planned_addresses.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)

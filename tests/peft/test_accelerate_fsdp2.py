@@ -57,7 +57,7 @@ def ran(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)], folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_gloo
 def test_gradients_are_the_mean_of_the_ranks_own(ran):
     model = build()
@@ -66,7 +66,7 @@ def test_gradients_are_the_mean_of_the_ranks_own(ran):
         assert_equal_gradients(found["gradients"], expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_gloo
 def test_saved_states_resume_with_the_same_losses(ran):
     for found in ran[0]:
@@ -74,14 +74,14 @@ def test_saved_states_resume_with_the_same_losses(ran):
         assert found["first loss of the adapter alone"] == found["losses"][:1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_gloo
 def test_the_adapter_is_written_by_one_process(ran):
     reloaded = PeftModel.from_pretrained(tiny_llama().double(), ran[1] / "adapter")
     assert reloaded.peft_config["default"].balance_coefficient == COEFFICIENT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_gloo
 def test_the_documented_script(tmp_path):
     (tmp_path / "train.py").write_text(documented("python"))

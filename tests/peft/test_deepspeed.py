@@ -30,7 +30,7 @@ SETTINGS = {
     "zero_force_ds_cpu_optimizer": False,
 }
 
-pytestmark = [pytest.mark.slow, needs_gloo]
+pytestmark = [pytest.mark.long, needs_gloo]
 
 
 def partitioned_base(folder: str):

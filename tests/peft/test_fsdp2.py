@@ -26,7 +26,7 @@ TOLERANCE = 1e-6
 COEFFICIENT = 0.5  # large, so that a wrong scale shows far above rounding
 TRAINED_ALONE = StateDictOptions(ignore_frozen_params=True, strict=False)
 
-pytestmark = [pytest.mark.slow, needs_gloo]
+pytestmark = [pytest.mark.long, needs_gloo]
 
 
 def build(base=None, **changes):

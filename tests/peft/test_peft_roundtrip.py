@@ -85,7 +85,7 @@ def train(case: str, folder: Path) -> None:
         torch.save(outputs_of(model.eval()(**batch(name, seed=7))), folder / "expected.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_outputs_are_bit_equal_in_a_new_process(tmp_path):
     for case in CASES:
         train(case, tmp_path / case)

@@ -14,7 +14,7 @@ from peft_source import NotDownloaded, fetch_suite
 HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pefts_own_tests(tmp_path):
     version, known = importlib.metadata.version("peft"), read_expectations(HERE / "expectations.toml")["versions"]
     if version not in known:

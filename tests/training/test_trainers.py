@@ -300,7 +300,7 @@ def save_gradients_of_one_rank(rank: int, folder: str) -> None:
     torch.save(found, f"{folder}/{rank}.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_gloo
 def test_two_processes(tmp_path):
     run_two(save_gradients_of_one_rank, tmp_path)

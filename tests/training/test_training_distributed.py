@@ -11,7 +11,7 @@ from two_processes import needs_gloo, run_two
 
 from goat_kernels.peft import GoatConfig
 
-pytestmark = [pytest.mark.slow, needs_gloo]
+pytestmark = [pytest.mark.long, needs_gloo]
 
 
 def build():
