@@ -103,7 +103,7 @@ def _expand_columns(v) -> dict:
     columns += (kept0 * programs + (v.R0 - kept0) * steps) * v.residual_bytes
     slots = (programs + steps * (blocks(v.R, v.BC) - 1)) * v.E * v.gate_bytes
     router = v.E * v.N * v.router_bytes if v.logits_bytes else 0
-    matrices = (v.R * v.W_bytes + v.R0 * v.W0_bytes) * v.N + router
+    matrices = (v.R * v.W_bytes + v.R0 * v.V_bytes) * v.N + router
     return {
         "hidden": (v.T * (columns + slots + programs * v.E * v.logits_bytes), 0),
         "adapter": (row_blocks * matrices, 0),
@@ -179,7 +179,7 @@ _KINDS = {
     **dict.fromkeys(("y_ptr",), "out"),
     **dict.fromkeys(("onto_ptr",), "onto"),
     **dict.fromkeys(("A_ptr", "A0_ptr", "B_ptr", "B0_ptr", "router_ptr"), "adapter"),
-    **dict.fromkeys(("W_ptr", "W0_ptr", "W1_ptr", "W2_ptr"), "adapter"),
+    **dict.fromkeys(("W_ptr", "V_ptr", "W1_ptr", "W2_ptr"), "adapter"),
     **dict.fromkeys(("weighted_ptr", "hidden_ptr", "residual_ptr", "logits_ptr", "raw_ptr"), "hidden"),
     **dict.fromkeys(("gate_ptr", "probs_ptr", "partial_ptr"), "hidden"),
     **dict.fromkeys(("out_B_ptr", "out_A_ptr", "out_router_ptr", "partial_B_ptr", "partial_A_ptr"), "gradient"),

@@ -46,7 +46,7 @@ def expanded(
     hidden_TR: Tensor,
     W: Tensor,
     residual_TR0: Tensor | None,
-    W0: Tensor | None,
+    V: Tensor | None,
     *,
     experts: int,
     bias_M: Tensor | None = None,
@@ -56,9 +56,9 @@ def expanded(
     dropped: Adapter | None = None,
     gate_ET: Tensor | None = None,
 ) -> list[Launch]:
-    """The launch that writes out = hidden W [+ residual W0] [+ logits router] [+ bias, or the base's output].
+    """The launch that writes out = hidden W [+ residual V] [+ logits router] [+ bias, or the base's output].
 
-    W [R, N] and W0 [R0, N] may have any strides. None for T = 0.
+    W [R, N] and V [R0, N] may have any strides. None for T = 0.
 
     ``dropped``: the adapter whose dropout masks hidden's share, with ``gate_ET``; None without dropout.
     """
@@ -72,7 +72,7 @@ def expanded(
         kernel += ".dropout"
     if is_unaligned(out_TN.dtype, (N,), (R, R0)):
         kernel += ".unaligned"
-    read_width = max(matrix.element_size() for matrix in (W, W0, router) if matrix is not None)
+    read_width = max(matrix.element_size() for matrix in (W, V, router) if matrix is not None)
     tile = choose_tile(kernel, R + R0, out_TN.element_size(), target, T, read_width)
     row_blocks, steps = blocks(T, tile.rows), blocks(N, tile.columns)
     chunks = max(1, min(2 * target.multiprocessors // max(row_blocks, 1), steps))
@@ -82,7 +82,7 @@ def expanded(
         "hidden_ptr": hidden_TR,
         "W_ptr": W,
         "residual_ptr": residual_TR0,
-        "W0_ptr": W0 if R0 else None,
+        "V_ptr": V if R0 else None,
         "logits_ptr": logits_ET,
         "router_ptr": router,
         "gate_ptr": None if dropped is None else gate_ET,
@@ -92,8 +92,8 @@ def expanded(
         "chunk_steps": chunk_steps,
         "stride_wc": W.stride(0),
         "stride_wn": W.stride(1),
-        "stride_0c": W0.stride(0) if R0 else 0,
-        "stride_0n": W0.stride(1) if R0 else 1,
+        "stride_vc": V.stride(0) if R0 else 0,
+        "stride_vn": V.stride(1) if R0 else 1,
         **onto,
         **dropout_arguments(dropped),
     }
@@ -141,8 +141,8 @@ def add_dropped(
 
 @triton.jit(do_not_specialize=["T", "chunk_steps", "keep_threshold"])
 def expand_columns(
-    hidden_ptr, W_ptr, residual_ptr, W0_ptr, logits_ptr, router_ptr, onto_ptr, gate_ptr, seed_ptr, out_ptr,
-    T, N, chunk_steps, stride_wc, stride_wn, stride_0c, stride_0n, stride_onto_t, stride_onto_m,
+    hidden_ptr, W_ptr, residual_ptr, V_ptr, logits_ptr, router_ptr, onto_ptr, gate_ptr, seed_ptr, out_ptr,
+    T, N, chunk_steps, stride_wc, stride_wn, stride_vc, stride_vn, stride_onto_t, stride_onto_m,
     keep_threshold, keep_scale,
     E: tl.constexpr, R: tl.constexpr, R0: tl.constexpr, TOP_K: tl.constexpr, E_DOT: tl.constexpr, ONTO: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BC0: tl.constexpr, PRECISION: tl.constexpr,
@@ -151,7 +151,7 @@ def expand_columns(
 
     Reads
         hidden_ptr   compute [T, R]; W_ptr [R, N] by strides (stride_wc, stride_wn), any dtype, cast to compute
-        residual_ptr compute [T, R0]; W0_ptr [R0, N] by strides; None where R0 = 0
+        residual_ptr compute [T, R0]; V_ptr [R0, N] by strides; None where R0 = 0
         logits_ptr   float32 [E, T]; router_ptr [E, N] contiguous, any dtype; None in the forward
         onto_ptr     compute: bias [N] (ONTO "bias"), base output [T, N] (ONTO "base"), or None (ONTO "")
         gate_ptr     float32 [E, T] and seed_ptr int32 [2] with dropout (dX only), which drops the share of hidden_ptr
@@ -205,13 +205,13 @@ def expand_columns(
                 of_more = column_slots(gate_ptr, rows, in_T, tl.minimum(further // (R // E), E - 1), T, E)
                 y = add_dropped(y, more, w, of_more, seed_ptr, keys, n, keep_threshold, keep_scale, TOP_K, PRECISION)
         if R0 > 0:
-            w0 = wide_block(W0_ptr, column0, n, in_N, stride_0c, stride_0n, R0, dtype)
-            y = product(residual, w0, y, PRECISION)
+            v = wide_block(V_ptr, column0, n, in_N, stride_vc, stride_vn, R0, dtype)
+            y = product(residual, v, y, PRECISION)
             for first in range(BC0, R0, BC0):
                 further = first + tl.arange(0, BC0)
                 more = hidden_block(residual_ptr, rows, in_T, further, R0)
-                w0 = wide_block(W0_ptr, further, n, in_N, stride_0c, stride_0n, R0, dtype)
-                y = product(more, w0, y, PRECISION)
+                v = wide_block(V_ptr, further, n, in_N, stride_vc, stride_vn, R0, dtype)
+                y = product(more, v, y, PRECISION)
         if logits_ptr is not None:
             router = tl.load(
                 router_ptr + expert[:, None] * N + n[None, :], mask=in_E[:, None] & in_N[None, :], other=0.0

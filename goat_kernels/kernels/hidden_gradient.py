@@ -89,7 +89,7 @@ def hidden_gradient(
         "logits_ptr": gradient.logits_ET,
         "residual_ptr": gradient.residual_TR0,
         "T": T,
-        "balance_coefficient": float(grad_balance) if grad_balance is not None and not is_tensor else 0.0,
+        "balance_gradient": float(grad_balance) if grad_balance is not None and not is_tensor else 0.0,
         **scaling_arguments(adapter),
     }
     constants = {**widths._asdict(), "HAS_BALANCE": grad_balance is not None}
@@ -157,7 +157,7 @@ def logit_gradient(
 @triton.jit
 def store_hidden_gradient(
     grad_weighted, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
-    hidden_ptr, logits_ptr, rows, T, scaling, balance_coefficient,
+    hidden_ptr, logits_ptr, rows, T, scaling, balance_gradient,
     E: tl.constexpr, D: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr, HAS_BALANCE: tl.constexpr,
 ):  # fmt: skip
     """From dh~ [BT, R_PAD] float32: write dh and dlogits."""
@@ -169,7 +169,7 @@ def store_hidden_gradient(
     weighted = tl.load(weighted_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     gate = load_experts(gate_ptr, rows, T, E, E_PAD)
     probs = gate
-    grad_balance = balance_coefficient
+    grad_balance = balance_gradient
     if HAS_BALANCE:
         probs = load_experts(probs_ptr, rows, T, E, E_PAD)
         if grad_balance_ptr is not None:
@@ -191,7 +191,7 @@ def store_hidden_gradient(
 def fused_hidden_gradient(
     grad_y_ptr, B_ptr, B0_ptr, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
     hidden_ptr, logits_ptr, residual_ptr, partial_ptr,
-    T, M, stride_yt, stride_ym, scaling, balance_coefficient,
+    T, M, stride_yt, stride_ym, scaling, balance_gradient,
     E: tl.constexpr, D: tl.constexpr, R0: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr,
     R0_PAD: tl.constexpr, HAS_BALANCE: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -202,7 +202,7 @@ def fused_hidden_gradient(
         grad_y_ptr    compute [T, M], strides (stride_yt, stride_ym)
         B_ptr [M, R], B0_ptr [M, R0] any dtype, cast to compute; weighted_ptr compute [T, R], h~
         gate_ptr, probs_ptr float32 [E, T]; load_E_ptr float32 [E]
-        grad_balance_ptr float32 [] or None for the number ``balance_coefficient``; scaling_E_ptr float32 [E] or None
+        grad_balance_ptr float32 [] or None for the number ``balance_gradient``; scaling_E_ptr float32 [E] or None
     Writes
         hidden_ptr    compute [T, R], dh; logits_ptr float32 [E, T], dlogits; residual_ptr compute [T, R0], dh0
         partial_ptr   float32 [programs, M, R], dY^T h~ of the program's tokens, for ``add_splits``; or None
@@ -248,14 +248,14 @@ def fused_hidden_gradient(
         )
     store_hidden_gradient(
         grad_weighted, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
-        hidden_ptr, logits_ptr, rows, T, scaling, balance_coefficient, E, D, E_PAD, D_PAD, HAS_BALANCE,
+        hidden_ptr, logits_ptr, rows, T, scaling, balance_gradient, E, D, E_PAD, D_PAD, HAS_BALANCE,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def finish_hidden_gradient(
     raw_ptr, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
-    hidden_ptr, logits_ptr, residual_ptr, T, splits, scaling, balance_coefficient,
+    hidden_ptr, logits_ptr, residual_ptr, T, splits, scaling, balance_gradient,
     E: tl.constexpr, D: tl.constexpr, R0: tl.constexpr, E_PAD: tl.constexpr, D_PAD: tl.constexpr,
     R0_PAD: tl.constexpr, HAS_BALANCE: tl.constexpr, SPLIT_STAGES: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -276,5 +276,5 @@ def finish_hidden_gradient(
         )
     store_hidden_gradient(
         grad_weighted, weighted_ptr, gate_ptr, probs_ptr, load_E_ptr, grad_balance_ptr, scaling_E_ptr,
-        hidden_ptr, logits_ptr, rows, T, scaling, balance_coefficient, E, D, E_PAD, D_PAD, HAS_BALANCE,
+        hidden_ptr, logits_ptr, rows, T, scaling, balance_gradient, E, D, E_PAD, D_PAD, HAS_BALANCE,
     )  # fmt: skip
