@@ -177,19 +177,21 @@ def _initialise_batch(
     weights = [task.weight().detach() for task in tasks]
     for task, weight in zip(tasks, weights, strict=True):
         check_weight(weight, settings, task.name)
-        if settings.init in SEGMENT_RULES:
-            _check_finite(weight, task.name)
-    distinct = {_identity(weight): weight for weight in weights}
-    if settings.init not in SEGMENT_RULES:
-        triples = dict.fromkeys(distinct)
-    elif len(distinct) > 1 and settings.svd == "full" and len({(w.device, w.dtype) for w in weights}) == 1:
-        stacked = torch.stack([w.to(_svd_dtype(w)) for w in distinct.values()])
-        U, S, Vt = torch.linalg.svd(stacked, full_matrices=False)
-        triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(distinct)}
+        if settings.init in SEGMENT_RULES and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{task.name} has entries that are not finite, so it has no singular value decomposition")
+    matrices = {_identity(w): w.to(_svd_dtype(w)) for w in weights if settings.init in SEGMENT_RULES}
+    triples: dict[tuple, Triples] = {}
+    if settings.svd == "randomized":
+        for key, W in matrices.items():
+            triples[key] = randomized_svd(W, settings.r, generator=generator)
+            _logger.info("randomised SVD of a %d x %d weight: error %.1e", *W.shape, triples[key].error)
+    elif len(matrices) > 1 and len({(w.device, w.dtype) for w in weights}) == 1:
+        U, S, Vt = torch.linalg.svd(torch.stack(list(matrices.values())), full_matrices=False)
+        triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(matrices)}
     else:
-        triples = {key: _svd(weight, settings, generator) for key, weight in distinct.items()}
+        triples = {key: Triples(*torch.linalg.svd(W, full_matrices=False)) for key, W in matrices.items()}
     for task, weight in zip(tasks, weights, strict=True):
-        yield task, _adapter_from_triples(weight, triples[_identity(weight)], task, generator)
+        yield task, _adapter_from_triples(weight, triples.get(_identity(weight)), task, generator)
 
 
 def _identity(weight: Tensor) -> tuple:
@@ -201,21 +203,7 @@ def _identity(weight: Tensor) -> tuple:
 
 
 def _svd_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _svd(weight: Tensor, settings: AdapterSettings, generator: torch.Generator | None) -> Triples:
-    matrix = weight.to(_svd_dtype(weight))
-    if settings.svd == "randomized":
-        triples = randomized_svd(matrix, settings.r, generator=generator)
-        _logger.info("randomised SVD of a %d x %d weight: error %.1e", *matrix.shape, triples.error)
-        return triples
-    return Triples(*torch.linalg.svd(matrix, full_matrices=False))
-
-
-def _check_finite(weight: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{name} has entries that are not finite, so it has no singular value decomposition")
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | None = None) -> Triples:
@@ -263,17 +251,16 @@ def _adapter_from_triples(
             residual=None,
         )
 
-    index = _segment_index(settings, min(M, N))
-    S_segments = triples.S[index.to(triples.S.device)]  # [E, D]
+    chosen = SEGMENT_RULES[settings.init](min(M, N), E, D, settings.seed)
+    index = torch.tensor(chosen, device=triples.S.device)  # [R]
+    S_segments = triples.S[index].reshape(E, D)
     _warn_about_idle_experts(S_segments, triples.S[0], max(M, N), task.name)
     scaling = adapter_scaling(settings, N, S_segments.sum(dim=1))
     s_E = scaling.to(S_segments) if isinstance(scaling, Tensor) else S_segments.new_full((E,), scaling)
     root = (S_segments / (s_E[:, None] * settings.rho)).sqrt().reshape(-1)  # [R]
-    flat = index.reshape(-1).to(triples.S.device)
-    A0 = root[:, None] * triples.Vt[flat]
-    B0 = triples.U[:, flat] * root
-    coefficient = settings.w_res_coefficient
-    residual = None
+    A0 = root[:, None] * triples.Vt[index]
+    B0 = triples.U[:, index] * root
+    coefficient, residual = settings.w_res_coefficient, None
     if coefficient != 0:
         residual = (A0.to(dtype, copy=True), (coefficient * B0 * s_E.repeat_interleave(D)).to(dtype))
     return InitialAdapter(
@@ -299,12 +286,6 @@ def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: T
     rule = SCALING_RULES[settings.scaling]
     scaling = rule(in_features, settings.expert_rank, settings.eta, settings.lora_alpha, segment_sums)
     return scaling.float() if isinstance(scaling, Tensor) else scaling
-
-
-def _segment_index(settings: AdapterSettings, h: int) -> Tensor:
-    """Indices [E, D] of the singular triples of each expert."""
-    generator = torch.Generator().manual_seed(settings.seed) if settings.init == "random" else None
-    return SEGMENT_RULES[settings.init](h, settings.num_experts, settings.expert_rank, generator)
 
 
 def _warn_about_idle_experts(S_segments: Tensor, largest: Tensor, longest_side: int, name: str) -> None:

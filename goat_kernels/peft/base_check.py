@@ -80,8 +80,17 @@ def check_base(config: GoatConfig, modules: Mapping[str, nn.Module], model: nn.M
     """
     saved = {name: text.split(" ") for name, text in (config.base_weights or {}).items()}
     shapes = {name: tuple(map(int, size.split("x"))) for name, (size, _, _) in saved.items()} | config.shapes_in_file
-    made_on, loaded_onto = _adapters_base(config), name_of(model)
-    _check_shapes(shapes, modules, made_on, loaded_onto)
+    kind, name = (config.auto_mapping or {}).get("base_model_class") or "a model", config.base_model_name_or_path
+    made_on = f"{kind} {name!r}" if name else f"{kind} (without a name)"
+    name = getattr(model, "name_or_path", None)
+    loaded_onto = type(model).__name__ + (f" {name!r}" if isinstance(name, str) and name else " (which has no name)")
+    for name, (M, N) in shapes.items():
+        n, m = features(modules[name]) if name in modules else (N, M)
+        if (m, n) != (M, N):
+            raise ValueError(
+                f"the adapter does not fit: it was made on {made_on}, whose {name} has a weight of shape [{M}, {N}], "
+                f"and in {loaded_onto} that is [{m}, {n}]; load it onto the model it was made on"
+            )
     problem = _other_modules(shapes, modules, model, config.shapes_in_file) or _other_weights(saved, modules)
     if problem is None:
         return
@@ -93,29 +102,6 @@ def check_base(config: GoatConfig, modules: Mapping[str, nn.Module], model: nn.M
         f"{message}. Load it onto {made_on}; or, if that is what you want, with PeftModel.from_pretrained(model, path, "
         "other_base='warn')"
     )
-
-
-def name_of(model: nn.Module) -> str:
-    """How messages call a model: its class, and its name or path where it has one."""
-    name = getattr(model, "name_or_path", None)
-    return type(model).__name__ + (f" {name!r}" if isinstance(name, str) and name else " (which has no name)")
-
-
-def _adapters_base(config: GoatConfig) -> str:
-    kind, name = (config.auto_mapping or {}).get("base_model_class") or "a model", config.base_model_name_or_path
-    return f"{kind} {name!r}" if name else f"{kind} (without a name)"
-
-
-def _check_shapes(shapes: dict, modules: Mapping[str, nn.Module], made_on: str, loaded_onto: str) -> None:
-    for name, (M, N) in shapes.items():
-        if name not in modules:
-            continue
-        n, m = features(modules[name])
-        if (m, n) != (M, N):
-            raise ValueError(
-                f"the adapter does not fit: it was made on {made_on}, whose {name} has a weight of shape [{M}, {N}], "
-                f"and in {loaded_onto} that is [{m}, {n}]; load it onto the model it was made on"
-            )
 
 
 def _other_modules(shapes: dict, modules: Mapping[str, nn.Module], model: nn.Module, in_file: dict) -> str | None:

@@ -205,10 +205,8 @@ class ConvertedAdapter:
         Raises:
             FileExistsError: ``folder`` exists and ``overwrite`` is not set.
         """
-        folder = Path(folder)
-        if folder.exists() and not overwrite:
-            raise FileExistsError(f"output folder {str(folder)!r} exists; name a new one, or ask to overwrite it")
-        with written_whole(folder) as temporary:
+        check_new(folder, overwrite)
+        with written_whole(Path(folder)) as temporary:
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.tensors.items()}
             save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             self.config.save_pretrained(str(temporary))
@@ -216,6 +214,12 @@ class ConvertedAdapter:
                 stamp(temporary)
             for name, content in (notes or {}).items():
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def check_new(folder: str | Path, overwrite: bool) -> None:
+    """Raise FileExistsError where ``folder`` exists and is not to be overwritten."""
+    if Path(folder).exists() and not overwrite:
+        raise FileExistsError(f"output folder {str(folder)!r} exists; name a new one, or ask to overwrite it")
 
 
 def read_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -238,8 +242,3 @@ def read_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> Checkp
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS_FILE}")
     check_pickle_allowed(folder / PICKLE_FILE, allow_pickle)
     return Checkpoint(folder, fields, torch.load(folder / PICKLE_FILE, map_location="cpu", weights_only=True))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """As a master weight: float32, or float64 as it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
