@@ -142,12 +142,11 @@ class FoldedWeight:
     on the CPU: a subtraction in half precision cannot be undone by an addition.
 
     Attributes:
-        weight: the parameter.
+        weight: the parameter: float16, bfloat16, float32 or float64, on a real device.
         original: W0 [M, N] on the CPU while the weight holds W0 - W_res, else None.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
-        """``weight``: [M, N], float16, bfloat16, float32 or float64, on a real device."""
         self.weight = weight
         self.original: Tensor | None = None
 
@@ -158,17 +157,12 @@ class FoldedWeight:
 
     @torch.no_grad()
     def fold(self, A0: Tensor, B0: Tensor) -> None:
-        """Overwrite the weight with W0 - B0 A0, computed in float32 or better and rounded once.
+        """Overwrite the weight, which holds W0, with W0 - B0 A0, computed in float32 or better and rounded once.
 
         Args:
             A0: [R', N].
             B0: [M, R'], with every factor (s, 1/E) inside.
-
-        Raises:
-            RuntimeError: the weight is folded already.
         """
-        if self.folded:
-            raise RuntimeError("the weight is folded already; restore() it before folding another pair")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         W_res = B0.to(self.weight.device, wide) @ A0.to(self.weight.device, wide)
         self.original = self.weight.detach().to("cpu", copy=True)
@@ -177,10 +171,9 @@ class FoldedWeight:
     @torch.no_grad()
     def restore(self) -> None:
         """Write W0 back; does nothing on a weight that is not folded."""
-        if self.original is None:
-            return
-        self.weight.copy_(self.original)
-        self.original = None
+        if self.original is not None:
+            self.weight.copy_(self.original)
+            self.original = None
 
 
 # --- tensors to start from ----------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from goat_kernels.peft.adapter import GoatAdapter
 from goat_kernels.peft.base_check import fingerprint
 from goat_kernels.peft.base_layer import check_base_layer, pretrained_weight
 from goat_kernels.peft.config import GoatConfig
-from goat_kernels.peft.layer import GoatLinearLayer
+from goat_kernels.peft.layer import GoatLinearLayer, layers_with
 from goat_kernels.peft.storage import PREFIX, Checkpoint, ConvertedAdapter, check_new, read_checkpoint
 from goat_kernels.reference import select_top_k
 from goat_kernels.settings import AdapterSettings, check_name
@@ -346,16 +346,11 @@ def export_approximate_lora(
         raise ValueError(f"adapter_name={adapter_name!r} is not in the model, which has {', '.join(model.peft_config)}")
     model.eval()
     model.set_adapter(adapter_name)
-    layers = {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, GoatLinearLayer) and adapter_name in module.goat_adapter
-    }
+    layers = layers_with(model.get_base_model(), adapter_name)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
-            adapter, found = layer.goat_adapter[adapter_name], seen[name]
-            hook = functools.partial(_note_gates, adapter, found)
+            hook = functools.partial(_note_gates, layer.goat_adapter[adapter_name], seen[name])
             hooks.enter_context(layer.register_forward_pre_hook(hook))
         exact = _first_output(model, inputs)
     with model.disable_adapter():

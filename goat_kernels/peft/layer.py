@@ -120,8 +120,6 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: some of its tensors came and others did not; or none, though they are in a file.
         """
-        if adapter_name not in self.goat_adapter:
-            return
         adapter = self.goat_adapter[adapter_name]
         if not adapter.pending or adapter.is_on_meta():
             return
@@ -321,6 +319,12 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "goat." + super().__repr__()
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, GoatLinearLayer]:
+    """Name in ``model`` -> layer, of those that have the adapter."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, GoatLinearLayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name in layer.goat_adapter}
 
 
 def _pretrained_weight_into_state_dict(layer: GoatLinearLayer, state_dict: dict, prefix: str, local_metadata) -> None:

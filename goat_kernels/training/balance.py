@@ -68,9 +68,6 @@ class BalanceScale:
         for tensor in self._tensors.values():
             tensor.data.fill_(self.default)
 
-    def _tap(self, loss: Tensor, share: Tensor | None) -> Tensor:
-        return _tap(loss, list(self._tensors.values()), share)
-
     def _place(self) -> None:
         """Give each module the tensor of its device; devices may have changed since the last forward."""
         for module in self._modules:
@@ -85,41 +82,37 @@ class BalanceScale:
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled():
             return
-        if is_transformed(torch.compiler.is_compiling()):
-            self._reset_beneath_transforms()
+        compiling = torch.compiler.is_compiling()
+        if is_transformed(compiling):
+            # A tensor of the outside may not be written within torch.func's transforms, so the default is written past
+            # them, and no loss is tapped there. An exporter's program has no scale.
+            if not compiling and torch._C._get_tracing_state() is None:
+                with torch._C._DisableFuncTorch():
+                    self._place()
+                    self.reset()
             return
-        if not torch.compiler.is_compiling():
+        if not compiling:
             # A checkpoint around the whole model runs it again inside backward, where the scale is already right.
-            if _in_backward():
+            if torch._C._current_graph_task_id() != -1:
                 return
             self._place()
         self.reset()
 
-    def _reset_beneath_transforms(self) -> None:
-        """Write the default past torch.func's transforms, in which a tensor of the outside may not be written.
-
-        For the same reason no loss is tapped there: the default is the scale. An exporter's program has no scale.
-        """
-        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
-            with torch._C._DisableFuncTorch():
-                self._place()
-                self.reset()
-
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
         if not torch.is_grad_enabled() or is_transformed(torch.compiler.is_compiling()):
             return None
-        share = _batch_share(model, kwargs)
+        scales, share = list(self._tensors.values()), _batch_share(model, kwargs)
         if _is_loss(outputs):
-            return self._tap(outputs, share)
+            return _tap(outputs, scales, share)
         if isinstance(outputs, tuple):
             if outputs and _is_loss(outputs[0]):
-                tapped = (self._tap(outputs[0], share), *outputs[1:])
+                tapped = (_tap(outputs[0], scales, share), *outputs[1:])
                 return outputs._make(tapped) if hasattr(outputs, "_make") else type(outputs)(tapped)
         elif isinstance(outputs, dict):
             if _is_loss(outputs.get("loss")):
-                outputs["loss"] = self._tap(outputs["loss"], share)
+                outputs["loss"] = _tap(outputs["loss"], scales, share)
         elif _is_loss(getattr(outputs, "loss", None)):
-            outputs.loss = self._tap(outputs.loss, share)
+            outputs.loss = _tap(outputs.loss, scales, share)
         return None
 
 
@@ -202,29 +195,19 @@ def _is_loss(value) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 def _batch_share(model: nn.Module, kwargs: dict) -> Tensor | None:
     """This batch's part of ``num_items_in_batch`` (0-d), counted as transformers.Trainer counts; None without it."""
     num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if num_items is None or not isinstance(labels, Tensor):
         return None
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if isinstance(kwargs.get("shift_labels"), Tensor):
         labels = kwargs["shift_labels"]
-    elif _shifts_labels(model):
-        labels = labels[..., 1:]
+    elif not encoder_decoder and LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss:
+        labels = labels[..., 1:]  # position 0 is never a target of a causal language model
     items = labels.ne(_IGNORED_LABEL).sum()
     if isinstance(num_items, Tensor):
         num_items = num_items.to(items.device).reshape(-1)[0]
     return items / num_items
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether position 0 of the labels is never a target: causal language models, but not encoder-decoders."""
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
