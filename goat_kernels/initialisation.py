@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from goat_kernels.rules import SCALING_RULES, SEGMENT_RULES, needs_only_largest
+from goat_kernels.rules import SCALING_RULES, SEGMENT_RULES
 from goat_kernels.settings import AdapterSettings
 
 _logger = logging.getLogger(__name__)
@@ -38,9 +38,7 @@ class InitialAdapter:
     """The tensors that one adapter starts from.
 
     Attributes:
-        lora_A: [R, N]; [D, N] for ``hydralora``, whose experts share it.
-        lora_B: [M, R].
-        router: [E, N], nn.Linear's default initialisation.
+        lora_A, lora_B, router: of the shapes that ``AdapterSettings.shapes`` gives.
         scaling: s, a float, or float32 [E] where it differs by expert.
         residual: the frozen pair (A0 [R, N], B0 [M, R]) with W_res = B0 A0 and every factor inside B0; None where
             W_res is zero.
@@ -118,7 +116,8 @@ def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight"
             f"{settings.expert_rank}: {lower_rank if capacity else 'use fewer experts'}, "
             "leave the module out (exclude_modules), or use init='lora'"
         )
-    if settings.svd == "randomized" and not needs_only_largest(settings.init, settings.num_experts):
+    needs_only_largest = settings.init == "pissa" or (settings.init == "goat" and settings.num_experts == 1)
+    if settings.svd == "randomized" and not needs_only_largest:
         raise ValueError(
             f"svd='randomized' finds only the largest singular triples, but init={settings.init!r} with "
             f"num_experts={settings.num_experts} needs others too; use svd='full', or init='pissa'"
@@ -141,7 +140,6 @@ def initialise_adapters(
     *,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
-    description: str = "GOAT initialisation",
 ) -> Iterator[tuple[InitialisationTask, InitialAdapter]]:
     """Initialise many weights, yielding each as soon as it is ready.
 
@@ -152,7 +150,6 @@ def initialise_adapters(
         tasks: the weights; those of one shape are taken together, so the order of the results may differ.
         generator: as for :func:`initialise_adapter`.
         progress: whether to show a bar; by default for more than a few weights.
-        description: the bar's label.
     """
     groups: dict[tuple, list[InitialisationTask]] = {}
     for task in tasks:
@@ -161,7 +158,7 @@ def initialise_adapters(
     show = total > 4 if progress is None else progress
     from tqdm.auto import tqdm  # here, because the package itself needs torch alone
 
-    with tqdm(total=total, desc=description, unit="layer", disable=not show) as bar:
+    with tqdm(total=total, desc="GOAT initialisation", unit="layer", disable=not show) as bar:
         for (shape, settings), group in groups.items():
             size = max(1, _BATCH_ELEMENTS // math.prod(shape))
             for start in range(0, len(group), size):
@@ -179,7 +176,7 @@ def _initialise_batch(
         check_weight(weight, settings, task.name)
         if settings.init in SEGMENT_RULES and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{task.name} has entries that are not finite, so it has no singular value decomposition")
-    matrices = {_identity(w): w.to(_svd_dtype(w)) for w in weights if settings.init in SEGMENT_RULES}
+    matrices = {_identity(w): w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights if settings.init in SEGMENT_RULES}
     triples: dict[tuple, Triples] = {}
     if settings.svd == "randomized":
         for key, W in matrices.items():
@@ -200,10 +197,6 @@ def _identity(weight: Tensor) -> tuple:
 
 
 # --- decomposition ------------------------------------------------------------------------------------------------
-
-
-def _svd_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | None = None) -> Triples:
@@ -240,7 +233,7 @@ def _adapter_from_triples(
 ) -> InitialAdapter:
     settings, (M, N) = task.settings, weight.shape
     E, D = settings.num_experts, settings.expert_rank
-    dtype = task.dtype or _svd_dtype(weight)
+    dtype = task.dtype or torch.promote_types(weight.dtype, torch.float32)
     router = draw_uniform((E, N), weight.device, dtype, generator)
     if triples is None:
         return InitialAdapter(

@@ -46,11 +46,6 @@ ZERO_RULES = ("lora", "hydralora")
 INIT_RULES: tuple[str, ...] = (*SEGMENT_RULES, *ZERO_RULES)
 
 
-def needs_only_largest(init: str, num_experts: int) -> bool:
-    """Whether rule ``init`` uses just the R largest triples, so that a partial SVD suffices."""
-    return init == "pissa" or (init == "goat" and num_experts == 1)
-
-
 def _per_expert(N: int, D: int, eta: float, lora_alpha: float, segment_sums: torch.Tensor) -> torch.Tensor:
     if bool((segment_sums <= 0).any()):
         idle = [i for i, total in enumerate(segment_sums.tolist()) if total <= 0]

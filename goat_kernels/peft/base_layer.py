@@ -7,11 +7,12 @@ import copy
 import functools
 import itertools
 import os
+from collections.abc import Iterator
 
 import torch
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import align_module_device
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -74,6 +75,16 @@ def _instead_of_a_product(base: nn.Linear | Conv1D) -> str | None:
         return f"gives a {type(output).__name__}"
     expected = [*shape[:-1], base.out_features]
     return None if list(output.shape) == expected else f"gives {list(output.shape)} from an input of {list(shape)}"
+
+
+def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of what is in ``model``, tuners' layers included, but not what is inside those."""
+    adapted: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(adapted):
+            if isinstance(module, BaseTunerLayer):
+                adapted = (*adapted, name + ".")
+            yield name, module
 
 
 def features(base: nn.Module) -> tuple[int, int]:

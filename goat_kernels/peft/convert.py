@@ -30,7 +30,7 @@ from goat_kernels.peft.base_check import fingerprint
 from goat_kernels.peft.base_layer import check_base_layer, pretrained_weight
 from goat_kernels.peft.config import GoatConfig
 from goat_kernels.peft.layer import GoatLinearLayer, layers_with
-from goat_kernels.peft.storage import PREFIX, Checkpoint, ConvertedAdapter, check_new, read_checkpoint
+from goat_kernels.peft.storage import PREFIX, ConvertedAdapter, check_new, read_checkpoint
 from goat_kernels.reference import select_top_k
 from goat_kernels.settings import AdapterSettings, check_name
 
@@ -45,6 +45,7 @@ _HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 
 _TARGETING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _COMMON = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "lora_dropout")
+_GOAT_PEFT_TENSOR = r"((?:moe_layer\.experts\.\d+\.)?lora_[AB](?:\.\d+)?|lora_gating)\.weight"
 _LORA_PAIR = r"(lora_[AB])\.weight"
 _LORA_FIELDS = {
     *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "fan_in_fan_out"),
@@ -81,12 +82,11 @@ def from_goat_peft(
     Raises:
         ValueError: something is missing, of another layout, or of a kind that the public code cannot run.
     """
-    source = read_checkpoint(folder, allow_pickle=allow_pickle)
-    fields = source.fields
+    fields, saved = read_checkpoint(folder, allow_pickle=allow_pickle)
     if fields.get("peft_type") != "GOAT" or "init_type" not in fields:
         raise ValueError(f"{str(folder)!r} is no adapter of GOAT-PEFT: its configuration has no init_type")
     E, init_type, r = fields["num_experts"], fields["init_type"], fields["r"]
-    modules, others = _grouped(source, r"((?:moe_layer\.experts\.\d+\.)?lora_[AB](?:\.\d+)?|lora_gating)\.weight")
+    modules, others = _grouped(folder, saved, _GOAT_PEFT_TENSOR)
     adapters = {name: _experts(name, parts, E) for name, parts in modules.items()}
     changing = _CHANGING.get(init_type)
     if changing is None and any(word in init_type for word in ("pissa", "milora", "goat", "svd", "hydralora")):
@@ -145,9 +145,9 @@ def from_lora(
     Raises:
         ValueError: not a LoRA, a variant that computes something else (DoRA, ...), or missing information.
     """
-    source = read_checkpoint(folder, allow_pickle=allow_pickle)
-    lora = _lora_config(source)
-    modules, others = _grouped(source, _LORA_PAIR)
+    fields, saved = read_checkpoint(folder, allow_pickle=allow_pickle)
+    lora = _lora_config(folder, fields, saved)
+    modules, others = _grouped(folder, saved, _LORA_PAIR)
     initial = lora.init_lora_weights
     changed = initial not in _HARMLESS and not on_residual_base
     if changed and initial_adapter is None and (initial != "pissa" or base_model is None):
@@ -159,7 +159,8 @@ def from_lora(
         )
     before = None
     if initial_adapter:
-        before, _ = _grouped(read_checkpoint(initial_adapter, allow_pickle=allow_pickle), _LORA_PAIR)
+        _, initial_tensors = read_checkpoint(initial_adapter, allow_pickle=allow_pickle)
+        before, _ = _grouped(initial_adapter, initial_tensors, _LORA_PAIR)
     has_residual = changed or before is not None
     config = GoatConfig(
         r=lora.r,
@@ -189,14 +190,12 @@ def from_lora(
             )
         adapter["router"] = lora_A.new_zeros(1, lora_A.shape[1])
         if before is not None:
-            if before.get(name, {}).keys() != {"lora_A", "lora_B"}:
+            A0, B0 = (before.get(name, {}).get(part) for part in ("lora_A", "lora_B"))
+            if A0 is None or B0 is None or A0.shape != lora_A.shape:
                 raise ValueError(
-                    f"initial_adapter has no lora_A and lora_B for {name}; the adapter saved before this training is "
-                    "needed"
+                    f"initial_adapter has no lora_A and lora_B of rank {settings.r} for {name}; the adapter saved "
+                    "before this training is needed"
                 )
-            A0, B0 = before[name]["lora_A"], before[name]["lora_B"]
-            if A0.shape != lora_A.shape:
-                raise ValueError(f"initial_adapter has another rank on {name}: {list(A0.shape)}")
             adapter |= {"residual_A": A0, "residual_B": adapter_scaling(settings, lora_A.shape[1]) * B0}
         elif changed:
             adapter |= _subtracted(base_model, name, adapter, settings)
@@ -204,30 +203,30 @@ def from_lora(
     return _converted(config, modules, others, None if on_residual_base else base_model)
 
 
-def _lora_config(source: Checkpoint) -> LoraConfig:
-    if source.fields.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{str(source.folder)!r} is a {source.fields.get('peft_type')!r} adapter; a LORA one is needed"
-        )
+def _lora_config(folder: str | Path, fields: dict, tensors: dict[str, Tensor]) -> LoraConfig:
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{str(folder)!r} is a {fields.get('peft_type')!r} adapter; a LORA one is needed")
     names = {field.name for field in dataclasses.fields(LoraConfig)}
     default = LoraConfig()
-    for name, value in source.fields.items():
+    for name, value in fields.items():
         changed = bool(value) if name not in names else value != getattr(default, name)
         if name not in _LORA_FIELDS and changed:
             raise ValueError(
                 f"{name}={value!r} makes the adapter compute what a plain LoRA does not; it cannot be converted"
             )
-    lora = LoraConfig(**{name: value for name, value in source.fields.items() if name in names - {"runtime_config"}})
-    for key in source.tensors:
+    lora = LoraConfig(**{name: value for name, value in fields.items() if name in names - {"runtime_config"}})
+    for key in tensors:
         if ".lora_A." in key and not check_target_module_exists(lora, key.removeprefix(PREFIX).split(".lora_A.")[0]):
             raise ValueError(f"{key} is in the file, but target_modules={lora.target_modules!r} do not name its module")
     return lora
 
 
-def _grouped(source: Checkpoint, pattern: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _grouped(
+    folder: str | Path, tensors: dict[str, Tensor], pattern: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """(module -> name -> tensor of the low-rank pair in float32 or float64, all others: biases, modules_to_save)."""
     modules, others = {}, {}
-    for key, tensor in source.tensors.items():
+    for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)\.{pattern}", key)
         if match:
             modules.setdefault(match[1], {})[match[2]] = tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -236,7 +235,7 @@ def _grouped(source: Checkpoint, pattern: str) -> tuple[dict[str, dict[str, Tens
         else:
             others[key] = tensor
     if not modules:
-        raise ValueError(f"{str(source.folder)!r} has no low-rank pair whose key begins with {PREFIX!r}")
+        raise ValueError(f"{str(folder)!r} has no low-rank pair whose key begins with {PREFIX!r}")
     return modules, others
 
 
@@ -272,10 +271,9 @@ def _official_scaling(fields: dict, scaling: str | float | None, eta: float) -> 
             )
         scaling = "goat" if "scale" in init_type else 2.0 if init_type == "pissa" else "lora"
         scaling = "rslora" if scaling == "lora" and "rs" in init_type else scaling
-    values = {"scaling": scaling}
     if scaling in ("lora", "rslora"):
-        values["lora_alpha"] = fields["lora_alpha"]
-    return values | ({"eta": eta} if scaling == "goat" else {})
+        return {"scaling": scaling, "lora_alpha": fields["lora_alpha"]}
+    return {"scaling": scaling, "eta": eta} if scaling == "goat" else {"scaling": scaling}
 
 
 def _subtracted(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from goat_kernels.initialisation import adapter_scaling
 from goat_kernels.peft.adapter import present_name
@@ -47,7 +47,9 @@ def hotswap_adapter(
     for layer in layers_with(model, adapter_name).values():
         old, new = layer.goat_adapter[adapter_name].settings, config.settings(layer.name)
         differing = {name: (getattr(old, name), getattr(new, name)) for name in _COMPUTING}
-        differing["scaling"] = tuple(_scaling(settings, layer) for settings in (old, new))
+        differing["scaling"] = tuple(
+            s.scaling if s.per_expert_scaling else adapter_scaling(s, layer.in_features) for s in (old, new)
+        )
         for name, (found, needed) in differing.items():
             if found != needed:
                 raise ValueError(
@@ -58,10 +60,6 @@ def hotswap_adapter(
     state = {present_name(key): tensor for key, tensor in state.items()}
     _check_tensors_alike(get_peft_model_state_dict(model, adapter_name=adapter_name), state, path)
     set_peft_model_state_dict(model, state, adapter_name=adapter_name)
-
-
-def _scaling(settings, layer: nn.Module) -> float | str:
-    return settings.scaling if settings.per_expert_scaling else adapter_scaling(settings, layer.in_features)
 
 
 def _check_tensors_alike(old: dict[str, Tensor], new: dict[str, Tensor], path: str) -> None:

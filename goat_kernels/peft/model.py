@@ -35,11 +35,7 @@ from goat_kernels.training.balance import attach_balance_scale, detach_balance_s
 class GoatModel(BaseTuner):
     """A model with GOAT adapters; ``peft.get_peft_model`` makes it from a :class:`GoatConfig`.
 
-    Args:
-        model: the model to adapt.
-        peft_config: the configuration.
-        adapter_name: the adapter's name.
-        low_cpu_mem_usage: create the adapter's parameters on the meta device, to be loaded; runs no SVD.
+    ``low_cpu_mem_usage=True`` creates the adapter's parameters on the meta device, to be loaded; no SVD is run.
 
     Raises:
         TypeError: a targeted module that is no linear layer.
@@ -64,7 +60,7 @@ class GoatModel(BaseTuner):
         adapter_name: str,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
     ) -> None:
         """Add the adapter's layers: checked first, initialised second, and only then put into the model."""
         config = self.peft_config[adapter_name]
@@ -73,16 +69,10 @@ class GoatModel(BaseTuner):
         self._twin = next(
             (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
         )
-        on_meta = low_cpu_mem_usage or _parameters_go_to_meta()
+        on_meta = low_cpu_mem_usage or nn.PReLU().weight.is_meta  # in a context that creates all parameters there
         self._loads = on_meta or (config.initialised and self._twin is None)
         try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
         except Exception:
             config.target_modules = self._asked  # the configuration can be corrected and used again
             raise
@@ -151,15 +141,8 @@ class GoatModel(BaseTuner):
         layer.update_layer(adapter_name, settings, tensors, may_start=may_start)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
-        """Put a layer into its place. Its adapters are where they belong; PEFT would move them after the weight, onto
-        the meta device where the weight is offloaded."""
-        if isinstance(new_module, GoatLinearLayer):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # Past PEFT's _replace_module, which moves adapters after the weight: to the meta device where it is offloaded.
+        setattr(parent, target_name, layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The masters are float32 from the start; only ``autocast_adapter_dtype=False`` asks for the base's dtype."""
@@ -234,13 +217,6 @@ class GoatModel(BaseTuner):
                 "and run each adapter's samples in a batch of their own"
             )
         yield
-
-
-def _parameters_go_to_meta() -> bool:
-    """Whether a context that creates parameters on the meta device is active: PEFT's low_cpu_mem_usage is one."""
-    probe = nn.Module()
-    probe.register_parameter("parameter", nn.Parameter(torch.empty(0)))
-    return probe.parameter.is_meta
 
 
 def _weight_for_initialisation(config: GoatConfig, module: nn.Module, name: str) -> torch.Tensor:

@@ -45,11 +45,10 @@ class BalanceScale:
         """Hook ``model``'s forward; its routed modules read this scale from now on."""
         self._modules = [module for _, module in routed_modules(model)]
         self._place()
-        if not self._handles:
-            self._handles = [
-                model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                model.register_forward_hook(self._after_forward, with_kwargs=True),
-            ]
+        self._handles = self._handles or [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
 
     def detach(self) -> None:
         """Undo :meth:`attach`."""
@@ -159,10 +158,6 @@ _library.define("tap(Tensor loss, Tensor[] scales, Tensor? share) -> Tensor")
 _library.define("publish(Tensor gradient, Tensor(a!)[] scales, Tensor? share) -> ()")
 
 
-def _tap_forward(loss, scales, share):
-    return loss.clone()
-
-
 def _publish(gradient, scales, share):
     # A loss that nobody used has a gradient of zero where something between it and the caller fills in what is
     # missing: DistributedDataParallel looking for unused parameters, a compiled graph. The default then stands.
@@ -181,7 +176,7 @@ def _tap_backward(ctx, gradient):
     return gradient, [None] * len(ctx.scales), None
 
 
-_library.impl("tap", _tap_forward, "CompositeExplicitAutograd")
+_library.impl("tap", lambda loss, scales, share: loss.clone(), "CompositeExplicitAutograd")
 _library.impl("publish", _publish, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "goat_kernels_training::tap", lambda loss, scales, share: torch.empty_like(loss), lib=_library

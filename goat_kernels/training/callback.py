@@ -40,9 +40,6 @@ class GoatCallback(TrainerCallback):
     Attributes:
         history: one dict per logged training step: ``step``, the four numbers without the prefix, and by layer name
             ``load_by_layer``, the share of tokens per expert, ``balance_loss_by_layer`` and ``load_entropy_by_layer``.
-
-    Raises:
-        TypeError: ``per_layer`` is not a bool.
     """
 
     def __init__(self, *, per_layer: bool = True) -> None:

@@ -151,7 +151,7 @@ def router_report(model: nn.Module, heatmap: str | os.PathLike | None = None) ->
     if not names:
         raise ValueError(f"model ({type(model).__name__}) has no GOAT layer; it needs a GOAT adapter or a GoatLinear")
     if heatmap is not None:
-        heatmap = _writable(heatmap)
+        _writable(heatmap)
     layers = router_statistics(model)
     if not layers:
         raise ValueError(
