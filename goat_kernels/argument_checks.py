@@ -107,7 +107,7 @@ def check_pretrained_linear(linear: nn.Linear) -> None:
             "calling it, so an adapter would have no effect; adapt other layers"
         )
     replaced = not is_forward_of_linear(vars(linear).get("forward"))
-    if type(linear).forward is not nn.Linear.forward or replaced:
+    if replaced or type(linear).forward is not nn.Linear.forward:
         whose = "has a replaced forward, which" if replaced else f"is a {kind}, whose own forward"
         raise TypeError(
             f"linear {whose} a GoatLinear in its place would not call; give a plain nn.Linear (of the same weight, if "

@@ -148,17 +148,16 @@ def initialise_adapters(
 
     Args:
         tasks: the weights; those of one shape are taken together, so the order of the results may differ.
-        generator: as for :func:`initialise_adapter`.
         progress: whether to show a bar; by default for more than a few weights.
     """
     groups: dict[tuple, list[InitialisationTask]] = {}
     for task in tasks:
         groups.setdefault((task.shape, task.settings), []).append(task)
     total = sum(len(group) for group in groups.values())
-    show = total > 4 if progress is None else progress
+    disable = total <= 4 if progress is None else not progress
     from tqdm.auto import tqdm  # here, because the package itself needs torch alone
 
-    with tqdm(total=total, desc="GOAT initialisation", unit="layer", disable=not show) as bar:
+    with tqdm(total=total, desc="GOAT initialisation", unit="layer", disable=disable) as bar:
         for (shape, settings), group in groups.items():
             size = max(1, _BATCH_ELEMENTS // math.prod(shape))
             for start in range(0, len(group), size):
@@ -172,11 +171,12 @@ def _initialise_batch(
 ) -> Iterator[tuple[InitialisationTask, InitialAdapter]]:
     """Initialise weights of one shape with one stacked SVD, each distinct weight once."""
     weights = [task.weight().detach() for task in tasks]
+    decomposed = settings.init in SEGMENT_RULES
     for task, weight in zip(tasks, weights, strict=True):
         check_weight(weight, settings, task.name)
-        if settings.init in SEGMENT_RULES and not bool(torch.isfinite(weight).all()):
+        if decomposed and not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{task.name} has entries that are not finite, so it has no singular value decomposition")
-    matrices = {_identity(w): w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights if settings.init in SEGMENT_RULES}
+    matrices = {_identity(w): w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights if decomposed}
     triples: dict[tuple, Triples] = {}
     if settings.svd == "randomized":
         for key, W in matrices.items():
@@ -269,10 +269,7 @@ def _adapter_from_triples(
 def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None = None) -> float | Tensor:
     """s for an adapter on a layer with ``in_features`` inputs: a float, or float32 [E] for the per-expert rules.
 
-    Args:
-        settings: the adapter's hyper-parameters.
-        in_features: N.
-        segment_sums: [E] sums of the singular values of each expert's segment; read by the per-expert rules alone.
+    These alone read ``segment_sums`` [E], of the singular values of each expert's segment.
     """
     if not isinstance(settings.scaling, str):
         return float(settings.scaling)

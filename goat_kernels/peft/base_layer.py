@@ -33,8 +33,7 @@ def check_base_layer(base: nn.Module, name: str) -> None:
             f"it, so an adapter there would have no effect; {_INSTEAD}"
         )
     if isinstance(base, nn.Linear | Conv1D):
-        instead = _instead_of_a_product(base)
-        if instead is not None:
+        if instead := _instead_of_a_product(base):
             raise TypeError(
                 f"{name} is a {kind} whose forward {instead}, so there is no [..., {base.out_features}] to add an "
                 f"adapter's output to; {_INSTEAD}"
@@ -54,9 +53,8 @@ def _instead_of_a_product(base: nn.Linear | Conv1D) -> str | None:
     It is tried with an input and parameters on the meta device, so that nothing is computed, fetched or moved. Forwards
     of others are not run before the model runs them: they may count, print, or refuse the meta device.
     """
-    if not isinstance(base, nn.Linear) or type(base).forward is nn.Linear.forward:
-        return None
-    if not type(base).__module__.startswith("transformers."):
+    own = isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward
+    if not own or not type(base).__module__.startswith("transformers."):
         return None
     if not has_plain_weight(base) and not is_meta(base):
         return None  # a format of its own, which the meta device may not know

@@ -41,11 +41,7 @@ class GoatConfig(PeftConfig):
 
     The hyper-parameters are those of :class:`goat_kernels.AdapterSettings`, with the same defaults, but for
     ``balance_coefficient`` (1e-3, the paper's) and ``lora_dropout`` (``dropout`` there). The targeting fields are
-    those of ``peft.LoraConfig``.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an argument outside its range; the message names it, its value and what it needs.
+    those of ``peft.LoraConfig``. A bad value raises as soon as the object is made, as there.
     """
 
     r: int = _of_settings("r")
@@ -115,10 +111,9 @@ class GoatConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = GoatPeftType.GOAT
         self.shapes_in_file: dict[str, tuple[int, int]] = {}  # module -> (M, N), where it was read from a folder
-        if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         if self.bias == "lora_only":  # as LoraConfig calls it

@@ -90,16 +90,12 @@ def from_goat_peft(
     adapters = {name: _experts(name, parts, E) for name, parts in modules.items()}
     changing = _CHANGING.get(init_type)
     if changing is None and any(word in init_type for word in ("pissa", "milora", "goat", "svd", "hydralora")):
-        raise ValueError(
-            f"init_type={init_type!r} is not one that the public code can run, so no file can come from it"
-        )
+        raise ValueError(f"init_type={init_type!r} is not one that the public code can run; no file can come from it")
     D = r // E
     if (r % E and changing in ("pissa", "milora", "pissa_milora")) or (changing == "pissa_milora" and r % 2):
         raise ValueError(f"r={r} with init_type={init_type!r} and num_experts={E} subtracts other ranks than it trains")
     if changing is not None and base_model is None:
-        raise ValueError(
-            f"base_model is needed: init_type={init_type!r} subtracted singular triples of W0 from the base"
-        )
+        raise ValueError(f"base_model is needed: init_type={init_type!r} subtracted singular triples of W0 from it")
     config = GoatConfig(
         r=E * D,
         num_experts=E,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from torch import Tensor
 
 from goat_kernels.initialisation import adapter_scaling
 from goat_kernels.peft.adapter import present_name
@@ -45,11 +44,11 @@ def hotswap_adapter(
         raise ValueError(f"path={path!r} holds a {type(config).__name__} adapter; a GOAT one is needed")
     config.other_base = model.peft_config[adapter_name].other_base
     for layer in layers_with(model, adapter_name).values():
-        old, new = layer.goat_adapter[adapter_name].settings, config.settings(layer.name)
-        differing = {name: (getattr(old, name), getattr(new, name)) for name in _COMPUTING}
-        differing["scaling"] = tuple(
-            s.scaling if s.per_expert_scaling else adapter_scaling(s, layer.in_features) for s in (old, new)
-        )
+        both = layer.goat_adapter[adapter_name].settings, config.settings(layer.name)
+        differing = {name: [getattr(settings, name) for settings in both] for name in _COMPUTING}
+        differing["scaling"] = [
+            s.scaling if s.per_expert_scaling else adapter_scaling(s, layer.in_features) for s in both
+        ]
         for name, (found, needed) in differing.items():
             if found != needed:
                 raise ValueError(
@@ -58,17 +57,13 @@ def hotswap_adapter(
                 )
     state = load_peft_weights(path, device=torch_device, **hub_options)
     state = {present_name(key): tensor for key, tensor in state.items()}
-    _check_tensors_alike(get_peft_model_state_dict(model, adapter_name=adapter_name), state, path)
-    set_peft_model_state_dict(model, state, adapter_name=adapter_name)
-
-
-def _check_tensors_alike(old: dict[str, Tensor], new: dict[str, Tensor], path: str) -> None:
-    instead = "; load it with load_adapter() instead"
-    if missing := sorted(old.keys() - new.keys()):
+    old, instead = get_peft_model_state_dict(model, adapter_name=adapter_name), "; load it with load_adapter() instead"
+    if missing := sorted(old.keys() - state.keys()):
         raise ValueError(f"path={path!r} lacks {missing[0]} ({len(missing)} tensors in all){instead}")
-    if unknown := sorted(new.keys() - old.keys()):
+    if unknown := sorted(state.keys() - old.keys()):
         raise ValueError(f"path={path!r} has {unknown[0]} ({len(unknown)} tensors), which the model lacks{instead}")
     for name, tensor in old.items():
-        if tensor.shape != new[name].shape:
-            found, needed = list(new[name].shape), list(tensor.shape)
+        if tensor.shape != state[name].shape:
+            found, needed = list(state[name].shape), list(tensor.shape)
             raise ValueError(f"path={path!r} has {name} of shape {found}; {needed} is needed{instead}")
+    set_peft_model_state_dict(model, state, adapter_name=adapter_name)

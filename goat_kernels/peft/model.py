@@ -128,21 +128,20 @@ class GoatModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        settings = peft_config.settings(current_key)
+        layer = target
+        if not isinstance(target, GoatLinearLayer):
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            check_base_layer(base, current_key)  # again: targets named by a state_dict come unchecked
+            layer = GoatLinearLayer(target, current_key)
+            layer._active_adapter = adapter_name
         tensors = self._initial.pop(current_key, None)
         may_start = not peft_config.initialised
-        if isinstance(target, GoatLinearLayer):
-            target.update_layer(adapter_name, settings, tensors, may_start=may_start)
-            return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_base_layer(base, current_key)  # again: targets named by a state_dict come unchecked
-        layer = GoatLinearLayer(target, current_key)
-        layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, settings, tensors, may_start=may_start)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        # Past PEFT's _replace_module, which moves adapters after the weight: to the meta device where it is offloaded.
-        setattr(parent, target_name, layer)
+        layer.update_layer(adapter_name, peft_config.settings(current_key), tensors, may_start=may_start)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            # Past PEFT's _replace_module, which moves adapters after the weight: onto meta where that is offloaded.
+            setattr(parent, target_name, layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The masters are float32 from the start; only ``autocast_adapter_dtype=False`` asks for the base's dtype."""

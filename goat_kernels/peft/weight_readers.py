@@ -53,12 +53,10 @@ _Read = tuple[tuple[str, ...], tuple[tuple[ast.expr, bool], ...]]
 
 
 class Reader(NamedTuple):
-    """Where a model reads a layer's weight.
+    """Where a model reads a layer's weight, such as ``"MambaMixer.forward"``.
 
-    Attributes:
-        place: such as ``"MambaMixer.forward"``.
-        certain: whether the code is transformers', on whose models the analysis was checked. In other code it may be
-            wrong: the method may never run, or the value may not reach the output.
+    It is certain in transformers' code, on whose models the analysis was checked. In other code it may be wrong: the
+    method may never run, or the value may not reach the output.
     """
 
     place: str

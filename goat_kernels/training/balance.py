@@ -41,23 +41,6 @@ class BalanceScale:
         self._modules: list[RoutedModule] = []
         self._handles: list = []
 
-    def attach(self, model: nn.Module) -> None:
-        """Hook ``model``'s forward; its routed modules read this scale from now on."""
-        self._modules = [module for _, module in routed_modules(model)]
-        self._place()
-        self._handles = self._handles or [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True),
-        ]
-
-    def detach(self) -> None:
-        """Undo :meth:`attach`."""
-        for handle in self._handles:
-            handle.remove()
-        for module in self._modules:
-            module.balance_scale = None
-        self._handles, self._modules = [], []
-
     def reset(self) -> None:
         """Write the default.
 
@@ -135,7 +118,12 @@ def attach_balance_scale(model: nn.Module) -> BalanceScale:
     if scale is None:
         scale = BalanceScale()
         setattr(model, _ATTRIBUTE, scale)
-    scale.attach(model)
+        scale._handles = [
+            model.register_forward_pre_hook(scale._before_forward, with_kwargs=True),
+            model.register_forward_hook(scale._after_forward, with_kwargs=True),
+        ]
+    scale._modules = [module for _, module in routed_modules(model)]
+    scale._place()
     return scale
 
 
@@ -143,7 +131,10 @@ def detach_balance_scale(model: nn.Module) -> None:
     """Undo :func:`attach_balance_scale`; does nothing where it was not called."""
     scale = model.__dict__.pop(_ATTRIBUTE, None)
     if scale is not None:
-        scale.detach()
+        for handle in scale._handles:
+            handle.remove()
+        for module in scale._modules:
+            module.balance_scale = None
 
 
 def balance_scales(model: nn.Module) -> list[BalanceScale]:
