@@ -142,12 +142,11 @@ class FoldedWeight:
     on the CPU: a subtraction in half precision cannot be undone by an addition.
 
     Attributes:
-        weight: the parameter.
+        weight: the parameter: float16, bfloat16, float32 or float64, on a real device.
         original: W0 [M, N] on the CPU while the weight holds W0 - W_res, else None.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
-        """``weight``: [M, N], float16, bfloat16, float32 or float64, on a real device."""
         self.weight = weight
         self.original: Tensor | None = None
 
@@ -158,17 +157,10 @@ class FoldedWeight:
 
     @torch.no_grad()
     def fold(self, A0: Tensor, B0: Tensor) -> None:
-        """Overwrite the weight with W0 - B0 A0, computed in float32 or better and rounded once.
+        """Overwrite the weight, which holds W0, with W0 - B0 A0, computed in float32 or better and rounded once.
 
-        Args:
-            A0: [R', N].
-            B0: [M, R'], with every factor (s, 1/E) inside.
-
-        Raises:
-            RuntimeError: the weight is folded already.
+        A0 [R', N]; B0 [M, R'], with every factor (s, 1/E) inside.
         """
-        if self.folded:
-            raise RuntimeError("the weight is folded already; restore() it before folding another pair")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         W_res = B0.to(self.weight.device, wide) @ A0.to(self.weight.device, wide)
         self.original = self.weight.detach().to("cpu", copy=True)
@@ -177,10 +169,9 @@ class FoldedWeight:
     @torch.no_grad()
     def restore(self) -> None:
         """Write W0 back; does nothing on a weight that is not folded."""
-        if self.original is None:
-            return
-        self.weight.copy_(self.original)
-        self.original = None
+        if self.original is not None:
+            self.weight.copy_(self.original)
+            self.original = None
 
 
 # --- tensors to start from ----------------------------------------------------------------------------------------
@@ -199,14 +190,9 @@ def placeholders(
 def start_from_pair(
     settings: AdapterSettings, residual_A: Tensor, residual_B: Tensor, scaling: float | Tensor
 ) -> dict[str, Tensor]:
-    """Where an adapter with this frozen pair started, without a second SVD.
+    """Where an adapter with this frozen pair [R, N], [M, R] and s, a float or float32 [E], started, without an SVD.
 
     A0 is in the pair, and so is coefficient * s_i * B0_i; the router is drawn anew.
-
-    Args:
-        settings: of both adapters.
-        residual_A, residual_B: [R, N] and [M, R], copied into the new adapter.
-        scaling: s, a float or float32 [E].
     """
     E = settings.num_experts
     s_E = scaling if isinstance(scaling, Tensor) else torch.full((E,), scaling)
@@ -231,12 +217,10 @@ def random_start(
     # Without singular values every expert gets the scaling of the first.
     s = adapter_scaling(dataclasses.replace(settings, scaling="goat") if settings.per_expert_scaling else settings, N)
     bounds = {"lora_A": 1 / math.sqrt(N), "lora_B": 1 / (s * math.sqrt(settings.r)), "router": 1 / math.sqrt(N)}
-    start = {}
-    for name, shape in settings.shapes(N, M).items():
+    start = placeholders(settings, N, M, device, dtype)
+    for name, tensor in start.items():
         if name in bounds:
-            start[name] = torch.empty(shape, dtype=dtype).uniform_(-bounds[name], bounds[name]).to(device)
-        elif name == "scaling":
-            start[name] = torch.full(shape, s, device=device)
+            tensor.copy_(torch.empty(tensor.shape, dtype=dtype).uniform_(-bounds[name], bounds[name]))
         else:
-            start[name] = torch.zeros(shape, device=device, dtype=dtype)
+            tensor.fill_(s if name == "scaling" else 0.0)
     return start

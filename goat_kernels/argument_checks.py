@@ -41,7 +41,13 @@ def check_tensors(x, weight, lora_A, lora_B, router, bias, residual_A, residual_
     if x.ndim == 0:
         raise ValueError("x must have at least one dimension [..., N], got a 0-d tensor")
 
-    M, N, R, E = _dimensions(weight, lora_A, router)
+    for name, layout in (("weight", "[M, N]"), ("lora_A", "[R, N]"), ("router", "[E, N]")):
+        shape = tuple(tensors[name].shape)
+        if len(shape) != 2:
+            raise ValueError(f"{name} must be a matrix {layout}, got shape {shape}")
+        if shape[0] < 1:
+            raise ValueError(f"{name} must have at least one row, got shape {shape}")
+    (M, N), R, E = weight.shape, lora_A.shape[0], router.shape[0]
     _check_shape("x", x, (*x.shape[:-1], N), "[..., N]")
     _check_shape("lora_A", lora_A, (R, N), "[R, N]")
     _check_shape("lora_B", lora_B, (M, R), "[M, R]")
@@ -58,20 +64,6 @@ def check_tensors(x, weight, lora_A, lora_B, router, bias, residual_A, residual_
         for name in ("weight", "bias"):
             if tensors[name] is not None and tensors[name].dtype != x.dtype:
                 raise TypeError(f"{name} is {tensors[name].dtype} but x is {x.dtype}; cast one, or use autocast")
-
-
-def _dimensions(weight: Tensor, lora_A: Tensor, router: Tensor) -> tuple[int, int, int, int]:
-    """(M, N, R, E), from the matrices whose first dimension defines them."""
-    for name, tensor, layout in (
-        ("weight", weight, "[M, N]"),
-        ("lora_A", lora_A, "[R, N]"),
-        ("router", router, "[E, N]"),
-    ):
-        if tensor.ndim != 2:
-            raise ValueError(f"{name} must be a matrix {layout}, got shape {tuple(tensor.shape)}")
-        if tensor.shape[0] < 1:
-            raise ValueError(f"{name} must have at least one row, got shape {tuple(tensor.shape)}")
-    return weight.shape[0], weight.shape[1], lora_A.shape[0], router.shape[0]
 
 
 def _check_shape(name: str, tensor: Tensor, needed: tuple[int, ...], layout: str) -> None:
@@ -101,12 +93,7 @@ def check_scalars(x: Tensor, router: Tensor, scaling, top_k, dropout_p) -> None:
 
 
 def check_pretrained_linear(linear: nn.Linear) -> None:
-    """Raise unless a GoatLinear on the weight and bias of ``linear`` would compute what ``linear`` does.
-
-    Raises:
-        TypeError: no nn.Linear, one without an ordinary weight, or one with another forward than nn.Linear's.
-        ValueError: it has hooks.
-    """
+    """Raise unless a GoatLinear on the weight and bias of ``linear`` would compute what ``linear`` does."""
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
     if not isinstance(linear.weight, nn.Parameter):
@@ -120,7 +107,7 @@ def check_pretrained_linear(linear: nn.Linear) -> None:
             "calling it, so an adapter would have no effect; adapt other layers"
         )
     replaced = not is_forward_of_linear(vars(linear).get("forward"))
-    if type(linear).forward is not nn.Linear.forward or replaced:
+    if replaced or type(linear).forward is not nn.Linear.forward:
         whose = "has a replaced forward, which" if replaced else f"is a {kind}, whose own forward"
         raise TypeError(
             f"linear {whose} a GoatLinear in its place would not call; give a plain nn.Linear (of the same weight, if "

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from goat_kernels.rules import SCALING_RULES, SEGMENT_RULES, needs_only_largest
+from goat_kernels.rules import SCALING_RULES, SEGMENT_RULES
 from goat_kernels.settings import AdapterSettings
 
 _logger = logging.getLogger(__name__)
@@ -38,9 +38,7 @@ class InitialAdapter:
     """The tensors that one adapter starts from.
 
     Attributes:
-        lora_A: [R, N]; [D, N] for ``hydralora``, whose experts share it.
-        lora_B: [M, R].
-        router: [E, N], nn.Linear's default initialisation.
+        lora_A, lora_B, router: of the shapes that ``AdapterSettings.shapes`` gives.
         scaling: s, a float, or float32 [E] where it differs by expert.
         residual: the frozen pair (A0 [R, N], B0 [M, R]) with W_res = B0 A0 and every factor inside B0; None where
             W_res is zero.
@@ -118,7 +116,8 @@ def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight"
             f"{settings.expert_rank}: {lower_rank if capacity else 'use fewer experts'}, "
             "leave the module out (exclude_modules), or use init='lora'"
         )
-    if settings.svd == "randomized" and not needs_only_largest(settings.init, settings.num_experts):
+    needs_only_largest = settings.init == "pissa" or (settings.init == "goat" and settings.num_experts == 1)
+    if settings.svd == "randomized" and not needs_only_largest:
         raise ValueError(
             f"svd='randomized' finds only the largest singular triples, but init={settings.init!r} with "
             f"num_experts={settings.num_experts} needs others too; use svd='full', or init='pissa'"
@@ -141,7 +140,6 @@ def initialise_adapters(
     *,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
-    description: str = "GOAT initialisation",
 ) -> Iterator[tuple[InitialisationTask, InitialAdapter]]:
     """Initialise many weights, yielding each as soon as it is ready.
 
@@ -150,18 +148,16 @@ def initialise_adapters(
 
     Args:
         tasks: the weights; those of one shape are taken together, so the order of the results may differ.
-        generator: as for :func:`initialise_adapter`.
         progress: whether to show a bar; by default for more than a few weights.
-        description: the bar's label.
     """
     groups: dict[tuple, list[InitialisationTask]] = {}
     for task in tasks:
         groups.setdefault((task.shape, task.settings), []).append(task)
     total = sum(len(group) for group in groups.values())
-    show = total > 4 if progress is None else progress
+    disable = total <= 4 if progress is None else not progress
     from tqdm.auto import tqdm  # here, because the package itself needs torch alone
 
-    with tqdm(total=total, desc=description, unit="layer", disable=not show) as bar:
+    with tqdm(total=total, desc="GOAT initialisation", unit="layer", disable=disable) as bar:
         for (shape, settings), group in groups.items():
             size = max(1, _BATCH_ELEMENTS // math.prod(shape))
             for start in range(0, len(group), size):
@@ -175,21 +171,24 @@ def _initialise_batch(
 ) -> Iterator[tuple[InitialisationTask, InitialAdapter]]:
     """Initialise weights of one shape with one stacked SVD, each distinct weight once."""
     weights = [task.weight().detach() for task in tasks]
+    decomposed = settings.init in SEGMENT_RULES
     for task, weight in zip(tasks, weights, strict=True):
         check_weight(weight, settings, task.name)
-        if settings.init in SEGMENT_RULES:
-            _check_finite(weight, task.name)
-    distinct = {_identity(weight): weight for weight in weights}
-    if settings.init not in SEGMENT_RULES:
-        triples = dict.fromkeys(distinct)
-    elif len(distinct) > 1 and settings.svd == "full" and len({(w.device, w.dtype) for w in weights}) == 1:
-        stacked = torch.stack([w.to(_svd_dtype(w)) for w in distinct.values()])
-        U, S, Vt = torch.linalg.svd(stacked, full_matrices=False)
-        triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(distinct)}
+        if decomposed and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{task.name} has entries that are not finite, so it has no singular value decomposition")
+    matrices = {_identity(w): w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights if decomposed}
+    triples: dict[tuple, Triples] = {}
+    if settings.svd == "randomized":
+        for key, W in matrices.items():
+            triples[key] = randomized_svd(W, settings.r, generator=generator)
+            _logger.info("randomised SVD of a %d x %d weight: error %.1e", *W.shape, triples[key].error)
+    elif len(matrices) > 1 and len({(w.device, w.dtype) for w in weights}) == 1:
+        U, S, Vt = torch.linalg.svd(torch.stack(list(matrices.values())), full_matrices=False)
+        triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(matrices)}
     else:
-        triples = {key: _svd(weight, settings, generator) for key, weight in distinct.items()}
+        triples = {key: Triples(*torch.linalg.svd(W, full_matrices=False)) for key, W in matrices.items()}
     for task, weight in zip(tasks, weights, strict=True):
-        yield task, _adapter_from_triples(weight, triples[_identity(weight)], task, generator)
+        yield task, _adapter_from_triples(weight, triples.get(_identity(weight)), task, generator)
 
 
 def _identity(weight: Tensor) -> tuple:
@@ -198,24 +197,6 @@ def _identity(weight: Tensor) -> tuple:
 
 
 # --- decomposition ------------------------------------------------------------------------------------------------
-
-
-def _svd_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _svd(weight: Tensor, settings: AdapterSettings, generator: torch.Generator | None) -> Triples:
-    matrix = weight.to(_svd_dtype(weight))
-    if settings.svd == "randomized":
-        triples = randomized_svd(matrix, settings.r, generator=generator)
-        _logger.info("randomised SVD of a %d x %d weight: error %.1e", *matrix.shape, triples.error)
-        return triples
-    return Triples(*torch.linalg.svd(matrix, full_matrices=False))
-
-
-def _check_finite(weight: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{name} has entries that are not finite, so it has no singular value decomposition")
 
 
 def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | None = None) -> Triples:
@@ -252,7 +233,7 @@ def _adapter_from_triples(
 ) -> InitialAdapter:
     settings, (M, N) = task.settings, weight.shape
     E, D = settings.num_experts, settings.expert_rank
-    dtype = task.dtype or _svd_dtype(weight)
+    dtype = task.dtype or torch.promote_types(weight.dtype, torch.float32)
     router = draw_uniform((E, N), weight.device, dtype, generator)
     if triples is None:
         return InitialAdapter(
@@ -263,17 +244,16 @@ def _adapter_from_triples(
             residual=None,
         )
 
-    index = _segment_index(settings, min(M, N))
-    S_segments = triples.S[index.to(triples.S.device)]  # [E, D]
+    chosen = SEGMENT_RULES[settings.init](min(M, N), E, D, settings.seed)
+    index = torch.tensor(chosen, device=triples.S.device)  # [R]
+    S_segments = triples.S[index].reshape(E, D)
     _warn_about_idle_experts(S_segments, triples.S[0], max(M, N), task.name)
     scaling = adapter_scaling(settings, N, S_segments.sum(dim=1))
     s_E = scaling.to(S_segments) if isinstance(scaling, Tensor) else S_segments.new_full((E,), scaling)
     root = (S_segments / (s_E[:, None] * settings.rho)).sqrt().reshape(-1)  # [R]
-    flat = index.reshape(-1).to(triples.S.device)
-    A0 = root[:, None] * triples.Vt[flat]
-    B0 = triples.U[:, flat] * root
-    coefficient = settings.w_res_coefficient
-    residual = None
+    A0 = root[:, None] * triples.Vt[index]
+    B0 = triples.U[:, index] * root
+    coefficient, residual = settings.w_res_coefficient, None
     if coefficient != 0:
         residual = (A0.to(dtype, copy=True), (coefficient * B0 * s_E.repeat_interleave(D)).to(dtype))
     return InitialAdapter(
@@ -289,22 +269,13 @@ def _adapter_from_triples(
 def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None = None) -> float | Tensor:
     """s for an adapter on a layer with ``in_features`` inputs: a float, or float32 [E] for the per-expert rules.
 
-    Args:
-        settings: the adapter's hyper-parameters.
-        in_features: N.
-        segment_sums: [E] sums of the singular values of each expert's segment; read by the per-expert rules alone.
+    These alone read ``segment_sums`` [E], of the singular values of each expert's segment.
     """
     if not isinstance(settings.scaling, str):
         return float(settings.scaling)
     rule = SCALING_RULES[settings.scaling]
     scaling = rule(in_features, settings.expert_rank, settings.eta, settings.lora_alpha, segment_sums)
     return scaling.float() if isinstance(scaling, Tensor) else scaling
-
-
-def _segment_index(settings: AdapterSettings, h: int) -> Tensor:
-    """Indices [E, D] of the singular triples of each expert."""
-    generator = torch.Generator().manual_seed(settings.seed) if settings.init == "random" else None
-    return SEGMENT_RULES[settings.init](h, settings.num_experts, settings.expert_rank, generator)
 
 
 def _warn_about_idle_experts(S_segments: Tensor, largest: Tensor, longest_side: int, name: str) -> None:

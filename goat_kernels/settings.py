@@ -10,7 +10,6 @@ from typing import Any
 from goat_kernels.rules import INIT_RULES, PER_EXPERT_SCALINGS, SCALING_RULES, SEGMENT_RULES, ZERO_RULES
 
 RESIDUAL_FORMS = ("path", "fold")
-SVD_METHODS = ("full", "randomized")
 
 
 def described(default: Any, text: str) -> Any:
@@ -75,9 +74,8 @@ class AdapterSettings:
     seed: int = described(0, "Seed of the triples that init='random' draws.")
 
     def __post_init__(self) -> None:
-        check_count("r", self.r)
-        check_count("num_experts", self.num_experts)
-        check_count("top_k", self.top_k)
+        for name in ("r", "num_experts", "top_k"):
+            check_count(name, getattr(self, name))
         if self.r % self.num_experts:
             raise ValueError(
                 f"r={self.r} must be divisible by num_experts={self.num_experts}: every expert has rank r / num_experts"
@@ -86,7 +84,7 @@ class AdapterSettings:
             raise ValueError(f"top_k={self.top_k} must lie in 1..num_experts={self.num_experts}")
         check_name("init", self.init, INIT_RULES)
         check_name("residual", self.residual, RESIDUAL_FORMS)
-        check_name("svd", self.svd, SVD_METHODS)
+        check_name("svd", self.svd, ("full", "randomized"))
         if isinstance(self.scaling, str):
             check_name("scaling", self.scaling, SCALING_RULES, alternative="a positive number")
         else:
@@ -96,9 +94,8 @@ class AdapterSettings:
                 f"scaling={self.scaling!r} needs the singular values of each expert's segment, which "
                 f"init={self.init!r} does not take; use init {', '.join(SEGMENT_RULES)}, or another scaling"
             )
-        check_number("eta", self.eta, minimum=0, exclusive=True)
-        check_number("rho", self.rho, minimum=0, exclusive=True)
-        check_number("lora_alpha", self.lora_alpha, minimum=0, exclusive=True)
+        for name in ("eta", "rho", "lora_alpha"):
+            check_number(name, getattr(self, name), minimum=0, exclusive=True)
         if self.residual_coefficient is not None:
             check_number("residual_coefficient", self.residual_coefficient, minimum=0)
         check_dropout("dropout", self.dropout)

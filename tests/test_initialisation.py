@@ -456,9 +456,9 @@ def test_a_weight_is_asked_for_only_when_its_turn_comes(monkeypatch):
 def test_the_progress_bar(capsys, count, progress, shown):
     tasks = model_tasks(settings(init="lora"), [torch.randn(3, 2) for _ in range(count)])
     options = {} if progress is None else {"progress": progress}
-    list(initialise_adapters(tasks, description="my bar", **options))
+    list(initialise_adapters(tasks, **options))
     bar = capsys.readouterr().err
-    assert ("my bar" in bar and f"{count}/{count}" in bar) == shown
+    assert ("GOAT initialisation" in bar and f"{count}/{count}" in bar) == shown
     assert shown or bar == ""
 
 

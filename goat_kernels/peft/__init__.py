@@ -17,11 +17,7 @@ from goat_kernels.peft.model import GoatModel
 __all__ = ["GoatConfig", "GoatLinearLayer", "GoatModel", "GoatPeftType", "hotswap_adapter"]
 
 
-def _register() -> None:
-    """Enter the method into PEFT's tables; peft.utils.register_peft_method takes only the names PEFT ships with."""
-    peft.PEFT_TYPE_TO_CONFIG_MAPPING[GoatPeftType.GOAT] = GoatConfig
-    peft.PEFT_TYPE_TO_TUNER_MAPPING[GoatPeftType.GOAT] = GoatModel
-    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[GoatPeftType.GOAT] = GoatModel.prefix
-
-
-_register()
+# peft.utils.register_peft_method takes only the names that PEFT ships with.
+peft.PEFT_TYPE_TO_CONFIG_MAPPING[GoatPeftType.GOAT] = GoatConfig
+peft.PEFT_TYPE_TO_TUNER_MAPPING[GoatPeftType.GOAT] = GoatModel
+peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[GoatPeftType.GOAT] = GoatModel.prefix

@@ -32,11 +32,8 @@ class GoatAdapter(AdapterModule):
     copies the parameters whose names contain ``.default.``, LoRA+ trains those with ``lora_B`` in their names faster,
     and accelerate fetches offloaded tensors for a module that is called.
 
-    Args:
-        settings: the hyper-parameters on this layer.
-        tensors: name -> tensor.
-        pending: whether they are placeholders for values that are to be loaded.
-        may_start: whether the layer may start the adapter afresh where the values never come.
+    It starts from ``tensors`` (name -> tensor); ``pending`` says that they are placeholders for values that are to be
+    loaded, and ``may_start`` that the layer may start the adapter afresh where those never come.
     """
 
     def __init__(
@@ -47,7 +44,6 @@ class GoatAdapter(AdapterModule):
         self.may_start = may_start
         # Tensors that have not come yet: the placeholder itself, so that one put in its place is noticed.
         self._placeholders: dict[str, Tensor] = dict(self.tensors()) if pending else {}
-        self.awaited = len(self._placeholders)
 
     def forward(self):
         """What :meth:`AdapterModule.for_call` returns, as accelerate's hook has placed it."""

@@ -70,18 +70,22 @@ def _sample(base: nn.Module, name: str) -> tuple[str, list[float]] | None:
 def check_base(config: GoatConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
     """Raise unless ``model`` is the base model of the loaded adapter; warn instead where ``other_base="warn"``.
 
-    Args:
-        config: of the adapter; without a fingerprint only shapes are compared, and those only if its file was seen.
-        modules: name -> base layer of every targeted module.
-        model: the model that is to be adapted, for its name.
-
-    Raises:
-        ValueError: shapes that differ, in any case; another set of modules or other weights, unless the user insists.
+    ``modules`` are the base layers of every targeted module, by name. Without a fingerprint only shapes are compared,
+    if the adapter's file was seen. Shapes that differ raise ValueError in any case.
     """
     saved = {name: text.split(" ") for name, text in (config.base_weights or {}).items()}
     shapes = {name: tuple(map(int, size.split("x"))) for name, (size, _, _) in saved.items()} | config.shapes_in_file
-    made_on, loaded_onto = _adapters_base(config), name_of(model)
-    _check_shapes(shapes, modules, made_on, loaded_onto)
+    kind, name = (config.auto_mapping or {}).get("base_model_class") or "a model", config.base_model_name_or_path
+    made_on = f"{kind} {name!r}" if name else f"{kind} (without a name)"
+    name = getattr(model, "name_or_path", None)
+    loaded_onto = type(model).__name__ + (f" {name!r}" if isinstance(name, str) and name else " (which has no name)")
+    for name, (M, N) in shapes.items():
+        n, m = features(modules[name]) if name in modules else (N, M)
+        if (m, n) != (M, N):
+            raise ValueError(
+                f"the adapter does not fit: it was made on {made_on}, whose {name} has a weight of shape [{M}, {N}], "
+                f"and in {loaded_onto} that is [{m}, {n}]; load it onto the model it was made on"
+            )
     problem = _other_modules(shapes, modules, model, config.shapes_in_file) or _other_weights(saved, modules)
     if problem is None:
         return
@@ -93,29 +97,6 @@ def check_base(config: GoatConfig, modules: Mapping[str, nn.Module], model: nn.M
         f"{message}. Load it onto {made_on}; or, if that is what you want, with PeftModel.from_pretrained(model, path, "
         "other_base='warn')"
     )
-
-
-def name_of(model: nn.Module) -> str:
-    """How messages call a model: its class, and its name or path where it has one."""
-    name = getattr(model, "name_or_path", None)
-    return type(model).__name__ + (f" {name!r}" if isinstance(name, str) and name else " (which has no name)")
-
-
-def _adapters_base(config: GoatConfig) -> str:
-    kind, name = (config.auto_mapping or {}).get("base_model_class") or "a model", config.base_model_name_or_path
-    return f"{kind} {name!r}" if name else f"{kind} (without a name)"
-
-
-def _check_shapes(shapes: dict, modules: Mapping[str, nn.Module], made_on: str, loaded_onto: str) -> None:
-    for name, (M, N) in shapes.items():
-        if name not in modules:
-            continue
-        n, m = features(modules[name])
-        if (m, n) != (M, N):
-            raise ValueError(
-                f"the adapter does not fit: it was made on {made_on}, whose {name} has a weight of shape [{M}, {N}], "
-                f"and in {loaded_onto} that is [{m}, {n}]; load it onto the model it was made on"
-            )
 
 
 def _other_modules(shapes: dict, modules: Mapping[str, nn.Module], model: nn.Module, in_file: dict) -> str | None:
@@ -141,17 +122,15 @@ def _other_weights(saved: dict[str, list[str]], modules: Mapping[str, nn.Module]
             scale = math.sqrt(sum(value**2 for value in then)) or 1.0
             distance += sum((a - b) ** 2 for a, b in zip(then, now, strict=True)) / scale**2
             squares += 1.0
-        elif not _agree(then, now, (dtype, sampled[0], "float32")):
+            continue
+        dtypes = (dtype, sampled[0], "float32")
+        eps = _ROUNDINGS * max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)
+        smallest = max(_SMALLEST.get(dtype, 0.0) for dtype in dtypes)
+        if any(abs(a - b) > eps * max(abs(a), abs(b)) + smallest for a, b in zip(then, now, strict=True)):
             return f"the weight of {name} is another; sampled entries were {_short(then)} and are {_short(now)}"
     if squares and distance / squares > _QUANTISED_DISTANCE**2:
         return "its dequantised weights are others"
     return None
-
-
-def _agree(then: tuple[float, ...], now: list[float], dtypes: tuple[str, ...]) -> bool:
-    eps = _ROUNDINGS * max(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)
-    smallest = max(_SMALLEST.get(dtype, 0.0) for dtype in dtypes)
-    return all(abs(a - b) <= eps * max(abs(a), abs(b)) + smallest for a, b in zip(then, now, strict=True))
 
 
 def _short(values) -> str:

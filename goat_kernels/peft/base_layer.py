@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from accelerate.hooks import AlignDevicesHook
-from peft.tuners.tuners_utils import _get_in_out_features
+from accelerate.utils import align_module_device
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -31,19 +33,18 @@ def check_base_layer(base: nn.Module, name: str) -> None:
             f"it, so an adapter there would have no effect; {_INSTEAD}"
         )
     if isinstance(base, nn.Linear | Conv1D):
-        instead = _instead_of_a_product(base)
-        if instead is not None:
+        if instead := _instead_of_a_product(base):
             raise TypeError(
                 f"{name} is a {kind} whose forward {instead}, so there is no [..., {base.out_features}] to add an "
                 f"adapter's output to; {_INSTEAD}"
             )
         return
-    if _is_quantised_linear(base):
-        return
-    raise TypeError(
-        f"{name} is a {kind}, but GOAT adapts linear layers alone (torch.nn.Linear, transformers' Conv1D and their "
-        f"quantised forms); {_INSTEAD}"
-    )
+    backend = resolve_quantization_backend(base, get_apply_tensor_subclass=None)
+    if backend is None or backend.layer_type != "linear":
+        raise TypeError(
+            f"{name} is a {kind}, but GOAT adapts linear layers alone (torch.nn.Linear, transformers' Conv1D and their "
+            f"quantised forms); {_INSTEAD}"
+        )
 
 
 def _instead_of_a_product(base: nn.Linear | Conv1D) -> str | None:
@@ -52,18 +53,20 @@ def _instead_of_a_product(base: nn.Linear | Conv1D) -> str | None:
     It is tried with an input and parameters on the meta device, so that nothing is computed, fetched or moved. Forwards
     of others are not run before the model runs them: they may count, print, or refuse the meta device.
     """
-    if not isinstance(base, nn.Linear) or type(base).forward is nn.Linear.forward:
-        return None
-    if not type(base).__module__.startswith("transformers."):
+    own = isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward
+    if not own or not type(base).__module__.startswith("transformers."):
         return None
     if not has_plain_weight(base) and not is_meta(base):
         return None  # a format of its own, which the meta device may not know
     shape, tensors = (2, 3, base.in_features), itertools.chain(base.named_parameters(), base.named_buffers())
     on_meta = {f"base.{name}": torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    caller = nn.Module()  # calls what the class computes, without the hooks of the object
+    caller.base = base
+    caller.forward = functools.partial(type(base).forward, base)
     try:
         with torch.no_grad():
             x = torch.empty(shape, dtype=base.weight.dtype, device="meta")
-            output = torch.func.functional_call(_OwnForward(base), on_meta, (x,))
+            output = torch.func.functional_call(caller, on_meta, (x,))
     except Exception as error:
         return f"fails on an input of shape {list(shape)} ({type(error).__name__}: {str(error).splitlines()[0]})"
     if not isinstance(output, Tensor):
@@ -72,20 +75,14 @@ def _instead_of_a_product(base: nn.Linear | Conv1D) -> str | None:
     return None if list(output.shape) == expected else f"gives {list(output.shape)} from an input of {list(shape)}"
 
 
-class _OwnForward(nn.Module):
-    """Calls what the class of ``base`` computes, without the hooks of the object."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, x: Tensor):
-        return type(self.base).forward(self.base, x)
-
-
-def _is_quantised_linear(base: nn.Module) -> bool:
-    backend = resolve_quantization_backend(base, get_apply_tensor_subclass=None)
-    return backend is not None and backend.layer_type == "linear"
+def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of what is in ``model``, tuners' layers included, but not what is inside those."""
+    adapted: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(adapted):
+            if isinstance(module, BaseTunerLayer):
+                adapted = (*adapted, name + ".")
+            yield name, module
 
 
 def features(base: nn.Module) -> tuple[int, int]:
@@ -146,44 +143,25 @@ def unpack(base: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _fetched(base: nn.Module):
-    """The parameters of ``base`` present in full: gathered from DeepSpeed's ranks, or fetched by accelerate's hook."""
-    hook = getattr(base, "_hf_hook", None)
-    with _gathered(base.parameters()):
-        if hook is None:
-            yield
-            return
-        hook.pre_forward(base)
-        try:
-            yield
-        finally:
-            hook.post_forward(base, torch.tensor([]))
-
-
-@contextlib.contextmanager
-def _gathered(parameters: Iterable[nn.Parameter]):
-    """Those of ``parameters`` that DeepSpeed's ZeRO-3 has partitioned, present in full; every rank has to come here.
+    """The parameters of ``base`` present in full, to be read: gathered from all of DeepSpeed's ranks, which all have to
+    come here, or fetched by accelerate's hook.
 
     PEFT's gather_params_ctx asks whether transformers started DeepSpeed; the parameter itself knows better, and is
-    left alone where the caller gathered it already. They are only read, so nothing is broadcast afterwards.
+    left alone where the caller gathered it already.
     """
-    partitioned = [p for p in parameters if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
-    if not partitioned:
-        yield
-        return
-    import deepspeed  # here, because it is there where such parameters are
+    partitioned = [p for p in base.parameters() if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
+    gathered = contextlib.nullcontext()
+    if partitioned:
+        import deepspeed  # here, because it is there where such parameters are
 
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None):
+        gathered = deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
+    with gathered, align_module_device(base):
         yield
 
 
 def is_remote(base: nn.Module) -> bool:
     """Whether the weights have to be fetched or gathered: accelerate's offloading, DeepSpeed's ZeRO-3."""
     return hasattr(base, "_hf_hook") or any(hasattr(parameter, "ds_id") for parameter in base.parameters())
-
-
-def is_sharded(weight: Tensor) -> bool:
-    """Whether each process holds a part of ``weight``: FSDP2's and tensor parallelism's DTensor, DeepSpeed's ZeRO-3."""
-    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
 
 
 def check_loading_of_base(model: nn.Module) -> None:
@@ -275,7 +253,7 @@ def has_plain_weight(base: nn.Module) -> bool:
 def check_foldable(base: nn.Module, name: str) -> None:
     """Raise unless ``residual="fold"`` can write the weight of ``base``."""
     special = type(base) not in (nn.Linear, Conv1D) or not has_plain_weight(base)
-    if special or hasattr(base, "_hf_hook") or is_sharded(base.weight):
+    if special or is_remote(base) or hasattr(base.weight, "full_tensor"):  # DTensor
         raise ValueError(
             f"residual='fold' writes the base weight, which must be a plain float tensor of an nn.Linear or Conv1D; "
             f"{name} is a {type(base).__qualname__} that is quantised, offloaded, sharded or special: use "

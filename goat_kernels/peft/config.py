@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009 -- the calls make fields
 from __future__ import annotations
 
+import copy
 import enum
 import warnings
 from dataclasses import dataclass, field
@@ -16,9 +17,6 @@ from peft.utils.other import get_pattern_key
 from goat_kernels import __version__
 from goat_kernels.peft.storage import check_adapter_folder, config_of_killed_save, has_weights
 from goat_kernels.settings import AdapterSettings, check_dropout, check_name, check_number, described, document_fields
-
-BIAS_OPTIONS = ("none", "all", "goat_only")
-OTHER_BASE_OPTIONS = ("refuse", "warn")
 
 #: Fields that say how to load, not what the adapter is, and a digest that only a finished file has: never saved here.
 _NOT_SAVED = ("other_base", "allow_pickle", "weights_sha256")
@@ -43,11 +41,7 @@ class GoatConfig(PeftConfig):
 
     The hyper-parameters are those of :class:`goat_kernels.AdapterSettings`, with the same defaults, but for
     ``balance_coefficient`` (1e-3, the paper's) and ``lora_dropout`` (``dropout`` there). The targeting fields are
-    those of ``peft.LoraConfig``.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: an argument outside its range; the message names it, its value and what it needs.
+    those of ``peft.LoraConfig``. A bad value raises as soon as the object is made, as there.
     """
 
     r: int = _of_settings("r")
@@ -117,23 +111,13 @@ class GoatConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = GoatPeftType.GOAT
         self.shapes_in_file: dict[str, tuple[int, int]] = {}  # module -> (M, N), where it was read from a folder
-        if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         if self.bias == "lora_only":  # as LoraConfig calls it
             self.bias = "goat_only"
-        self._check()
-        if self.scaling not in ("lora", "rslora") and (self.alpha_pattern or self.lora_alpha != 16):
-            warnings.warn(
-                f"lora_alpha={self.lora_alpha} (and alpha_pattern) is read by scaling='lora' and 'rslora' alone; "
-                f"scaling={self.scaling!r} ignores it",
-                stacklevel=3,
-            )
-
-    def _check(self) -> None:
         check_dropout("lora_dropout", self.lora_dropout)
         self.settings()
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
@@ -146,8 +130,8 @@ class GoatConfig(PeftConfig):
                 raise type(error)(f"rank_pattern[{key!r}]: {error}") from None
         for key, alpha in self.alpha_pattern.items():
             check_number(f"alpha_pattern[{key!r}]", alpha, minimum=0, exclusive=True)
-        check_name("bias", self.bias, BIAS_OPTIONS)
-        check_name("other_base", self.other_base, OTHER_BASE_OPTIONS)
+        check_name("bias", self.bias, ("none", "all", "goat_only"))
+        check_name("other_base", self.other_base, ("refuse", "warn"))
         if not isinstance(self.allow_pickle, bool):
             raise TypeError(f"allow_pickle must be True or False, got {self.allow_pickle!r}")
         if not isinstance(self.init_weights, bool):
@@ -163,6 +147,12 @@ class GoatConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} says where layers_to_transform counts, which is None; set it"
             )
+        if self.scaling not in ("lora", "rslora") and (self.alpha_pattern or self.lora_alpha != 16):
+            warnings.warn(
+                f"lora_alpha={self.lora_alpha} (and alpha_pattern) is read by scaling='lora' and 'rslora' alone; "
+                f"scaling={self.scaling!r} ignores it",
+                stacklevel=3,
+            )
 
     def settings(self, module_name: str | None = None, **changes) -> AdapterSettings:
         """The hyper-parameters of one module's adapter.
@@ -175,8 +165,8 @@ class GoatConfig(PeftConfig):
         values = {name: getattr(self, name) for name in AdapterSettings.__dataclass_fields__ if name != "dropout"}
         values["dropout"] = self.lora_dropout
         if module_name is not None:
-            values["r"] = _matching(self.rank_pattern, module_name, self.r)
-            values["lora_alpha"] = _matching(self.alpha_pattern, module_name, self.lora_alpha)
+            for name, pattern in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
+                values[name] = pattern.get(get_pattern_key(pattern.keys(), module_name), values[name])
         return AdapterSettings(**{**values, **changes})
 
     def to_dict(self) -> dict:
@@ -189,13 +179,10 @@ class GoatConfig(PeftConfig):
         Beside weights, or where a model has the adapter (transformers writes the weights later), it is marked as that
         of an initialised adapter.
         """
-        before = self.initialised, self.goat_kernels_version
-        self.initialised = self.initialised or self.base_weights is not None or has_weights(Path(save_directory))
-        self.goat_kernels_version = __version__
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.initialised, self.goat_kernels_version = before
+        saved = copy.copy(self)
+        saved.initialised = self.initialised or self.base_weights is not None or has_weights(Path(save_directory))
+        saved.goat_kernels_version = __version__
+        super(GoatConfig, saved).save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> GoatConfig:
@@ -246,7 +233,3 @@ class GoatConfig(PeftConfig):
                 "them from adapter_config.json"
             )
         return super().check_kwargs(**kwargs)
-
-
-def _matching(pattern: dict, module_name: str, default):
-    return pattern.get(get_pattern_key(pattern.keys(), module_name), default)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+import functools
 import re
 import tempfile
 from collections.abc import Mapping
@@ -23,18 +23,16 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from goat_kernels.initialisation import initialise_adapter
+from goat_kernels.initialisation import adapter_scaling, initialise_adapter
 from goat_kernels.numerics import relative_error
 from goat_kernels.peft.adapter import GoatAdapter
 from goat_kernels.peft.base_check import fingerprint
 from goat_kernels.peft.base_layer import check_base_layer, pretrained_weight
 from goat_kernels.peft.config import GoatConfig
-from goat_kernels.peft.layer import GoatLinearLayer
-from goat_kernels.peft.storage import PREFIX, Checkpoint, ConvertedAdapter, read_checkpoint, wide
+from goat_kernels.peft.layer import GoatLinearLayer, layers_with
+from goat_kernels.peft.storage import PREFIX, ConvertedAdapter, check_new, read_checkpoint
 from goat_kernels.reference import select_top_k
-from goat_kernels.settings import AdapterSettings
-
-GATES = ("mean", "uniform")
+from goat_kernels.settings import AdapterSettings, check_name
 
 #: Written beside the exported LoRA.
 REPORT_FILE = "lora_approximation.json"
@@ -47,6 +45,8 @@ _HARMLESS = (True, False, "gaussian", "eva", "orthogonal")
 
 _TARGETING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _COMMON = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "lora_dropout")
+_GOAT_PEFT_TENSOR = r"((?:moe_layer\.experts\.\d+\.)?lora_[AB](?:\.\d+)?|lora_gating)\.weight"
+_LORA_PAIR = r"(lora_[AB])\.weight"
 _LORA_FIELDS = {
     *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "fan_in_fan_out"),
     *("init_lora_weights", "peft_type", "peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config"),
@@ -82,25 +82,20 @@ def from_goat_peft(
     Raises:
         ValueError: something is missing, of another layout, or of a kind that the public code cannot run.
     """
-    source = read_checkpoint(folder, allow_pickle=allow_pickle)
-    fields = source.fields
+    fields, saved = read_checkpoint(folder, allow_pickle=allow_pickle)
     if fields.get("peft_type") != "GOAT" or "init_type" not in fields:
         raise ValueError(f"{str(folder)!r} is no adapter of GOAT-PEFT: its configuration has no init_type")
     E, init_type, r = fields["num_experts"], fields["init_type"], fields["r"]
-    modules, others = _grouped(source, r"((?:moe_layer\.experts\.\d+\.)?lora_[AB](?:\.\d+)?|lora_gating)\.weight")
-    experts = {name: _experts(name, tensors, E) for name, tensors in modules.items()}
+    modules, others = _grouped(folder, saved, _GOAT_PEFT_TENSOR)
+    adapters = {name: _experts(name, parts, E) for name, parts in modules.items()}
     changing = _CHANGING.get(init_type)
     if changing is None and any(word in init_type for word in ("pissa", "milora", "goat", "svd", "hydralora")):
-        raise ValueError(
-            f"init_type={init_type!r} is not one that the public code can run, so no file can come from it"
-        )
+        raise ValueError(f"init_type={init_type!r} is not one that the public code can run; no file can come from it")
     D = r // E
     if (r % E and changing in ("pissa", "milora", "pissa_milora")) or (changing == "pissa_milora" and r % 2):
         raise ValueError(f"r={r} with init_type={init_type!r} and num_experts={E} subtracts other ranks than it trains")
     if changing is not None and base_model is None:
-        raise ValueError(
-            f"base_model is needed: init_type={init_type!r} subtracted singular triples of W0 from the base"
-        )
+        raise ValueError(f"base_model is needed: init_type={init_type!r} subtracted singular triples of W0 from it")
     config = GoatConfig(
         r=E * D,
         num_experts=E,
@@ -114,15 +109,13 @@ def from_goat_peft(
         modules_to_save=fields.get("modules_to_save"),
         **{name: fields[name] for name in _COMMON if name in fields},
     )
-    tensors = dict(others)
-    for name, (lora_A, lora_B, router) in experts.items():
-        if lora_A.shape[0] != E * D:
-            raise ValueError(f"{name}: lora_A has {lora_A.shape[0]} rows, but r={r} and num_experts={E} give {E * D}")
-        residual = None
+    for name, adapter in adapters.items():
+        rows = adapter["lora_A"].shape[0]
+        if rows != E * D:
+            raise ValueError(f"{name}: lora_A has {rows} rows, but r={r} and num_experts={E} give {E * D}")
         if changing is not None:
-            residual = _residual(base_model, name, lora_A, lora_B, config.settings(name))
-        _put(tensors, name, lora_A, lora_B, router, residual)
-    return _finished(config, tensors, modules, base_model)
+            adapter |= _subtracted(base_model, name, adapter, config.settings(name))
+    return _converted(config, adapters, others, base_model)
 
 
 def from_lora(
@@ -148,9 +141,9 @@ def from_lora(
     Raises:
         ValueError: not a LoRA, a variant that computes something else (DoRA, ...), or missing information.
     """
-    source = read_checkpoint(folder, allow_pickle=allow_pickle)
-    lora = _lora_config(source)
-    modules, others = _grouped(source, r"(lora_[AB])\.weight")
+    fields, saved = read_checkpoint(folder, allow_pickle=allow_pickle)
+    lora = _lora_config(folder, fields, saved)
+    modules, others = _grouped(folder, saved, _LORA_PAIR)
     initial = lora.init_lora_weights
     changed = initial not in _HARMLESS and not on_residual_base
     if changed and initial_adapter is None and (initial != "pissa" or base_model is None):
@@ -160,7 +153,10 @@ def from_lora(
             f"one of: {exact}initial_adapter (the adapter saved before training), or on_residual_base=True "
             "(--residual-base) if it is to run on the changed base itself"
         )
-    before = read_checkpoint(initial_adapter, allow_pickle=allow_pickle).tensors if initial_adapter else None
+    before = None
+    if initial_adapter:
+        _, initial_tensors = read_checkpoint(initial_adapter, allow_pickle=allow_pickle)
+        before, _ = _grouped(initial_adapter, initial_tensors, _LORA_PAIR)
     has_residual = changed or before is not None
     config = GoatConfig(
         r=lora.r,
@@ -178,86 +174,87 @@ def from_lora(
         alpha_pattern=lora.alpha_pattern,
         **{name: getattr(lora, name) for name in (*_TARGETING, *_COMMON)},
     )
-    tensors = dict(others)
-    for name, parts in modules.items():
-        if parts.keys() != {"lora_A", "lora_B"}:
-            raise ValueError(f"{name} has {', '.join(sorted(parts))} alone; lora_A and lora_B are needed")
-        lora_A, lora_B = wide(parts["lora_A"]), wide(parts["lora_B"])
+    for name, adapter in modules.items():
+        if adapter.keys() != {"lora_A", "lora_B"}:
+            raise ValueError(f"{name} has {', '.join(sorted(adapter))} alone; lora_A and lora_B are needed")
+        lora_A, lora_B = adapter["lora_A"], adapter["lora_B"]
         settings = config.settings(name)
         if lora_A.ndim != 2 or lora_A.shape[0] != settings.r or lora_B.shape[1:] != (settings.r,):
             raise ValueError(
                 f"{name}: lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} do not have the rank "
                 f"{settings.r} that r and rank_pattern give; GOAT adapts linear layers alone"
             )
-        residual = None
+        adapter["router"] = lora_A.new_zeros(1, lora_A.shape[1])
         if before is not None:
-            s = settings.lora_alpha / (math.sqrt(settings.r) if lora.use_rslora else settings.r)
-            residual = tuple(wide(_initial(before, name, part)) for part in ("lora_A", "lora_B"))
-            residual = (residual[0], s * residual[1])
-            if residual[0].shape != lora_A.shape:
-                raise ValueError(f"initial_adapter has another rank on {name}: {list(residual[0].shape)}")
+            A0, B0 = (before.get(name, {}).get(part) for part in ("lora_A", "lora_B"))
+            if A0 is None or B0 is None or A0.shape != lora_A.shape:
+                raise ValueError(
+                    f"initial_adapter has no lora_A and lora_B of rank {settings.r} for {name}; the adapter saved "
+                    "before this training is needed"
+                )
+            adapter |= {"residual_A": A0, "residual_B": adapter_scaling(settings, lora_A.shape[1]) * B0}
         elif changed:
-            residual = _residual(base_model, name, lora_A, lora_B, settings)
-        _put(tensors, name, lora_A, lora_B, torch.zeros(1, lora_A.shape[1], dtype=lora_A.dtype), residual)
+            adapter |= _subtracted(base_model, name, adapter, settings)
     # A fingerprint of W0 would be wrong beside an adapter that wants the changed base.
-    return _finished(config, tensors, modules, None if on_residual_base else base_model)
+    return _converted(config, modules, others, None if on_residual_base else base_model)
 
 
-def _lora_config(source: Checkpoint) -> LoraConfig:
-    if source.fields.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{str(source.folder)!r} is a {source.fields.get('peft_type')!r} adapter; a LORA one is needed"
-        )
+def _lora_config(folder: str | Path, fields: dict, tensors: dict[str, Tensor]) -> LoraConfig:
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{str(folder)!r} is a {fields.get('peft_type')!r} adapter; a LORA one is needed")
     names = {field.name for field in dataclasses.fields(LoraConfig)}
     default = LoraConfig()
-    for name, value in source.fields.items():
+    for name, value in fields.items():
         changed = bool(value) if name not in names else value != getattr(default, name)
         if name not in _LORA_FIELDS and changed:
             raise ValueError(
                 f"{name}={value!r} makes the adapter compute what a plain LoRA does not; it cannot be converted"
             )
-    lora = LoraConfig(**{name: value for name, value in source.fields.items() if name in names - {"runtime_config"}})
-    for key in source.tensors:
+    lora = LoraConfig(**{name: value for name, value in fields.items() if name in names - {"runtime_config"}})
+    for key in tensors:
         if ".lora_A." in key and not check_target_module_exists(lora, key.removeprefix(PREFIX).split(".lora_A.")[0]):
             raise ValueError(f"{key} is in the file, but target_modules={lora.target_modules!r} do not name its module")
     return lora
 
 
-def _grouped(source: Checkpoint, pattern: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(module -> name -> tensor of the low-rank pair, all other tensors: biases and modules_to_save)."""
+def _grouped(
+    folder: str | Path, tensors: dict[str, Tensor], pattern: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """(module -> name -> tensor of the low-rank pair in float32 or float64, all others: biases, modules_to_save)."""
     modules, others = {}, {}
-    for key, tensor in source.tensors.items():
+    for key, tensor in tensors.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)\.{pattern}", key)
         if match:
-            modules.setdefault(match[1], {})[match[2]] = tensor
+            modules.setdefault(match[1], {})[match[2]] = tensor if tensor.dtype == torch.float64 else tensor.float()
         elif "lora_" in key:
             raise ValueError(f"{key} is not part of a plain low-rank pair of a linear layer; it cannot be converted")
         else:
             others[key] = tensor
     if not modules:
-        raise ValueError(f"{str(source.folder)!r} has no low-rank pair whose key begins with {PREFIX!r}")
+        raise ValueError(f"{str(folder)!r} has no low-rank pair whose key begins with {PREFIX!r}")
     return modules, others
 
 
-def _experts(name: str, parts: dict[str, Tensor], E: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(lora_A [R, N], lora_B [M, R], router [E, N]) of one module of GOAT-PEFT, per expert or stacked."""
-    parts = dict(parts)
+def _experts(name: str, parts: dict[str, Tensor], E: int) -> dict[str, Tensor]:
+    """lora_A [R, N], lora_B [M, R] and router [E, N] of one module of GOAT-PEFT, by expert or stacked in its file."""
     for i in range(E):
         for letter in "AB":
             copy = parts.pop(f"moe_layer.experts.{i}.lora_{letter}", None)
             if copy is not None and not torch.equal(copy, parts.setdefault(f"lora_{letter}.{i}", copy)):
                 raise ValueError(f"{name}: lora_{letter}.{i} and its copy below moe_layer differ; the file was changed")
-    needed = {"lora_gating", *(f"lora_{letter}.{i}" for letter in "AB" for i in range(E))}
+    names_A, names_B = ([f"lora_{letter}.{i}" for i in range(E)] for letter in "AB")
     if parts.keys() == {"lora_gating", "lora_A", "lora_B"}:
-        return wide(parts["lora_A"]), wide(parts["lora_B"]), wide(parts["lora_gating"])
-    if parts.keys() != needed:
-        odd = ", ".join(sorted(parts.keys() ^ needed))
+        names_A, names_B = ["lora_A"], ["lora_B"]
+    if odd := parts.keys() ^ {"lora_gating", *names_A, *names_B}:
         raise ValueError(
-            f"{name}: num_experts={E} needs lora_A.<i>, lora_B.<i> and lora_gating; missing or unknown: {odd}"
+            f"{name}: num_experts={E} needs lora_A.<i>, lora_B.<i> and lora_gating; missing or unknown: "
+            f"{', '.join(sorted(odd))}"
         )
-    lora_A = torch.cat([wide(parts[f"lora_A.{i}"]) for i in range(E)])
-    lora_B = torch.cat([wide(parts[f"lora_B.{i}"]) for i in range(E)], dim=1)
-    return lora_A, lora_B, wide(parts["lora_gating"])
+    return {
+        "lora_A": torch.cat([parts[name] for name in names_A]),
+        "lora_B": torch.cat([parts[name] for name in names_B], dim=1),
+        "router": parts["lora_gating"],
+    }
 
 
 def _official_scaling(fields: dict, scaling: str | float | None, eta: float) -> dict:
@@ -270,16 +267,15 @@ def _official_scaling(fields: dict, scaling: str | float | None, eta: float) -> 
             )
         scaling = "goat" if "scale" in init_type else 2.0 if init_type == "pissa" else "lora"
         scaling = "rslora" if scaling == "lora" and "rs" in init_type else scaling
-    values = {"scaling": scaling}
     if scaling in ("lora", "rslora"):
-        values["lora_alpha"] = fields["lora_alpha"]
-    return values | ({"eta": eta} if scaling == "goat" else {})
+        return {"scaling": scaling, "lora_alpha": fields["lora_alpha"]}
+    return {"scaling": scaling, "eta": eta} if scaling == "goat" else {"scaling": scaling}
 
 
-def _residual(
-    base_model: nn.Module, name: str, lora_A: Tensor, lora_B: Tensor, settings: AdapterSettings
-) -> tuple[Tensor, Tensor]:
-    """What the initialisation subtracted from the module's W0, computed once more."""
+def _subtracted(
+    base_model: nn.Module, name: str, adapter: dict[str, Tensor], settings: AdapterSettings
+) -> dict[str, Tensor]:
+    """The pair that the initialisation subtracted from the module's W0, computed once more."""
     try:
         base = base_model.get_submodule(name)
     except AttributeError:
@@ -287,75 +283,85 @@ def _residual(
             f"base_model ({type(base_model).__name__}) has no module {name}, which the adapter adapts"
         ) from None
     check_base_layer(base, name)
-    weight, needed = pretrained_weight(base, name), [lora_B.shape[0], lora_A.shape[1]]
+    weight, needed = pretrained_weight(base, name), [adapter["lora_B"].shape[0], adapter["lora_A"].shape[1]]
     if list(weight.shape) != needed:
         raise ValueError(f"base_model: the weight of {name} is {list(weight.shape)}, and the adapter needs {needed}")
-    return initialise_adapter(weight, settings, name=name).residual
+    A0, B0 = initialise_adapter(weight, settings, name=name).residual
+    return {"residual_A": A0, "residual_B": B0}
 
 
-def _initial(before: dict[str, Tensor], name: str, part: str) -> Tensor:
-    for prefix in (PREFIX, ""):
-        if f"{prefix}{name}.{part}.weight" in before:
-            return before[f"{prefix}{name}.{part}.weight"]
-    raise ValueError(f"initial_adapter has no {part} for {name}; the adapter saved before this training is needed")
-
-
-def _put(tensors: dict, name: str, lora_A: Tensor, lora_B: Tensor, router: Tensor, residual) -> None:
-    values = {"lora_A": lora_A, "lora_B": lora_B, "router": router}
-    if residual is not None:
-        values |= {"residual_A": residual[0], "residual_B": residual[1]}
-    tensors.update({f"{PREFIX}{name}.goat_adapter.{key}": value for key, value in values.items()})
-
-
-def _finished(config: GoatConfig, tensors: dict, modules, base_model: nn.Module | None) -> ConvertedAdapter:
+def _converted(
+    config: GoatConfig, adapters: dict[str, dict[str, Tensor]], others: dict, base_model: nn.Module | None
+) -> ConvertedAdapter:
     if base_model is not None:
-        config.base_weights = fingerprint({name: base_model.get_submodule(name) for name in modules})
-    return ConvertedAdapter(config, tensors)
+        config.base_weights = fingerprint({name: base_model.get_submodule(name) for name in adapters})
+    tensors = {
+        f"{PREFIX}{name}.goat_adapter.{key}": tensor
+        for name, adapter in adapters.items()
+        for key, tensor in adapter.items()
+    }
+    return ConvertedAdapter(config, others | tensors)
 
 
 # --- out: a LoRA that approximates ----------------------------------------------------------------------------------
 
 
-def approximate_lora(
-    model: PeftModel, inputs: Mapping[str, Tensor], *, adapter_name: str = "default", gates: str = "mean"
-) -> tuple[ConvertedAdapter, dict]:
-    """The LoRA of rank R (+ R for the residual) with fixed gates g: sum_i g_i s_i B_i A_i - W_res. Approximate.
+def export_approximate_lora(
+    model: PeftModel,
+    inputs: Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    gates: str = "mean",
+    overwrite: bool = False,
+) -> dict:
+    """Write the LoRA of rank R (+ R for the residual) with fixed gates g: sum_i g_i s_i B_i A_i - W_res. Approximate.
 
     Args:
         model: with a GOAT adapter. It is unloaded to measure the LoRA in its place: what remains is the base model.
         inputs: keyword arguments of ``model``'s forward; on its device. The error is that on these inputs alone.
+        folder: where to; must not exist unless ``overwrite``.
         adapter_name: the adapter.
         gates: "mean", each module's mean gate over the tokens of ``inputs`` (padding counts); "uniform", 1/E.
+        overwrite: replace the adapter's files in an existing folder.
 
     Returns:
-        The adapter, and a report: ``relative_error`` ||LoRA - GOAT|| / ||GOAT|| of the model's first output, and
-        ``relative_error_without_adapter``, the same of the base model, which says what there was to approximate.
+        The report, which is written beside the adapter (:data:`REPORT_FILE`): ``relative_error`` ||LoRA - GOAT|| /
+        ||GOAT|| of the model's first output, and ``relative_error_without_adapter``, the same of the base model, which
+        says what there was to approximate.
 
     Raises:
         ValueError: unknown gates, or an adapter that is not there.
+        FileExistsError: ``folder`` exists and ``overwrite`` is not set.
     """
-    if gates not in GATES:
-        raise ValueError(f"gates={gates!r} is unknown; it must be one of {', '.join(GATES)}")
+    check_new(folder, overwrite)
+    check_name("gates", gates, ("mean", "uniform"))
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} is not in the model, which has {', '.join(model.peft_config)}")
     model.eval()
     model.set_adapter(adapter_name)
-    layers = {name: module for name, module in model.get_base_model().named_modules() if _has(module, adapter_name)}
-    with _mean_gates(layers, adapter_name) as mean:
+    layers = layers_with(model.get_base_model(), adapter_name)
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = functools.partial(_note_gates, layer.goat_adapter[adapter_name], seen[name])
+            hooks.enter_context(layer.register_forward_pre_hook(hook))
         exact = _first_output(model, inputs)
     with model.disable_adapter():
         without = _first_output(model, inputs)
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {key: tensor for key, tensor in saved.items() if ".goat_adapter." not in key}
     for name, layer in layers.items():
-        gate = mean[name] if gates == "mean" else torch.full_like(mean[name], 1 / len(mean[name]))
-        tensors.update(_pair(name, layer.goat_adapter[adapter_name], gate))
-    adapter = ConvertedAdapter(_approximating_config(model.peft_config[adapter_name]), tensors)
-    with tempfile.TemporaryDirectory() as folder:
-        adapter.save(folder, overwrite=True)
-        lora = PeftModel.from_pretrained(model.unload(), folder).eval()
-        approximate = _first_output(lora, inputs)
-        lora.unload()
+        E = layer.goat_adapter[adapter_name].settings.num_experts
+        used = gates == "mean" and sum(map(len, seen[name])) > 0  # the inputs may not reach a layer
+        gate = torch.cat(seen[name]).mean(dim=0) if used else torch.full((E,), 1 / E)
+        tensors |= _pair(name, layer.goat_adapter[adapter_name], gate)
+    lora = ConvertedAdapter(_approximating_config(model.peft_config[adapter_name]), tensors)
+    with tempfile.TemporaryDirectory() as temporary:
+        lora.save(temporary, overwrite=True)
+        measured = PeftModel.from_pretrained(model.unload(), temporary).eval()
+        approximate = _first_output(measured, inputs)
+        measured.unload()
     report = {
         "approximation": "a plain LoRA in place of a GOAT adapter; the error was measured on the given inputs alone",
         "gates": gates,
@@ -363,52 +369,16 @@ def approximate_lora(
         "relative_error_without_adapter": relative_error(without, exact),
         "inputs": {name: list(value.shape) for name, value in inputs.items()},
     }
-    return adapter, report
-
-
-def export_approximate_lora(
-    model: PeftModel, inputs: Mapping[str, Tensor], folder: str | Path, *, overwrite: bool = False, **options
-) -> dict:
-    """:func:`approximate_lora`, written to ``folder`` with its report beside it (:data:`REPORT_FILE`)."""
-    if Path(folder).exists() and not overwrite:
-        raise FileExistsError(f"output folder {str(folder)!r} exists; name a new one, or ask to overwrite it")
-    adapter, report = approximate_lora(model, inputs, **options)
-    adapter.save(folder, overwrite=overwrite, notes={REPORT_FILE: report})
+    lora.save(folder, overwrite=overwrite, notes={REPORT_FILE: report})
     return report
 
 
-def _has(module: nn.Module, adapter_name: str) -> bool:
-    return isinstance(module, GoatLinearLayer) and adapter_name in module.goat_adapter
-
-
-@contextlib.contextmanager
-def _mean_gates(layers: dict[str, GoatLinearLayer], adapter_name: str):
-    """Collects, for each layer, the mean gate [E] over all tokens that it sees inside the block."""
-    sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-    mean: dict[str, Tensor] = {}
-
-    def watch(name: str, layer: GoatLinearLayer):
-        def hook(module, arguments):
-            adapter = layer.goat_adapter[adapter_name]
-            router = adapter.router.detach()
-            logits = arguments[0].detach().reshape(-1, layer.in_features).to(router) @ router.T
-            chosen = select_top_k(logits, adapter.settings.top_k)
-            gate = torch.softmax(logits.masked_fill(~chosen, float("-inf")), dim=-1)
-            sums[name] = sums.get(name, 0) + gate.sum(dim=0)
-            tokens[name] = tokens.get(name, 0) + len(gate)
-
-        return layer.register_forward_pre_hook(hook)
-
-    handles = [watch(name, layer) for name, layer in layers.items()]
-    try:
-        yield mean
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, layer in layers.items():
-        E = layer.goat_adapter[adapter_name].settings.num_experts  # a layer that the inputs did not reach gets 1/E
-        mean[name] = sums[name] / tokens[name] if tokens.get(name) else torch.full((E,), 1 / E)
+def _note_gates(adapter: GoatAdapter, found: list[Tensor], layer: GoatLinearLayer, arguments: tuple) -> None:
+    """Add the gates [tokens, E] of one call to ``found``."""
+    router = adapter.router.detach()
+    logits = arguments[0].detach().reshape(-1, layer.in_features).to(router) @ router.T
+    chosen = select_top_k(logits, adapter.settings.top_k)
+    found.append(torch.softmax(logits.masked_fill(~chosen, float("-inf")), dim=-1))
 
 
 def _pair(name: str, adapter: GoatAdapter, gate: Tensor) -> dict[str, Tensor]:
@@ -417,8 +387,7 @@ def _pair(name: str, adapter: GoatAdapter, gate: Tensor) -> dict[str, Tensor]:
     if adapter.residual_A is not None:
         lora_A = torch.cat([lora_A, adapter.residual_A.to(lora_A)])
         lora_B = torch.cat([lora_B, -adapter.residual_B.to(lora_B)], dim=1)
-    key = f"{PREFIX}{name}"
-    return {f"{key}.lora_A.weight": lora_A, f"{key}.lora_B.weight": lora_B}
+    return {f"{PREFIX}{name}.lora_A.weight": lora_A, f"{PREFIX}{name}.lora_B.weight": lora_B}
 
 
 def _approximating_config(config: GoatConfig) -> LoraConfig:
@@ -439,5 +408,4 @@ def _first_output(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     output = model(**inputs)
     if isinstance(output, Tensor):
         return output
-    logits = getattr(output, "logits", None)
-    return logits if logits is not None else output[0]
+    return output[0] if getattr(output, "logits", None) is None else output.logits

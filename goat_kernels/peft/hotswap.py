@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from torch import Tensor, nn
 
 from goat_kernels.initialisation import adapter_scaling
 from goat_kernels.peft.adapter import present_name
 from goat_kernels.peft.config import GoatConfig
-from goat_kernels.peft.layer import GoatLinearLayer
+from goat_kernels.peft.layer import layers_with
 
 #: Settings that change what a layer computes without showing in the shapes of its tensors.
 _COMPUTING = ("num_experts", "top_k", "dropout", "residual")
@@ -44,38 +43,27 @@ def hotswap_adapter(
     if not isinstance(config, GoatConfig):
         raise ValueError(f"path={path!r} holds a {type(config).__name__} adapter; a GOAT one is needed")
     config.other_base = model.peft_config[adapter_name].other_base
-    for layer in model.modules():
-        if isinstance(layer, GoatLinearLayer) and adapter_name in layer.goat_adapter:
-            _check_computes_alike(layer, adapter_name, config, path)
+    for layer in layers_with(model, adapter_name).values():
+        both = layer.goat_adapter[adapter_name].settings, config.settings(layer.name)
+        differing = {name: [getattr(settings, name) for settings in both] for name in _COMPUTING}
+        differing["scaling"] = [
+            s.scaling if s.per_expert_scaling else adapter_scaling(s, layer.in_features) for s in both
+        ]
+        for name, (found, needed) in differing.items():
+            if found != needed:
+                raise ValueError(
+                    f"path={path!r} cannot replace adapter {adapter_name!r} in place: on {layer.name} it has "
+                    f"{name}={needed!r} where the loaded one has {found!r}; load it with load_adapter() instead"
+                )
     state = load_peft_weights(path, device=torch_device, **hub_options)
     state = {present_name(key): tensor for key, tensor in state.items()}
-    _check_tensors_alike(get_peft_model_state_dict(model, adapter_name=adapter_name), state, path)
-    set_peft_model_state_dict(model, state, adapter_name=adapter_name)
-
-
-def _check_computes_alike(layer: GoatLinearLayer, adapter_name: str, config: GoatConfig, path: str) -> None:
-    old, new = layer.goat_adapter[adapter_name].settings, config.settings(layer.name)
-    differing = {name: (getattr(old, name), getattr(new, name)) for name in _COMPUTING}
-    differing["scaling"] = tuple(_scaling(settings, layer) for settings in (old, new))
-    for name, (found, needed) in differing.items():
-        if found != needed:
-            raise ValueError(
-                f"path={path!r} cannot replace adapter {adapter_name!r} in place: on {layer.name} it has "
-                f"{name}={needed!r} where the loaded one has {found!r}; load it with load_adapter() instead"
-            )
-
-
-def _scaling(settings, layer: nn.Module) -> float | str:
-    return settings.scaling if settings.per_expert_scaling else adapter_scaling(settings, layer.in_features)
-
-
-def _check_tensors_alike(old: dict[str, Tensor], new: dict[str, Tensor], path: str) -> None:
-    instead = "; load it with load_adapter() instead"
-    if missing := sorted(old.keys() - new.keys()):
+    old, instead = get_peft_model_state_dict(model, adapter_name=adapter_name), "; load it with load_adapter() instead"
+    if missing := sorted(old.keys() - state.keys()):
         raise ValueError(f"path={path!r} lacks {missing[0]} ({len(missing)} tensors in all){instead}")
-    if unknown := sorted(new.keys() - old.keys()):
+    if unknown := sorted(state.keys() - old.keys()):
         raise ValueError(f"path={path!r} has {unknown[0]} ({len(unknown)} tensors), which the model lacks{instead}")
     for name, tensor in old.items():
-        if tensor.shape != new[name].shape:
-            found, needed = list(new[name].shape), list(tensor.shape)
+        if tensor.shape != state[name].shape:
+            found, needed = list(state[name].shape), list(tensor.shape)
             raise ValueError(f"path={path!r} has {name} of shape {found}; {needed} is needed{instead}")
+    set_peft_model_state_dict(model, state, adapter_name=adapter_name)

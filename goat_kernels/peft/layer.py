@@ -95,13 +95,10 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         *,
         may_start: bool = True,
     ) -> None:
-        """Add an adapter.
+        """Add an adapter with ``settings`` on this module, which starts from ``tensors`` (name -> tensor).
 
-        Args:
-            adapter_name: its name.
-            settings: its hyper-parameters on this module.
-            tensors: name -> tensor that it starts from; None for an adapter whose tensors are to be loaded.
-            may_start: whether an adapter whose tensors never come starts afresh; otherwise its first forward raises.
+        None of them stands for tensors that are to be loaded. Where they never come, the adapter starts afresh if it
+        ``may_start``; otherwise its first forward raises.
         """
         base = self.get_base_layer()
         pending = tensors is None
@@ -120,13 +117,11 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: some of its tensors came and others did not; or none, though they are in a file.
         """
-        if adapter_name not in self.goat_adapter:
-            return
         adapter = self.goat_adapter[adapter_name]
         if not adapter.pending or adapter.is_on_meta():
             return
         missing = adapter.missing()
-        if 0 < len(missing) < adapter.awaited:
+        if 0 < len(missing) < len(adapter.tensors()):
             raise RuntimeError(
                 f"adapter {adapter_name!r} on {self.name} was loaded in part: {', '.join(missing)} did not come. "
                 "Load a complete adapter, as save_pretrained writes it"
@@ -232,10 +227,7 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
                 return
             A0, B0 = self.goat_adapter[folding].residual_A, self.goat_adapter[folding].residual_B
             self._folded = FoldedWeight(base.weight)
-            if isinstance(base, Conv1D):
-                self._folded.fold(B0.T, A0.T)  # its weight is W0^T
-            else:
-                self._folded.fold(A0, B0)
+            self._folded.fold(*((B0.T, A0.T) if isinstance(base, Conv1D) else (A0, B0)))  # a Conv1D holds W0^T
             self._folded_adapter = folding
 
     def unfold(self) -> None:
@@ -255,13 +247,12 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
             )
 
     def _waits_for(self, names: list[str]) -> bool:
-        adapters = self.goat_adapter
-        return any(adapters[name].pending for name in names)
+        return any(self.goat_adapter[name].pending for name in names)
 
     def _folding_among(self, names: list[str]) -> str | None:
-        adapters = self.goat_adapter
         for name in names:
-            if adapters[name].settings.residual == "fold" and adapters[name].residual_A is not None:
+            adapter = self.goat_adapter[name]
+            if adapter.settings.residual == "fold" and adapter.residual_A is not None:
                 return name
         return None
 
@@ -313,14 +304,19 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         if not adapter.is_on_meta():
             adapter.to(device)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, *args, **kwargs) -> None:
         raise ValueError(NO_MERGE)
 
-    def unmerge(self) -> None:
-        raise ValueError(NO_MERGE)
+    unmerge = merge
 
     def __repr__(self) -> str:
         return "goat." + super().__repr__()
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, GoatLinearLayer]:
+    """Name in ``model`` -> layer, of those that have the adapter."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, GoatLinearLayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name in layer.goat_adapter}
 
 
 def _pretrained_weight_into_state_dict(layer: GoatLinearLayer, state_dict: dict, prefix: str, local_metadata) -> None:

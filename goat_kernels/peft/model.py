@@ -25,7 +25,7 @@ from goat_kernels.peft.base_layer import (
     pretrained_weight,
 )
 from goat_kernels.peft.config import GoatConfig
-from goat_kernels.peft.layer import NO_MERGE, GoatLinearLayer
+from goat_kernels.peft.layer import NO_MERGE, GoatLinearLayer, layers_with
 from goat_kernels.peft.saving import save_whole
 from goat_kernels.peft.targets import choose_targets
 from goat_kernels.rules import ZERO_RULES
@@ -35,11 +35,7 @@ from goat_kernels.training.balance import attach_balance_scale, detach_balance_s
 class GoatModel(BaseTuner):
     """A model with GOAT adapters; ``peft.get_peft_model`` makes it from a :class:`GoatConfig`.
 
-    Args:
-        model: the model to adapt.
-        peft_config: the configuration.
-        adapter_name: the adapter's name.
-        low_cpu_mem_usage: create the adapter's parameters on the meta device, to be loaded; runs no SVD.
+    ``low_cpu_mem_usage=True`` creates the adapter's parameters on the meta device, to be loaded; no SVD is run.
 
     Raises:
         TypeError: a targeted module that is no linear layer.
@@ -64,7 +60,7 @@ class GoatModel(BaseTuner):
         adapter_name: str,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs,
     ) -> None:
         """Add the adapter's layers: checked first, initialised second, and only then put into the model."""
         config = self.peft_config[adapter_name]
@@ -73,16 +69,10 @@ class GoatModel(BaseTuner):
         self._twin = next(
             (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
         )
-        on_meta = low_cpu_mem_usage or _parameters_go_to_meta()
+        on_meta = low_cpu_mem_usage or nn.PReLU().weight.is_meta  # in a context that creates all parameters there
         self._loads = on_meta or (config.initialised and self._twin is None)
         try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
         except Exception:
             config.target_modules = self._asked  # the configuration can be corrected and used again
             raise
@@ -97,7 +87,13 @@ class GoatModel(BaseTuner):
         if settings.has_residual or settings.per_expert_scaling:
             check_loading_of_base(model)
         targets = choose_targets(peft_config, model, self._asked)
-        self._check_base(peft_config, targets, model)
+        adapted = {name: m for name in targets if isinstance(m := model.get_submodule(name), GoatLinearLayer)}
+        for layer in adapted.values():
+            layer.unfold()
+        if peft_config.initialised:
+            check_base(peft_config, targets, model)
+        else:
+            peft_config.base_weights = fingerprint(targets)
         if self._loads:
             return
         if not peft_config.init_weights:
@@ -106,7 +102,15 @@ class GoatModel(BaseTuner):
                     peft_config.settings(name), *features(base), adapter_device(base), adapter_dtype(base)
                 )
             return
-        self._start_like_twin(peft_config, targets, model)
+        # An adapter that shares its configuration object with one that is there, as TRL adds its reference adapter,
+        # starts from that one's frozen pair: no SVD is run, and the pairs are the same bit for bit.
+        for name, layer in adapted.items():
+            if self._twin not in layer.goat_adapter:
+                continue
+            twin, settings = layer.goat_adapter[self._twin], peft_config.settings(name)
+            there = twin.residual_A is not None and not twin.residual_A.is_meta and not twin.missing()
+            if there and twin.settings == settings:  # the configuration may have been changed since then
+                self._initial[name] = start_from_pair(settings, twin.residual_A, twin.residual_B, twin.scaling)
         tasks = [
             InitialisationTask(
                 name=name,
@@ -121,67 +125,32 @@ class GoatModel(BaseTuner):
         for task, initial in initialise_adapters(tasks):
             self._initial[task.name] = initial.named()
 
-    def _start_like_twin(self, peft_config: GoatConfig, targets: dict[str, nn.Module], model: nn.Module) -> None:
-        """Start the layers of an adapter that shares its configuration object with one that is there from that one's
-        frozen pair: no SVD is run, and the pairs are the same bit for bit.
-
-        TRL adds its reference adapter so, and copies the policy's parameters onto it, but not its buffers.
-        """
-        for name in targets:
-            module = model.get_submodule(name)
-            if not isinstance(module, GoatLinearLayer) or self._twin not in module.goat_adapter:
-                continue
-            twin, settings = module.goat_adapter[self._twin], peft_config.settings(name)
-            if settings != twin.settings:
-                continue  # the configuration was changed since then
-            if twin.residual_A is not None and not twin.residual_A.is_meta and not twin.missing():
-                self._initial[name] = start_from_pair(settings, twin.residual_A, twin.residual_B, twin.scaling)
-
-    def _check_base(self, peft_config: GoatConfig, targets: dict[str, nn.Module], model: nn.Module) -> None:
-        """Hold a loaded adapter's fingerprint of its base weights against the model's; note that of a new one."""
-        for name in targets:
-            module = model.get_submodule(name)
-            if isinstance(module, GoatLinearLayer):
-                module.unfold()
-        if peft_config.initialised:
-            check_base(peft_config, targets, model)
-        else:
-            peft_config.base_weights = fingerprint(targets)
-
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        settings = peft_config.settings(current_key)
+        layer = target
+        if not isinstance(target, GoatLinearLayer):
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            check_base_layer(base, current_key)  # again: targets named by a state_dict come unchecked
+            layer = GoatLinearLayer(target, current_key)
+            layer._active_adapter = adapter_name
         tensors = self._initial.pop(current_key, None)
         may_start = not peft_config.initialised
-        if isinstance(target, GoatLinearLayer):
-            target.update_layer(adapter_name, settings, tensors, may_start=may_start)
-            return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_base_layer(base, current_key)  # again: targets named by a state_dict come unchecked
-        layer = GoatLinearLayer(target, current_key)
-        layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, settings, tensors, may_start=may_start)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
-        """Put a layer into its place. Its adapters are where they belong; PEFT would move them after the weight, onto
-        the meta device where the weight is offloaded."""
-        if isinstance(new_module, GoatLinearLayer):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        layer.update_layer(adapter_name, peft_config.settings(current_key), tensors, may_start=may_start)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            # Past PEFT's _replace_module, which moves adapters after the weight: onto meta where that is offloaded.
+            setattr(parent, target_name, layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The masters are float32 from the start; only ``autocast_adapter_dtype=False`` asks for the base's dtype."""
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
             return
-        for layer in self._layers():
+        for layer in layers_with(self.model, adapter_name).values():
             weight = getattr(layer.get_base_layer(), "weight", None)
-            if adapter_name in layer.goat_adapter and weight is not None and weight.is_floating_point():
+            if weight is not None and weight.is_floating_point():
                 for parameter in layer.goat_adapter[adapter_name].parameters():
                     parameter.data = parameter.data.to(weight.dtype)
 
@@ -199,9 +168,8 @@ class GoatModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         # An adapter whose tensors never came is initialised before it is saved; in place, so state_dict sees it.
-        for module in model.modules():
-            if isinstance(module, GoatLinearLayer):
-                module.initialise_pending(adapter_name)
+        for layer in layers_with(model, adapter_name).values():
+            layer.initialise_pending(adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -213,14 +181,12 @@ class GoatModel(BaseTuner):
             adapter_name=adapter_name,
             state_dict={present_name(key): tensor for key, tensor in state_dict.items()},
         )
-        for name, module in model.named_modules():
-            if not isinstance(module, GoatLinearLayer) or adapter_name not in module.goat_adapter:
-                continue
-            for tensor, old in module.goat_adapter[adapter_name].tensors().items():
+        for name, layer in layers_with(model, adapter_name).items():
+            for tensor, old in layer.goat_adapter[adapter_name].tensors().items():
                 new = remapped.get(f"{name}.goat_adapter.{adapter_name}.{tensor}")
                 if new is not None and old.numel() and new.shape != old.shape:
                     raise ValueError(
-                        f"{module.name}.{tensor} of adapter {adapter_name!r} has shape {list(old.shape)}, and the "
+                        f"{layer.name}.{tensor} of adapter {adapter_name!r} has shape {list(old.shape)}, and the "
                         f"state dict to be loaded has {list(new.shape)}; load an adapter of the same model and "
                         "settings. Nothing was loaded"
                     )
@@ -250,13 +216,6 @@ class GoatModel(BaseTuner):
                 "and run each adapter's samples in a batch of their own"
             )
         yield
-
-
-def _parameters_go_to_meta() -> bool:
-    """Whether a context that creates parameters on the meta device is active: PEFT's low_cpu_mem_usage is one."""
-    probe = nn.Module()
-    probe.register_parameter("parameter", nn.Parameter(torch.empty(0)))
-    return probe.parameter.is_meta
 
 
 def _weight_for_initialisation(config: GoatConfig, module: nn.Module, name: str) -> torch.Tensor:

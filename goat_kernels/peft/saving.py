@@ -30,6 +30,7 @@ from goat_kernels.peft.storage import stamp
 
 MODEL_CARD = "README.md"
 
+#: What a process needs that has never heard of GOAT: PEFT alone raises KeyError 'GOAT'.
 _HOW_TO_LOAD = """## How to load this adapter
 
 It is a GOAT adapter, which PEFT knows once `goat_kernels` is imported (`pip install goat-kernels`):
@@ -62,17 +63,18 @@ def save_whole(tuner: nn.Module) -> None:
 def _saving_whole(kind: type[PeftModel]) -> type[PeftModel]:
     """A subclass of ``kind``, under its name, whose ``save_pretrained`` writes all or nothing."""
 
-    @functools.wraps(kind.save_pretrained)
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        _save(super(whole, self).save_pretrained, save_directory, *args, **kwargs)
+    class Whole(kind):
+        @functools.wraps(kind.save_pretrained)
+        def save_pretrained(self, save_directory, *args, **kwargs):
+            _save(super().save_pretrained, save_directory, *args, **kwargs)
 
-    def reduce_ex(self, protocol):
-        # Pickle and copy look a class up by its name, and would find ``kind``.
-        return (_new, (kind,), *super(whole, self).__reduce_ex__(protocol)[2:])
+        def __reduce_ex__(self, protocol):
+            # Pickle and copy look a class up by its name, and would find ``kind``.
+            return (_new, (kind,), *super().__reduce_ex__(protocol)[2:])
 
-    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    whole = type(kind.__name__, (kind,), {**names, "save_pretrained": save_pretrained, "__reduce_ex__": reduce_ex})
-    return whole
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(Whole, name, getattr(kind, name))
+    return Whole
 
 
 def _new(kind: type[PeftModel]) -> PeftModel:
@@ -93,13 +95,7 @@ def _save(save: Callable[..., None], save_directory: str, *args, **kwargs) -> No
         save(str(temporary), *args, **kwargs)
         for config in temporary.rglob(CONFIG_FILE):
             stamp(config.parent)
-        _say_how_to_load(temporary / MODEL_CARD)
-
-
-def _say_how_to_load(card: Path) -> None:
-    """Add to the model card what a process needs that has never heard of GOAT: PEFT alone raises KeyError 'GOAT'."""
-    if not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8")
-    if _HOW_TO_LOAD.splitlines()[0] not in text:
-        card.write_text(f"{text.rstrip()}\n\n{_HOW_TO_LOAD}", encoding="utf-8")
+        card = temporary / MODEL_CARD
+        text = card.read_text(encoding="utf-8") if card.is_file() else _HOW_TO_LOAD
+        if _HOW_TO_LOAD.splitlines()[0] not in text:
+            card.write_text(f"{text.rstrip()}\n\n{_HOW_TO_LOAD}", encoding="utf-8")

@@ -62,11 +62,8 @@ def check_adapter_folder(
     Checked are the file's header and length, its SHA-256 where the configuration has it (every adapter saved through
     PEFT's ``save_pretrained`` does), and the dtypes and shapes of its tensors against r, num_experts and the patterns.
 
-    Args:
-        folder: the adapter.
-        settings_of: module name -> hyper-parameters there, by the configuration.
-        weights_sha256: the configuration's digest of the weights, or None.
-        allow_pickle: whether the caller asked for pickled files.
+    ``settings_of`` gives the hyper-parameters of a module by the configuration, ``weights_sha256`` is its digest of
+    the weights, if it has one, and ``allow_pickle`` says whether the caller asked for pickled files.
 
     Returns:
         Module name -> (out_features, in_features) of every adapted module in the file.
@@ -87,7 +84,30 @@ def check_adapter_folder(
             "changed or mixed up with another. Get the adapter again; if you changed the file on purpose, remove "
             f"weights_sha256 from {CONFIG_FILE}"
         )
-    return _check_shapes(file, shapes, settings_of)
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        module, adapter, tensor = present_name(key).rpartition(_ADAPTER)
+        if adapter:
+            modules.setdefault(module.removeprefix(PREFIX), {})[tensor] = shape
+    found = {}
+    for name, tensors in modules.items():
+        settings = settings_of(name)
+        N = tensors.get("lora_A", (0, None))[-1]
+        M = tensors.get("lora_B", (None,))[0]
+        needed = settings.shapes(N, M)
+        for tensor, shape in tensors.items():
+            need = needed.get(tensor, shape)
+            if len(shape) != len(need) or any(n not in (None, m) for m, n in zip(shape, need, strict=True)):
+                raise ValueError(
+                    f"{file}: {name}.{tensor} has shape {list(shape)}, but r={settings.r} and "
+                    f"num_experts={settings.num_experts} in {CONFIG_FILE} need {list(need)}; weights and configuration "
+                    "are not from the same adapter"
+                )
+        if M is not None and N is not None:
+            found[name] = (M, N)
+    if not found:
+        raise ValueError(f"{file} holds no GOAT adapter, though {CONFIG_FILE} beside it is that of one")
+    return found
 
 
 def config_of_killed_save(folder: Path, weights_sha256: str | None) -> Path | None:
@@ -131,35 +151,6 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
-def _check_shapes(
-    file: Path, shapes: dict[str, tuple[int, ...]], settings_of: Callable[[str], AdapterSettings]
-) -> dict[str, tuple[int, int]]:
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, shape in shapes.items():
-        module, adapter, tensor = present_name(key).rpartition(_ADAPTER)
-        if adapter:
-            modules.setdefault(module.removeprefix(PREFIX), {})[tensor] = shape
-    found = {}
-    for name, tensors in modules.items():
-        settings = settings_of(name)
-        N = tensors.get("lora_A", (0, None))[-1]
-        M = tensors.get("lora_B", (None,))[0]
-        needed = settings.shapes(N, M)
-        for tensor, shape in tensors.items():
-            need = needed.get(tensor, shape)
-            if len(shape) != len(need) or any(n not in (None, m) for m, n in zip(shape, need, strict=True)):
-                raise ValueError(
-                    f"{file}: {name}.{tensor} has shape {list(shape)}, but r={settings.r} and "
-                    f"num_experts={settings.num_experts} in {CONFIG_FILE} need {list(need)}; weights and configuration "
-                    "are not from the same adapter"
-                )
-        if M is not None and N is not None:
-            found[name] = (M, N)
-    if not found:
-        raise ValueError(f"{file} holds no GOAT adapter, though {CONFIG_FILE} beside it is that of one")
-    return found
-
-
 def sha256(file: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with file.open("rb") as opened:
@@ -176,15 +167,6 @@ def stamp(folder: Path) -> None:
 
 
 # --- an adapter outside any model -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The fields of ``adapter_config.json`` and the tensors, keyed as in the file."""
-
-    folder: Path
-    fields: dict
-    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -205,10 +187,8 @@ class ConvertedAdapter:
         Raises:
             FileExistsError: ``folder`` exists and ``overwrite`` is not set.
         """
-        folder = Path(folder)
-        if folder.exists() and not overwrite:
-            raise FileExistsError(f"output folder {str(folder)!r} exists; name a new one, or ask to overwrite it")
-        with written_whole(folder) as temporary:
+        check_new(folder, overwrite)
+        with written_whole(Path(folder)) as temporary:
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.tensors.items()}
             save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             self.config.save_pretrained(str(temporary))
@@ -218,8 +198,14 @@ class ConvertedAdapter:
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Read an adapter folder of any kind.
+def check_new(folder: str | Path, overwrite: bool) -> None:
+    """Raise FileExistsError where ``folder`` exists and is not to be overwritten."""
+    if Path(folder).exists() and not overwrite:
+        raise FileExistsError(f"output folder {str(folder)!r} exists; name a new one, or ask to overwrite it")
+
+
+def read_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> tuple[dict, dict[str, Tensor]]:
+    """(the fields of ``adapter_config.json``, key -> tensor) of an adapter folder of any kind.
 
     Raises:
         ValueError: no adapter there, a damaged file, or a pickled one without ``allow_pickle``.
@@ -233,13 +219,8 @@ def read_checkpoint(folder: str | Path, *, allow_pickle: bool = False) -> Checkp
         raise ValueError(f"{folder / CONFIG_FILE} is not JSON ({error})") from error
     if (folder / WEIGHTS_FILE).is_file():
         read_shapes(folder / WEIGHTS_FILE)
-        return Checkpoint(folder, fields, load_file(folder / WEIGHTS_FILE))
+        return fields, load_file(folder / WEIGHTS_FILE)
     if not (folder / PICKLE_FILE).is_file():
         raise ValueError(f"{str(folder)!r} has no {WEIGHTS_FILE}")
     check_pickle_allowed(folder / PICKLE_FILE, allow_pickle)
-    return Checkpoint(folder, fields, torch.load(folder / PICKLE_FILE, map_location="cpu", weights_only=True))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """As a master weight: float32, or float64 as it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return fields, torch.load(folder / PICKLE_FILE, map_location="cpu", weights_only=True)

@@ -32,7 +32,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from goat_kernels.initialisation import check_weight
-from goat_kernels.peft.base_layer import check_base_layer, check_foldable, features, is_meta
+from goat_kernels.peft.base_layer import check_base_layer, check_foldable, features, is_meta, modules_outside_adapters
 from goat_kernels.peft.config import GoatConfig
 from goat_kernels.peft.weight_readers import Reader, weight_readers
 
@@ -81,13 +81,9 @@ def choose_targets(config: GoatConfig, model: nn.Module, asked: object) -> dict[
 
 def matched_layers(config: GoatConfig, model: nn.Module) -> dict[str, nn.Module]:
     """Name -> base layer of the modules that ``config`` matches, by PEFT's rules."""
-    found, adapted = {}, ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(adapted):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            adapted = (*adapted, name + ".")
-        matched = check_target_module_exists(config, name)
+    found = {}
+    for name, module in modules_outside_adapters(model):
+        matched = bool(name) and check_target_module_exists(config, name)
         if matched and not isinstance(matched, _ExcludedModule):
             found[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return found
@@ -112,18 +108,17 @@ def _problems(config: GoatConfig, targets: dict[str, nn.Module], model: nn.Modul
 
 
 def _refuse_read_layer(config: GoatConfig, name: str, reader: Reader) -> None:
-    if not reader.certain or config.initialised:
-        # Loaded adapters were made before this was refused; on some paths the layer may have been called, and trained.
-        certainly = "computes" if reader.certain else "seems to compute"
-        warnings.warn(
-            f"{reader.place} {certainly} with the weight of {name} without calling it; where it does, an adapter there "
-            "has no effect: see whether its parameters get gradients, or leave the layer out (exclude_modules)",
-            stacklevel=2,
+    if reader.certain and not config.initialised:
+        raise ValueError(
+            f"{reader.place} computes with the weight of {name} without calling it, so an adapter there has no effect; "
+            "name other modules in target_modules, or leave this one out with exclude_modules"
         )
-        return
-    raise ValueError(
-        f"{reader.place} computes with the weight of {name} without calling it, so an adapter there has no effect; "
-        "name other modules in target_modules, or leave this one out with exclude_modules"
+    # Loaded adapters were made before this was refused; on some paths the layer may have been called, and trained.
+    certainly = "computes" if reader.certain else "seems to compute"
+    warnings.warn(
+        f"{reader.place} {certainly} with the weight of {name} without calling it; where it does, an adapter there has "
+        "no effect: see whether its parameters get gradients, or leave the layer out (exclude_modules)",
+        stacklevel=2,
     )
 
 
@@ -177,10 +172,7 @@ def _check_settings(config: GoatConfig, name: str, base: nn.Module, model: nn.Mo
 def _warn_about_experts(config: GoatConfig, model: nn.Module, *, all_linear: bool) -> None:
     """Warn once, naming the experts' weights that ``config`` asks for and GOAT leaves out, and their share.
 
-    Args:
-        config: whose ``target_modules`` are still what the user asked for.
-        model: the model that is to be adapted.
-        all_linear: whether that was "all-linear".
+    ``target_modules`` are still what the user asked for; ``all_linear`` says whether that was "all-linear".
     """
     experts = _experts(model)
     if not experts:
@@ -192,8 +184,13 @@ def _warn_about_experts(config: GoatConfig, model: nn.Module, *, all_linear: boo
     left_out = {name: p for name, p in experts.items() if _asked_for(config, name, former)}
     if not left_out:
         return
-    share = sum(map(_numbers, left_out.values())) / max(_numbers_of_body(model), 1)
-    asked = "'all-linear'" if all_linear else f"target_modules={_short(config.target_modules)}"
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    around = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head]
+    outside = {id(p) for module in around for p in module.parameters()}
+    body = sum(_numbers(p) for p in model.parameters() if id(p) not in outside)
+    share = sum(map(_numbers, left_out.values())) / max(body, 1)
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    asked = "'all-linear'" if all_linear else f"target_modules={targets!r}"
     containers = sorted({_container(name) for name in left_out})
     warnings.warn(
         f"{asked} does not reach the experts of this model: they are stacked parameters, not linear layers, and GOAT "
@@ -211,17 +208,13 @@ def _patterns(names) -> list[str]:
 
 def _experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> weight of everything called an expert that is a parameter of its own; quantised weights included."""
-    found, adapted = {}, ()
-    for owner_name, owner in model.named_modules():
-        if isinstance(owner, BaseTunerLayer):
-            adapted = (*adapted, owner_name + ".")
-        if owner_name.startswith(adapted) or isinstance(owner, BaseTunerLayer):
+    found = {}
+    for owner_name, owner in modules_outside_adapters(model):
+        if isinstance(owner, BaseTunerLayer | nn.Linear | nn.Embedding):  # quantised linear layers are subclasses
             continue
         if type(owner).__module__.startswith("torch.nn."):
             continue
         if "expert" not in owner_name.lower() and "expert" not in type(owner).__name__.lower():
-            continue
-        if isinstance(owner, nn.Linear | nn.Embedding):  # subclasses, quantised ones
             continue
         for leaf, parameter in owner.named_parameters(recurse=False):
             if parameter.ndim >= 2 and not re.search("bias|scale|norm", leaf):
@@ -266,20 +259,9 @@ def _container(name: str) -> str:
     return next((part for part in path if "expert" in part.lower()), path[-1] if path else name)
 
 
-def _numbers_of_body(model: nn.Module) -> int:
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    around = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head]
-    outside = {id(p) for module in around for p in module.parameters()}
-    return sum(_numbers(p) for p in model.parameters() if id(p) not in outside)
-
-
 def _numbers(parameter: nn.Parameter) -> int:
     """How many numbers a parameter holds, also where ZeRO-3 has partitioned it or bitsandbytes packed two in a byte."""
     if hasattr(parameter, "ds_numel"):
         return parameter.ds_numel
     packed = getattr(parameter, "quant_state", None)  # bitsandbytes' 4-bit weights
     return packed.shape.numel() if packed is not None else parameter.numel()
-
-
-def _short(target_modules) -> str:
-    return repr(target_modules) if isinstance(target_modules, str) else repr(sorted(target_modules))

@@ -26,6 +26,8 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from goat_kernels.peft.base_layer import modules_outside_adapters
+
 #: What may be asked of a weight without computing with it.
 _DESCRIPTIONS = {
     *("dtype", "device", "layout", "shape", "size", "stride", "ndim", "dim", "numel", "element_size", "requires_grad"),
@@ -45,20 +47,16 @@ _NO_MODELS = ("torch.", "transformers.modeling_utils", "transformers.generation.
 _NEVER_REACHED = {("DisentangledSelfAttention", "in_proj")}  # DeBERTa: query_states is None in all of its models
 
 
-class _Read(NamedTuple):
-    """``self.<path>.weight`` in a method; ``[]`` in the path is an index."""
-
-    path: tuple[str, ...]
-    conditions: tuple[tuple[ast.expr, bool], ...]  # the tests around it, and how they must come out
+#: ``self.<path>.weight`` in a method, ``[]`` in the path being an index; and the tests around it, with how they must
+#: come out for it to be reached.
+_Read = tuple[tuple[str, ...], tuple[tuple[ast.expr, bool], ...]]
 
 
 class Reader(NamedTuple):
-    """Where a model reads a layer's weight.
+    """Where a model reads a layer's weight, such as ``"MambaMixer.forward"``.
 
-    Attributes:
-        place: such as ``"MambaMixer.forward"``.
-        certain: whether the code is transformers', on whose models the analysis was checked. In other code it may be
-            wrong: the method may never run, or the value may not reach the output.
+    It is certain in transformers' code, on whose models the analysis was checked. In other code it may be wrong: the
+    method may never run, or the value may not reach the output.
     """
 
     place: str
@@ -66,34 +64,23 @@ class Reader(NamedTuple):
 
 
 def weight_readers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, Reader]:
-    """id of a layer -> where the model reads its weight; of ``layers`` alone.
-
-    Args:
-        model: the model, with or without adapters.
-        layers: modules in it that are to be adapted, or are adapted already.
-    """
+    """id of a layer -> where ``model`` reads its weight; of ``layers`` alone, which are in it and may be adapted."""
     wanted = {id(layer) for layer in layers}
     found: dict[int, Reader] = {}
-    for module in _modules_outside_adapters(model):
+    for _, module in modules_outside_adapters(model):
+        if isinstance(module, BaseTunerLayer):
+            continue
+        certain = type(module).__module__.startswith("transformers.")
         for method, reads in _methods(module):
-            for read in reads:
-                if (type(module).__name__, read.path[-1]) in _NEVER_REACHED:
+            for path, conditions in reads:
+                if (type(module).__name__, path[-1]) in _NEVER_REACHED:
                     continue
-                if any(_truth(test, module) is (not outcome) for test, outcome in read.conditions):
+                if any(_truth(test, module) is (not outcome) for test, outcome in conditions):
                     continue
-                for layer in _resolve(module, read.path):
+                for layer in _resolve(module, path):
                     if id(layer) in wanted:
-                        certain = type(module).__module__.startswith("transformers.")
                         found.setdefault(id(layer), Reader(f"{type(module).__name__}.{method}", certain))
     return found
-
-
-def _modules_outside_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, BaseTunerLayer):
-        return
-    yield module
-    for child in module.children():
-        yield from _modules_outside_adapters(child)
 
 
 def _methods(module: nn.Module) -> Iterator[tuple[str, list[_Read]]]:
@@ -152,7 +139,7 @@ def _collect(node: ast.AST, self_name: str, conditions: tuple, found: list[_Read
     if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
         path = _path(node.value, self_name)
         if path:
-            found.append(_Read(path, conditions))
+            found.append((path, conditions))
             return
     for child in ast.iter_child_nodes(node):
         _collect(child, self_name, conditions, found)

@@ -41,24 +41,6 @@ class BalanceScale:
         self._modules: list[RoutedModule] = []
         self._handles: list = []
 
-    def attach(self, model: nn.Module) -> None:
-        """Hook ``model``'s forward; its routed modules read this scale from now on."""
-        self._modules = [module for _, module in routed_modules(model)]
-        self._place()
-        if not self._handles:
-            self._handles = [
-                model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                model.register_forward_hook(self._after_forward, with_kwargs=True),
-            ]
-
-    def detach(self) -> None:
-        """Undo :meth:`attach`."""
-        for handle in self._handles:
-            handle.remove()
-        for module in self._modules:
-            module.balance_scale = None
-        self._handles, self._modules = [], []
-
     def reset(self) -> None:
         """Write the default.
 
@@ -67,9 +49,6 @@ class BalanceScale:
         """
         for tensor in self._tensors.values():
             tensor.data.fill_(self.default)
-
-    def _tap(self, loss: Tensor, share: Tensor | None) -> Tensor:
-        return _tap(loss, list(self._tensors.values()), share)
 
     def _place(self) -> None:
         """Give each module the tensor of its device; devices may have changed since the last forward."""
@@ -85,41 +64,37 @@ class BalanceScale:
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if not torch.is_grad_enabled():
             return
-        if is_transformed(torch.compiler.is_compiling()):
-            self._reset_beneath_transforms()
+        compiling = torch.compiler.is_compiling()
+        if is_transformed(compiling):
+            # A tensor of the outside may not be written within torch.func's transforms, so the default is written past
+            # them, and no loss is tapped there. An exporter's program has no scale.
+            if not compiling and torch._C._get_tracing_state() is None:
+                with torch._C._DisableFuncTorch():
+                    self._place()
+                    self.reset()
             return
-        if not torch.compiler.is_compiling():
+        if not compiling:
             # A checkpoint around the whole model runs it again inside backward, where the scale is already right.
-            if _in_backward():
+            if torch._C._current_graph_task_id() != -1:
                 return
             self._place()
         self.reset()
 
-    def _reset_beneath_transforms(self) -> None:
-        """Write the default past torch.func's transforms, in which a tensor of the outside may not be written.
-
-        For the same reason no loss is tapped there: the default is the scale. An exporter's program has no scale.
-        """
-        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
-            with torch._C._DisableFuncTorch():
-                self._place()
-                self.reset()
-
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
         if not torch.is_grad_enabled() or is_transformed(torch.compiler.is_compiling()):
             return None
-        share = _batch_share(model, kwargs)
+        scales, share = list(self._tensors.values()), _batch_share(model, kwargs)
         if _is_loss(outputs):
-            return self._tap(outputs, share)
+            return _tap(outputs, scales, share)
         if isinstance(outputs, tuple):
             if outputs and _is_loss(outputs[0]):
-                tapped = (self._tap(outputs[0], share), *outputs[1:])
+                tapped = (_tap(outputs[0], scales, share), *outputs[1:])
                 return outputs._make(tapped) if hasattr(outputs, "_make") else type(outputs)(tapped)
         elif isinstance(outputs, dict):
             if _is_loss(outputs.get("loss")):
-                outputs["loss"] = self._tap(outputs["loss"], share)
+                outputs["loss"] = _tap(outputs["loss"], scales, share)
         elif _is_loss(getattr(outputs, "loss", None)):
-            outputs.loss = self._tap(outputs.loss, share)
+            outputs.loss = _tap(outputs.loss, scales, share)
         return None
 
 
@@ -143,7 +118,12 @@ def attach_balance_scale(model: nn.Module) -> BalanceScale:
     if scale is None:
         scale = BalanceScale()
         setattr(model, _ATTRIBUTE, scale)
-    scale.attach(model)
+        scale._handles = [
+            model.register_forward_pre_hook(scale._before_forward, with_kwargs=True),
+            model.register_forward_hook(scale._after_forward, with_kwargs=True),
+        ]
+    scale._modules = [module for _, module in routed_modules(model)]
+    scale._place()
     return scale
 
 
@@ -151,7 +131,10 @@ def detach_balance_scale(model: nn.Module) -> None:
     """Undo :func:`attach_balance_scale`; does nothing where it was not called."""
     scale = model.__dict__.pop(_ATTRIBUTE, None)
     if scale is not None:
-        scale.detach()
+        for handle in scale._handles:
+            handle.remove()
+        for module in scale._modules:
+            module.balance_scale = None
 
 
 def balance_scales(model: nn.Module) -> list[BalanceScale]:
@@ -164,10 +147,6 @@ def balance_scales(model: nn.Module) -> list[BalanceScale]:
 _library = torch.library.Library("goat_kernels_training", "DEF")
 _library.define("tap(Tensor loss, Tensor[] scales, Tensor? share) -> Tensor")
 _library.define("publish(Tensor gradient, Tensor(a!)[] scales, Tensor? share) -> ()")
-
-
-def _tap_forward(loss, scales, share):
-    return loss.clone()
 
 
 def _publish(gradient, scales, share):
@@ -188,7 +167,7 @@ def _tap_backward(ctx, gradient):
     return gradient, [None] * len(ctx.scales), None
 
 
-_library.impl("tap", _tap_forward, "CompositeExplicitAutograd")
+_library.impl("tap", lambda loss, scales, share: loss.clone(), "CompositeExplicitAutograd")
 _library.impl("publish", _publish, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "goat_kernels_training::tap", lambda loss, scales, share: torch.empty_like(loss), lib=_library
@@ -202,29 +181,19 @@ def _is_loss(value) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 def _batch_share(model: nn.Module, kwargs: dict) -> Tensor | None:
     """This batch's part of ``num_items_in_batch`` (0-d), counted as transformers.Trainer counts; None without it."""
     num_items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if num_items is None or not isinstance(labels, Tensor):
         return None
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if isinstance(kwargs.get("shift_labels"), Tensor):
         labels = kwargs["shift_labels"]
-    elif _shifts_labels(model):
-        labels = labels[..., 1:]
+    elif not encoder_decoder and LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss:
+        labels = labels[..., 1:]  # position 0 is never a target of a causal language model
     items = labels.ne(_IGNORED_LABEL).sum()
     if isinstance(num_items, Tensor):
         num_items = num_items.to(items.device).reshape(-1)[0]
     return items / num_items
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether position 0 of the labels is never a target: causal language models, but not encoder-decoders."""
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from goat_kernels.training.balance import balance_scales
-from goat_kernels.training.report import RouterStatistics, router_statistics
+from goat_kernels.training.report import router_statistics
 
 
 class GoatCallback(TrainerCallback):
@@ -40,9 +40,6 @@ class GoatCallback(TrainerCallback):
     Attributes:
         history: one dict per logged training step: ``step``, the four numbers without the prefix, and by layer name
             ``load_by_layer``, the share of tokens per expert, ``balance_loss_by_layer`` and ``load_entropy_by_layer``.
-
-    Raises:
-        TypeError: ``per_layer`` is not a bool.
     """
 
     def __init__(self, *, per_layer: bool = True) -> None:
@@ -54,12 +51,13 @@ class GoatCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         trainer = _trainer_that_calls(self)
         if trainer is not None:
-            _log_before_others(self, trainer.callback_handler)
+            _order_callbacks(self, trainer.callback_handler)
             _guard_training(trainer, model)
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs) -> None:
+        scaler = getattr(optimizer, "scaler", None)  # accelerate multiplies the loss by its scale for float16
         batches = _accumulated_batches(args.gradient_accumulation_steps, state.global_step, train_dataloader)
-        _set_default(model, _loss_scale(optimizer) / batches)
+        _set_default(model, (scaler.get_scale() if scaler is not None else 1.0) / batches)
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         _unguard(_trainer_that_calls(self))
@@ -71,7 +69,13 @@ class GoatCallback(TrainerCallback):
         statistics = router_statistics(model)
         if not statistics:
             return
-        summary = _summary(statistics)
+        layers = statistics.values()
+        summary = {
+            "balance_loss": sum(layer.balance_loss for layer in layers) / len(layers),
+            "load_entropy": sum(layer.load_entropy for layer in layers) / len(layers),
+            "load_max": max(max(layer.relative_load) for layer in layers),
+            "load_min": min(min(layer.relative_load) for layer in layers),
+        }
         by_layer = {
             f"{number}_by_layer": {name: getattr(layer, number) for name, layer in statistics.items()}
             for number in ("load", "balance_loss", "load_entropy")
@@ -79,7 +83,10 @@ class GoatCallback(TrainerCallback):
         self.history.append({"step": state.global_step, **summary, **by_layer})
         entries = {f"goat/{name}": value for name, value in summary.items()}
         if self.per_layer:
-            entries |= _layer_entries(statistics)
+            for name, layer in statistics.items():
+                entries[f"goat/{name}/balance_loss"] = layer.balance_loss
+                entries[f"goat/{name}/load_entropy"] = layer.load_entropy
+                entries |= {f"goat/{name}/load_{expert}": share for expert, share in enumerate(layer.load)}
         # The trainer has already copied `logs` into its history; callbacks after this one read `logs` itself.
         logs.update(entries)
         if state.log_history:
@@ -92,25 +99,6 @@ class _ShortConsole(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         for name in [name for name in logs or () if name.startswith("goat/") and name.count("/") > 1]:
             del logs[name]
-
-
-def _summary(statistics: dict[str, RouterStatistics]) -> dict[str, float]:
-    layers = statistics.values()
-    return {
-        "balance_loss": sum(layer.balance_loss for layer in layers) / len(layers),
-        "load_entropy": sum(layer.load_entropy for layer in layers) / len(layers),
-        "load_max": max(max(layer.relative_load) for layer in layers),
-        "load_min": min(min(layer.relative_load) for layer in layers),
-    }
-
-
-def _layer_entries(statistics: dict[str, RouterStatistics]) -> dict[str, float]:
-    entries = {}
-    for name, layer in statistics.items():
-        entries[f"goat/{name}/balance_loss"] = layer.balance_loss
-        entries[f"goat/{name}/load_entropy"] = layer.load_entropy
-        entries |= {f"goat/{name}/load_{expert}": share for expert, share in enumerate(layer.load)}
-    return entries
 
 
 # --- the scale of trainers that compute their own loss ------------------------------------------------------------
@@ -147,12 +135,6 @@ def _unguard(trainer: Trainer | None) -> None:
         vars(trainer).pop("_run_epoch", None)
 
 
-def _loss_scale(optimizer) -> float:
-    """What accelerate multiplies the loss by for float16; 1 without a gradient scaler."""
-    scaler = getattr(optimizer, "scaler", None)
-    return scaler.get_scale() if scaler is not None else 1.0
-
-
 def _accumulated_batches(steps: int, global_step: int, dataloader) -> int:
     """How many batches the step about to begin accumulates: fewer than ``steps`` where an epoch ends."""
     try:
@@ -184,7 +166,7 @@ def _trainer_that_calls(callback: GoatCallback) -> Trainer | None:
     return None
 
 
-def _log_before_others(callback: GoatCallback, handler: CallbackHandler) -> None:
+def _order_callbacks(callback: GoatCallback, handler: CallbackHandler) -> None:
     """Order the trainer's callbacks: ``callback``, the others, and last those that print.
 
     Trainer's own callbacks, which write the logs to ``report_to``, come before the user's, so they would read the logs

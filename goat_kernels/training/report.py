@@ -85,7 +85,7 @@ class RouterReport:
             relative = layer.relative_load
             row = [name or "(the model)", f"{layer.balance_loss:.4f}", f"{layer.load_entropy:.4f}"]
             row += [f"{relative.index(share)}: {share:.2f}x" for share in (min(relative), max(relative))]
-            row += [f"{100 * share:.1f}" for share in layer.load] if listed else []
+            row += [f"{100 * share:.1f}" for share in layer.load[:listed]]
             rows.append(row + [""] * (len(head) - len(row)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * width for width in widths])
@@ -151,7 +151,7 @@ def router_report(model: nn.Module, heatmap: str | os.PathLike | None = None) ->
     if not names:
         raise ValueError(f"model ({type(model).__name__}) has no GOAT layer; it needs a GOAT adapter or a GoatLinear")
     if heatmap is not None:
-        heatmap = _writable(heatmap)
+        _writable(heatmap)
     layers = router_statistics(model)
     if not layers:
         raise ValueError(

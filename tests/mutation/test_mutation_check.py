@@ -42,8 +42,8 @@ def test_caught_and_survived_are_told_apart(tmp_path):
     harmless = Mutant(
         name="harmless",
         file="rules.py",
-        old="return lora_alpha / D",
-        new="return lora_alpha / float(D)",
+        old="lora_alpha / D",
+        new="lora_alpha / float(D)",
         breaks="nothing",
         tests=("tests/test_initialisation.py::test_every_scaling_rule_is_its_formula",),
     )
