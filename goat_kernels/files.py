@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import math
 import os
 import secrets
 import shutil
@@ -46,18 +45,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 def write_json(target: Path, content: object) -> None:
     """Write ``content`` as JSON to ``target``, at once; NaN and infinity, which JSON does not have, become null."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda constant: None)
     with atomic_path(target) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(content: object) -> object:
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    if isinstance(content, dict):
-        return {name: _finite(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return content
+        temporary.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ import argparse
 import json
 from pathlib import Path
 
-from goat_kernels.cli.arguments import name_or_number, number
 from goat_kernels.command_errors import CommandError, one_line
+from goat_kernels.finetuning.options import name_or_number, number
 
 #: task_type -> transformers' class; another task takes the class that the model's own configuration names.
 _CLASSES = {
@@ -41,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scaling", type=name_or_number, help="GOAT-PEFT: s of the training: lora, rslora, goat or a number"
     )
-    parser.add_argument("--eta", type=number(0), default=1.0, help="GOAT-PEFT: ETA of the training (%(default)s)")
-    parser.add_argument("--rho", type=number(0), default=10.0, help="GOAT-PEFT: rho of the training (%(default)s)")
+    parser.add_argument("--eta", type=number(above=0), default=1.0, help="GOAT-PEFT: ETA of the training (%(default)s)")
+    parser.add_argument(
+        "--rho", type=number(above=0), default=10.0, help="GOAT-PEFT: rho of the training (%(default)s)"
+    )
     parser.add_argument("--initial-adapter", metavar="FOLDER", help="PiSSA: the adapter as it was before training")
     parser.add_argument(
         "--residual-base", action="store_true", help="PiSSA: for use on the changed base, so nothing is subtracted"

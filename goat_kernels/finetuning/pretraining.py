@@ -80,13 +80,15 @@ def pretrained(
         model, record = train(
             build, dataset, default_data_collator, options, learning_rate, Path(scratch), description=description
         )
-    if record.diverged_at_step is not None:
-        raise CommandError(f"the pretraining of {name} diverged at step {record.diverged_at_step}; nothing is cached")
+    if record["diverged_at_step"] is not None:
+        raise CommandError(
+            f"the pretraining of {name} diverged at step {record['diverged_at_step']}; nothing is cached"
+        )
     with written_whole(folder) as temporary:
         model.cpu().save_pretrained(temporary)
         if beside is not None:
             beside(temporary)
-        write_json(temporary / "pretraining.json", {**identity, "final_loss": record.losses[-1]})
+        write_json(temporary / "pretraining.json", {**identity, "final_loss": record["losses"][-1]})
     print(f"pretrained model: {folder} (new)")
     return folder
 

@@ -124,13 +124,13 @@ def evaluated(logits: torch.Tensor, labels: torch.Tensor, metric: str):
 
 def test_an_output_that_is_nan_is_no_right_answer():
     # argmax of a row with NaN is the NaN's place, here that of the right class
-    assert evaluated(torch.tensor([math.nan, 1.0, 0.0]), torch.tensor(0), "accuracy").held_out == 0
-    assert evaluated(torch.tensor([2.0, 1.0, 0.0]), torch.tensor(0), "accuracy").held_out == 1
+    assert evaluated(torch.tensor([math.nan, 1.0, 0.0]), torch.tensor(0), "accuracy")["held_out"] == 0
+    assert evaluated(torch.tensor([2.0, 1.0, 0.0]), torch.tensor(0), "accuracy")["held_out"] == 1
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite():
     logits = torch.tensor([[0.0, 5000.0]]).repeat(3, 1)
-    assert evaluated(logits, torch.tensor([0, 0, 0]), "perplexity").held_out == math.inf
+    assert evaluated(logits, torch.tensor([0, 0, 0]), "perplexity")["held_out"] == math.inf
 
 
 def result(**changes) -> dict:
