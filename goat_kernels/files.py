@@ -74,7 +74,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
                 target = folder / path.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
-        _remove_abandoned(parent, prefix)
+        # Only now: until a save succeeded, what killed ones left may hold the weights' configuration.
+        for left in parent.glob(f"{glob.escape(prefix)}*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(left, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -84,11 +88,3 @@ def prepared_config_files(folder: Path) -> list[Path]:
     folder, saves = folder.absolute(), f"{SAVING}*.tmp"
     further = f"{saves}/{glob.escape(folder.name)}/{CONFIG_FILE}"  # a further adapter's, in a subfolder
     return [*folder.glob(f"{saves}/{CONFIG_FILE}"), *folder.parent.glob(further)]
-
-
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed saves left, after a save that succeeded: until then it may hold the weights' configuration."""
-    for left in parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(left, ignore_errors=True)

@@ -22,7 +22,7 @@ from bench.quality.contenders import Contender
 from bench.quality.generation import share_answered
 from bench.quality.tasks import METRICS, TASKS, Data, QualityTask, load
 from goat_kernels.finetuning.models import BaseModel, build, trainable_parameters, training_device
-from goat_kernels.finetuning.task import Task, evaluate
+from goat_kernels.finetuning.tasks import Task, evaluate
 from goat_kernels.finetuning.train import train
 
 #: Where a checkout keeps the results, one file per task and one row per run.

@@ -133,14 +133,14 @@ def classifier(source: str, auto_class, options: FinetuneOptions, names: Sequenc
     )
 
 
-def _fully_missing(module: nn.Module, missing: set[str], prefix: str = "") -> Iterator[str]:
-    """The outermost submodules all of whose parameters are in ``missing``."""
-    for name, child in module.named_children():
-        names = {f"{prefix}{name}.{parameter}" for parameter, _ in child.named_parameters()}
-        if names and names <= missing:
-            yield f"{prefix}{name}"
-        else:
-            yield from _fully_missing(child, missing, f"{prefix}{name}.")
+def _fully_missing(model: nn.Module, missing: set[str]) -> list[str]:
+    """The outermost modules all of whose parameters are in ``missing``."""
+    found: list[str] = []
+    for name, module in model.named_modules():  # each before what is in it
+        names = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+        if names and names <= missing and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
 
 
 def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str, ...]) -> PeftConfig:

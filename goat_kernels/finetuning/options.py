@@ -1,4 +1,4 @@
-"""What a fine-tuning run can be told: each option is declared once, here, and the command line is made from it.
+"""The options of a fine-tuning run: each is declared once, here, and the command line is made from it.
 
 Imports nothing heavy: the help text of ``goat-kernels finetune`` must appear at once.
 """
@@ -69,12 +69,12 @@ def names_or_pattern(text: str) -> str | tuple[str, ...]:
     return text
 
 
-#: Types of fields that are neither numbers nor plain text -> their parser.
+#: Field types that are neither numbers nor plain text -> parser.
 _PARSERS = {"str | float": name_or_number, "str | tuple[str, ...]": names_or_pattern}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare an option for every field of :class:`FinetuneOptions`; one that is not given is absent when parsed."""
+    """Add every field of :class:`FinetuneOptions` to ``parser``; an option that is not given is absent when parsed."""
     groups = {}
     for declared in fields(FinetuneOptions):
         more, kind = declared.metadata, declared.type.removesuffix(" | None")
@@ -84,11 +84,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             how = {"action": "store_true"}
         elif kind in ("int", "float"):
             bounds = {name: more[name] for name in ("least", "above", "below") if name in more}
-            how = (
-                {"metavar": "N", "type": number(int, **bounds)}
-                if kind == "int"
-                else {"metavar": "X", "type": number(**bounds)}
-            )
+            python_type, metavar = (int, "N") if kind == "int" else (float, "X")
+            how = {"metavar": metavar, "type": number(python_type, **bounds)}
         else:
             how = {"metavar": more.get("metavar"), "choices": more.get("choices"), "type": _PARSERS.get(kind, str)}
         shown = more.get("shown", f"{declared.default:g}" if isinstance(declared.default, float) else declared.default)
@@ -255,11 +252,11 @@ class FinetuneOptions:
 
 
 def settle(given: Mapping[str, object]) -> FinetuneOptions:
-    """The options of a run: what is given goes before the recipe, the recipe before the task's defaults.
+    """Complete the options of the command line from the recipe and then from the task's defaults.
 
     Args:
-        given: field -> value, for the options on the command line, ``methods`` and ``learning_rates`` as text; what is
-            no field is ignored.
+        given: field -> value, for the options on the command line; ``methods`` and ``learning_rates`` are text. Other
+            keys are ignored.
 
     Raises:
         CommandError: an option that contradicts another, or that the task does not know.
@@ -273,13 +270,15 @@ def settle(given: Mapping[str, object]) -> FinetuneOptions:
     task = task or recipe["task"]
     if name is not None and task != recipe["task"]:
         raise CommandError(f"--recipe {name} is for --task {recipe['task']}, not {task}")
-    for argument in ("model", "data", "eval_data"):
-        flag, value = f"--{argument.replace('_', '-')}", {**recipe, **given}.get(argument)
+    for argument in ("model", "data"):
+        value = {**recipe, **given}.get(argument)
         if task == "digits" and value is not None:
-            raise CommandError(f"{flag} {value!r} needs a --task: one of {', '.join(list(TASKS)[1:])}")
-        if task != "digits" and value is None and argument != "eval_data":
+            raise CommandError(f"--{argument} {value!r} needs a --task: one of {', '.join(list(TASKS)[1:])}")
+        if task != "digits" and value is None:
             asking = f"--task {task}" if name is None else f"--recipe {name}"
-            raise CommandError(f"{asking} needs {flag}: a path, or an id on the hub")
+            raise CommandError(f"{asking} needs --{argument}: a path, or an id on the hub")
+    if task == "digits" and "eval_data" in given:
+        raise CommandError(f"--eval-data {given['eval_data']!r} needs --task and --data")
     if given.get("skip_bad_files") and task != "image-classification":
         raise CommandError(f"--skip-bad-files is for --task image-classification, not {task}")
     if "epochs" in given and "max_steps" in given:
@@ -310,7 +309,7 @@ def _methods(text: str, task: str) -> tuple[str, ...]:
 
 
 def _learning_rates(text: str | None, rates: dict[str, float]) -> dict[str, float]:
-    """``rates`` with what ``text`` says in their place."""
+    """``rates``, overridden by the option ``text``."""
     for part in () if text is None else text.split(","):
         name, separator, value = part.rpartition("=")
         name = name.strip()

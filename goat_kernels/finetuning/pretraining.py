@@ -64,7 +64,10 @@ def pretrained(
         torch.manual_seed(options.seed)
         return model_class(config)
 
-    folder = cache_folder() / f"{name}-{_key(identity, config)}"
+    fields = {field: value for field, value in config.to_dict().items() if field != "transformers_version"}
+    content = {"identity": identity, "config": fields, "versions": [torch.__version__, transformers.__version__]}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{name}-{key}"
     if (folder / "config.json").is_file():
         print(f"pretrained model: {folder} (cached)")
         return folder
@@ -91,9 +94,3 @@ def pretrained(
         write_json(temporary / "pretraining.json", {**identity, "final_loss": record["losses"][-1]})
     print(f"pretrained model: {folder} (new)")
     return folder
-
-
-def _key(identity: dict[str, object], config: PreTrainedConfig) -> str:
-    fields = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
-    content = {"identity": identity, "config": fields, "versions": [torch.__version__, transformers.__version__]}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What an option is where the command line does not say: by task, and by the paper's recipe for a domain.
+"""Default options: by task, and by the paper's recipe for a domain.
 
 ``goat-kernels finetune --recipe NAME`` takes the settings of the paper (arXiv 2502.16894) for one of its four domains.
 What the paper does not say, or what depends on the data (epochs, batch size), is left to the task.
@@ -52,7 +52,7 @@ _GENERATION = {
     "dtype": "bfloat16",
 }
 
-#: ``--recipe`` -> its ``--task``, a summary for the help text, and its options; never which data.
+#: ``--recipe`` -> its ``--task``, a summary for the help text, and options (none that names data).
 RECIPES: dict[str, dict] = {
     "image": {
         **_PAPER,

@@ -19,7 +19,7 @@ None. A method that diverged has no saved model and no held-out metric.
     peak_memory_mib         how far memory rose above where it stood before the model was loaded
     peak_memory_source      what ``peak_memory_mib`` measures, in words
 
-    from ``task.evaluate``
+    from ``tasks.evaluate``
     metric                  accuracy or perplexity
     held_out                accuracy in 0..1 (an output that is NaN counts as wrong), or perplexity
     held_out_standard_error sqrt(p (1 - p) / n) of an accuracy p; of a perplexity, from the spread of the blocks'

@@ -34,8 +34,7 @@ from goat_kernels.finetuning.models import (
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.output import check_output, claim_output
 from goat_kernels.finetuning.results import format_table, results_json, write_figure
-from goat_kernels.finetuning.task import Task, evaluate
-from goat_kernels.finetuning.tasks import load_task
+from goat_kernels.finetuning.tasks import Task, evaluate, load_task
 from goat_kernels.finetuning.train import last_checkpoint, steps_of, stop_signal, train
 from goat_kernels.training import GoatCallback
 
@@ -60,10 +59,8 @@ def run(options: FinetuneOptions) -> list[dict]:
     claim_output(root, options)
     try:
         return _run_methods(task, options, root)
-    except Interrupted:
-        raise
-    except KeyboardInterrupt:
-        raise Interrupted(_how_to_go_on(options)) from None
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(str(interrupt) or _how_to_go_on(options)) from None
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save has no exception of its own for a write that fails
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
@@ -82,21 +79,17 @@ def _run_methods(task: Task, options: FinetuneOptions, root: Path) -> list[dict]
     write_figure(root / "results.png", rows, task.description)
     print(f"\n{format_table(rows, task.description)}\n")
     for row in rows:
-        print(f"{row['method']}: {_outcome(row, root)}")
+        if row["diverged_at_step"] is None:
+            print(f"{row['method']}: {row['saved_in']} loads back with bit-equal outputs: {row['reload_bit_equal']}")
+            continue
+        checkpoint = last_checkpoint(root / row["method"] / "checkpoints")
+        print(
+            f"{row['method']}: diverged at step {row['diverged_at_step']} (its loss or its weights are NaN or "
+            "infinite) and is not saved; a lower --learning-rate may help"
+            + (f". The last checkpoint is {checkpoint}" if checkpoint else "")
+        )
     print(f"written to {root}: results.json, results.png")
     return rows
-
-
-def _outcome(row: dict, root: Path) -> str:
-    """About the saved model, or why there is none."""
-    if row["diverged_at_step"] is None:
-        return f"{row['saved_in']} loads back with bit-equal outputs: {row['reload_bit_equal']}"
-    checkpoint = last_checkpoint(root / row["method"] / "checkpoints")
-    return (
-        f"diverged at step {row['diverged_at_step']} (its loss or its weights are NaN or infinite) "
-        "and is not saved; a lower --learning-rate may help"
-        + (f". The last checkpoint is {checkpoint}" if checkpoint is not None else "")
-    )
 
 
 def _warm_up(task: Task, options: FinetuneOptions) -> None:

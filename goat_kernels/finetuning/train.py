@@ -36,8 +36,8 @@ _SAMPLE_S = 0.005
 def stop_signal() -> Iterator[SimpleNamespace]:
     """Turn the first Ctrl-C into a request to stop after the running step; a second one interrupts at once.
 
-    The yielded object's ``requested`` says whether there was one. Outside the main thread, where Python delivers no
-    signals, nothing changes.
+    The yielded object's ``requested`` is true after the first. Outside the main thread, where Python delivers no
+    signals, nothing is installed.
     """
     stop = SimpleNamespace(requested=False)
 
@@ -83,7 +83,7 @@ def train(
         callbacks: further Trainer callbacks.
 
     Returns:
-        the trained model, in eval mode, and what ``results`` says of the training.
+        the trained model, in eval mode, and the training's fields of a row (``results``).
     """
     arguments = _training_arguments(dataset, options, learning_rate, folder)
     watch = _Watch(description, arguments.device, stop)
@@ -176,10 +176,11 @@ def _finite_parameters(model: PreTrainedModel | PeftModel) -> bool:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[SimpleNamespace]:
-    """By how many MiB memory rose, at its peak, above where it stood at the start: ``peak_mib`` of what is yielded.
+    """Measure by how many MiB memory rises, at its peak, above the level at the start.
 
-    On a GPU that is torch's allocator (exact). On a CPU it is the resident memory of the process, sampled every 5 ms;
-    memory that the process had freed but not given back to the system is given back first, where psutil can do that.
+    The yielded object has ``peak_mib`` when the block ends, and ``source``, what was measured. On a GPU that is the
+    memory allocated by torch (exact). On a CPU it is the resident memory of the process, sampled every 5 ms; memory
+    that the process has freed but still holds is returned to the system first, where psutil can do that.
     """
     gc.collect()
     if device.type == "cuda":

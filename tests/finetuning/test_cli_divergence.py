@@ -14,7 +14,7 @@ from test_cli_finetune import TINY, finetune, tiny_demo
 from goat_kernels.files import write_json
 from goat_kernels.finetuning import demo, run
 from goat_kernels.finetuning.results import draw_losses, format_table
-from goat_kernels.finetuning.task import Task, evaluate
+from goat_kernels.finetuning.tasks import Task, evaluate
 
 __all__ = ["tiny_demo"]  # fixture
 
