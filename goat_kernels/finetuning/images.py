@@ -242,7 +242,7 @@ def check_images(argument: str, source: str, examples: Examples, skip: bool, ext
                 to_rgb(image, extremes)
             good.append(i)
         except Exception as error:  # see open_image
-            local = isinstance(items, list)  # of files; a column of the hub may fail to give its item again
+            local = isinstance(items, list) and isinstance(items[i], Path)  # the hub's may raise once more
             name = str(items[i].relative_to(Path(source).expanduser())) if local else f"row {i + 1}"
             bad.append(f"{name} ({_reason(error)})")
     if bad:
