@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import math
 import os
 import secrets
 import shutil
@@ -46,18 +45,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 def write_json(target: Path, content: object) -> None:
     """Write ``content`` as JSON to ``target``, at once; NaN and infinity, which JSON does not have, become null."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda constant: None)
     with atomic_path(target) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(content: object) -> object:
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    if isinstance(content, dict):
-        return {name: _finite(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return content
+        temporary.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -84,7 +74,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
                 target = folder / path.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
-        _remove_abandoned(parent, prefix)
+        # Only now: until a save succeeded, what killed ones left may hold the weights' configuration.
+        for left in parent.glob(f"{glob.escape(prefix)}*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(left, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -94,11 +88,3 @@ def prepared_config_files(folder: Path) -> list[Path]:
     folder, saves = folder.absolute(), f"{SAVING}*.tmp"
     further = f"{saves}/{glob.escape(folder.name)}/{CONFIG_FILE}"  # a further adapter's, in a subfolder
     return [*folder.glob(f"{saves}/{CONFIG_FILE}"), *folder.parent.glob(further)]
-
-
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed saves left, after a save that succeeded: until then it may hold the weights' configuration."""
-    for left in parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(left, ignore_errors=True)

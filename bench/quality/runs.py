@@ -22,7 +22,7 @@ from bench.quality.contenders import Contender
 from bench.quality.generation import share_answered
 from bench.quality.tasks import METRICS, TASKS, Data, QualityTask, load
 from goat_kernels.finetuning.models import BaseModel, build, trainable_parameters, training_device
-from goat_kernels.finetuning.task import Task, evaluate
+from goat_kernels.finetuning.tasks import Task, evaluate
 from goat_kernels.finetuning.train import train
 
 #: Where a checkout keeps the results, one file per task and one row per run.
@@ -148,7 +148,7 @@ def _run(task: QualityTask, contender: Contender, row: dict, plan: Plan, data: D
                 Path(scratch),
                 description=contender.name,
             )
-        steps, losses = record.loss_steps, record.losses
+        steps, losses = record["loss_steps"], record["losses"]
     scores, load_by_layer = _scores(model, base, task, data, row["stage"], device)
     at = np.unique(np.linspace(0, len(losses) - 1, _CURVE_POINTS).astype(int)) if losses else []
     return {
@@ -177,8 +177,8 @@ def _scores(
     held_out = data.validation if stage == "validation" else data.test
     measured = Task(task.summary, held_out, held_out, data.collate, base, task.metric)
     evaluation = evaluate(model, measured, 2 * task.batch_size, device, stage)
-    scores = {task.metric: evaluation.held_out}
+    scores = {task.metric: evaluation["held_out"]}
     if data.questions is not None:
         questions = data.questions[0 if stage == "validation" else 1]
         scores["accuracy"] = share_answered(model, questions, device)
-    return scores, evaluation.load_by_layer
+    return scores, evaluation["load_by_layer"]

@@ -16,19 +16,13 @@ from collections.abc import Sequence
 
 from goat_kernels.command_errors import CommandError
 
-#: Name -> (module, what it does, for ``goat-kernels --help``).
+#: Name of a subcommand, and of its module in this package -> what it does, for ``goat-kernels --help``.
 COMMANDS = {
-    "finetune": (
-        "goat_kernels.cli.finetune",
-        "fine-tune a model with full fine-tuning, LoRA and GOAT, and compare them",
-    ),
-    "check": ("goat_kernels.cli.check", "check the kernels on this machine against float64, and what they move"),
-    "bench": ("goat_kernels.cli.bench", "measure layers, passes and models beside PEFT's LoRA and the frozen base"),
-    "convert": (
-        "goat_kernels.cli.convert",
-        "turn GOAT-PEFT, LoRA and PiSSA adapters into GOAT ones, or GOAT into approximate LoRA",
-    ),
-    "tune": ("goat_kernels.cli.tune", "measure which tiles are fastest on this GPU"),
+    "finetune": "fine-tune a model with full fine-tuning, LoRA and GOAT, and compare them",
+    "check": "check the kernels on this machine against float64, and what they move",
+    "bench": "measure layers, passes and models beside PEFT's LoRA and the frozen base",
+    "convert": "turn GOAT-PEFT, LoRA and PiSSA adapters into GOAT ones, or GOAT into approximate LoRA",
+    "tune": "measure which tiles are fastest on this GPU",
 }
 
 
@@ -43,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = _Parser(prog="goat-kernels", description="Fine-tune with GOAT, a mixture of low-rank experts.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (place, summary) in COMMANDS.items():
-        module = importlib.import_module(place)
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"goat_kernels.cli.{name}")
         subparser = subparsers.add_parser(
             name,
             help=summary,

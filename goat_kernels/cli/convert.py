@@ -18,8 +18,8 @@ import argparse
 import json
 from pathlib import Path
 
-from goat_kernels.cli.arguments import name_or_number, number
 from goat_kernels.command_errors import CommandError, one_line
+from goat_kernels.finetuning.options import name_or_number, number
 
 #: task_type -> transformers' class; another task takes the class that the model's own configuration names.
 _CLASSES = {
@@ -41,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scaling", type=name_or_number, help="GOAT-PEFT: s of the training: lora, rslora, goat or a number"
     )
-    parser.add_argument("--eta", type=number(0), default=1.0, help="GOAT-PEFT: ETA of the training (%(default)s)")
-    parser.add_argument("--rho", type=number(0), default=10.0, help="GOAT-PEFT: rho of the training (%(default)s)")
+    parser.add_argument("--eta", type=number(above=0), default=1.0, help="GOAT-PEFT: ETA of the training (%(default)s)")
+    parser.add_argument(
+        "--rho", type=number(above=0), default=10.0, help="GOAT-PEFT: rho of the training (%(default)s)"
+    )
     parser.add_argument("--initial-adapter", metavar="FOLDER", help="PiSSA: the adapter as it was before training")
     parser.add_argument(
         "--residual-base", action="store_true", help="PiSSA: for use on the changed base, so nothing is subtracted"
@@ -61,35 +63,36 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         CommandError: a source that cannot be converted, missing information, or an output that exists.
     """
-    config = Path(arguments.source) / "adapter_config.json"
-    if not config.is_file():
-        raise CommandError(f"SOURCE {arguments.source!r} has no adapter_config.json; it needs the folder of an adapter")
+    source = f"SOURCE {arguments.source!r}"
+    try:
+        fields = json.loads((Path(arguments.source) / "adapter_config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise CommandError(f"{source} has no adapter_config.json; it needs the folder of an adapter") from None
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"{source}: adapter_config.json is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise CommandError(f"{source}: adapter_config.json is not a JSON object")
     if Path(arguments.output).exists() and not arguments.overwrite:
         raise CommandError(f"OUTPUT {arguments.output!r} exists; name a new folder, or pass --overwrite")
+    ours = fields.get("peft_type") == "GOAT" and "init_type" not in fields
+    if ours and not arguments.to_lora_approximate:
+        raise CommandError(f"{source} is an adapter of this package; did you mean --to-lora-approximate?")
+    if arguments.to_lora_approximate and not ours:
+        raise CommandError(f"--to-lora-approximate needs an adapter of this package, and {source} is another")
+    if arguments.to_lora_approximate and (arguments.inputs is None or arguments.base_model is None):
+        raise CommandError("--to-lora-approximate needs --base-model and --inputs, on which its error is measured")
     try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CommandError(f"SOURCE {arguments.source!r}: adapter_config.json is not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise CommandError(f"SOURCE {arguments.source!r}: adapter_config.json is not a JSON object")
-    kind = fields.get("peft_type")
-    try:
-        if arguments.to_lora_approximate:
-            return _approximate(arguments, fields)
-        return _convert(arguments, fields, kind)
+        (_approximate if ours else _convert)(arguments, fields)
     except (ValueError, TypeError, OSError) as error:
         raise CommandError(one_line(error, None)) from None
+    return 0
 
 
-def _convert(arguments: argparse.Namespace, fields: dict, kind: str | None) -> int:
+def _convert(arguments: argparse.Namespace, fields: dict) -> None:
     from goat_kernels.peft.convert import from_goat_peft, from_lora
 
-    if kind == "GOAT" and "init_type" not in fields:
-        raise CommandError(
-            f"SOURCE {arguments.source!r} is an adapter of this package; did you mean --to-lora-approximate?"
-        )
     common = {"base_model": _base_model(arguments, fields), "allow_pickle": arguments.allow_pickle}
-    if kind == "GOAT":
+    if fields.get("peft_type") == "GOAT":
         options = {"scaling": arguments.scaling, "eta": arguments.eta, "rho": arguments.rho}
         adapter = from_goat_peft(arguments.source, **common, **options)
     else:
@@ -97,16 +100,9 @@ def _convert(arguments: argparse.Namespace, fields: dict, kind: str | None) -> i
         adapter = from_lora(arguments.source, **common, **options)
     adapter.save(arguments.output, overwrite=arguments.overwrite)
     print(f"{len(adapter.tensors)} tensors written to {arguments.output}; import goat_kernels.peft to load it")
-    return 0
 
 
-def _approximate(arguments: argparse.Namespace, fields: dict) -> int:
-    if arguments.inputs is None or arguments.base_model is None:
-        raise CommandError("--to-lora-approximate needs --base-model and --inputs, on which its error is measured")
-    if fields.get("peft_type") != "GOAT" or "init_type" in fields:
-        raise CommandError(
-            f"--to-lora-approximate needs an adapter of this package, and {arguments.source!r} is another"
-        )
+def _approximate(arguments: argparse.Namespace, fields: dict) -> None:
     from peft import PeftModel
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -127,7 +123,6 @@ def _approximate(arguments: argparse.Namespace, fields: dict) -> int:
         f"differs from GOAT's by {report['relative_error']:.2e} (relative; "
         f"{report['relative_error_without_adapter']:.2e} without any adapter); stored in {REPORT_FILE}"
     )
-    return 0
 
 
 def _base_model(arguments: argparse.Namespace, fields: dict):

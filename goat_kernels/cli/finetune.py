@@ -21,26 +21,12 @@ there and reported as diverged; the others go on, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 
-from goat_kernels.cli.arguments import add_options
 from goat_kernels.finetuning import finetune
-from goat_kernels.finetuning.options import FinetuneOptions, settle
+from goat_kernels.finetuning.options import add_options as add_arguments
+from goat_kernels.finetuning.options import settle
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare every option of ``goat-kernels finetune``."""
-    add_options(parser, FinetuneOptions)
-
-
-def options_from(arguments: argparse.Namespace) -> FinetuneOptions:
-    """The options of a parsed command line.
-
-    Raises:
-        CommandError: an option that contradicts another, or that the task does not know.
-    """
-    names = {field.name for field in dataclasses.fields(FinetuneOptions)}
-    return settle({name: value for name, value in vars(arguments).items() if name in names})
+__all__ = ["add_arguments", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,5 +36,5 @@ def run(arguments: argparse.Namespace) -> int:
         CommandError: input that cannot be used, a package that is not installed, or a file that cannot be written.
         Interrupted: Ctrl-C, after the output folder was begun.
     """
-    rows = finetune(options_from(arguments))
+    rows = finetune(settle(vars(arguments)))
     return 1 if any(row["held_out"] is None or not row["reload_bit_equal"] for row in rows) else 0

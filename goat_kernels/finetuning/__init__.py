@@ -1,8 +1,8 @@
 """All that ``goat-kernels finetune`` does; :func:`finetune` is the door.
 
-options, recipes    what a run can be told, and what it takes where nothing is said
-methods             how a model can be fine-tuned: LoRA, GOAT, full fine-tuning, ...
-task, tasks, demo   what is learned: data, a base model and a metric; data, texts and images read the data
+options, recipes    the options of a run and their defaults
+methods             the methods: LoRA, GOAT, full fine-tuning, ...
+tasks, demo         the tasks: data, a base model and a metric; data, texts and images read the data
 models              the base model, a method's adapter on it, saving and loading back
 train               one training run
 run                 every method of a run in turn, and the report; output guards the folder
@@ -43,13 +43,14 @@ def finetune(options: FinetuneOptions) -> list[dict]:
         import transformers
 
         from goat_kernels.finetuning.run import run
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            # transformers reads its own deprecated property when it looks a model over.
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+            # Pillow's, about files that it opens all the same; those that it cannot open are reported before training.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            return run(options)
     except ModuleNotFoundError as error:
         raise CommandError(f"{error.name} is not installed; it needs pip install 'goat-kernels[demo]'") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        # transformers reads its own deprecated property when it looks a model over.
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
-        # Pillow's, about files that it opens all the same; those that it does not open are reported before training.
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        return run(options)

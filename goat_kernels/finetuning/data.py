@@ -76,13 +76,8 @@ def read_hub(argument: str, source: str, wanted: Sequence[tuple[str, str]]) -> l
         source: ``ID[:CONFIG][@SPLIT]``.
         wanted: (option, name) of each column.
     """
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise CommandError(
-            f"{argument} {source!r} is not a local path, and data from the hub needs the datasets library: "
-            "pip install 'goat-kernels[demo]'"
-        ) from None
+    import datasets
+
     match = _HUB_ID.fullmatch(source)
     try:
         table = datasets.load_dataset(match["id"], match["config"], split=match["split"] or "train")
@@ -91,13 +86,7 @@ def read_hub(argument: str, source: str, wanted: Sequence[tuple[str, str]]) -> l
             f"{argument} {source!r} is not a local path, and no data set of that name could be loaded from the hub; it "
             f"needs an existing path, or ID[:CONFIG][@SPLIT] and a network ({type(error).__name__}: {one_line(error)})"
         ) from None
-    for option, name in wanted:
-        if name not in table.column_names:
-            raise CommandError(
-                f"{option} {name!r} is not a column of {argument} {source!r}; it has {table.column_names}"
-            )
-    if not len(table):
-        raise CommandError(f"{argument} {source!r} has no rows; it needs at least a few examples")
+    check_columns(f"{argument} {source!r}", table.column_names, len(table), wanted)
     columns = []
     for _, name in wanted:
         feature = table.features[name]
@@ -109,23 +98,14 @@ def read_hub(argument: str, source: str, wanted: Sequence[tuple[str, str]]) -> l
     return columns
 
 
-def class_names(argument: str, labels: Sequence[str]) -> list[str]:
-    """The classes, sorted (numbers by value); raises unless there are at least two."""
-    distinct = set(labels)
-    numeric = all(re.fullmatch(r"-?\d+", label) for label in distinct)
-    names = sorted(distinct, key=(lambda label: (int(label), label)) if numeric else None)
-    if len(names) < 2:
-        raise CommandError(f"{argument} has one class, {names[0]!r:.80}; classification needs at least two")
-    return names
-
-
-def class_ids(argument: str, labels: Sequence[str], names: list[str]) -> list[int]:
-    """The index in ``names`` of each label; raises on a class that is not among them."""
-    index = {name: i for i, name in enumerate(names)}
-    unknown = sorted({label for label in labels if label not in index})
-    if unknown:
-        raise CommandError(f"{argument} has the classes {unknown[:5]}, which the training data lacks: {names[:20]}")
-    return [index[label] for label in labels]
+def check_columns(source: str, header: list[str], rows: int, wanted: Sequence[tuple[str, str]]) -> None:
+    """Raise CommandError unless a table has rows and each column of ``wanted``, as (option, name), once."""
+    if not rows:
+        raise CommandError(f"{source} has no rows; it needs at least a few examples")
+    for option, name in wanted:
+        if header.count(name) != 1:
+            found = f"{header.count(name)} columns" if name in header else "not a column"
+            raise CommandError(f"{option} {name!r} is {found} of {source}; it has {header!s:.300}")
 
 
 def describe_classes(names: Sequence[str], train: Sequence[int], held_out: Sequence[int]) -> str:
@@ -152,8 +132,8 @@ def split(
         CommandError: one of the two parts would be empty.
     """
     groups: dict[object, list[int]] = defaultdict(list)
-    for i in range(count):
-        groups[labels[i] if labels is not None else None].append(i)
+    for i, label in enumerate(labels or [None] * count):
+        groups[label].append(i)
     rng = random.Random(seed)
     held_out: list[int] = []
     for members in groups.values():

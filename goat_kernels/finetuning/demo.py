@@ -16,17 +16,15 @@ import sklearn
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, default_data_collator
+from transformers import ViTConfig, ViTForImageClassification
 
-from goat_kernels.finetuning.data import describe_classes, split
+from goat_kernels.finetuning.data import split
 from goat_kernels.finetuning.examples import Tensors
-from goat_kernels.finetuning.models import classifier
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.pretraining import digest, pretrained
-from goat_kernels.finetuning.task import Task
 
 _HELD_OUT_FRACTION = 0.5
-_PRETRAINING_CLASSES = 6
+PRETRAINING_CLASSES = 6
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,6 @@ class Pretraining:
 
 #: A module constant so that tests can put a quicker one in its place.
 PRETRAINING = Pretraining()
-
-
-def digits_task(options: FinetuneOptions) -> Task:
-    """The demonstration's task, its model pretrained now or taken from the cache."""
-    images, ids = digits_data()
-    folder, *halves = pretrained_digits(options.device, PRETRAINING)
-    names = [str(i) for i in range(10)]
-    print(describe_classes(names, *(ids[half].tolist() for half in halves)))
-    images = changed_appearance(images)
-    train, held_out = (Tensors(pixel_values=images[half], labels=ids[half]) for half in halves)
-    description = (
-        f"digits: ViT pretrained on 0-{_PRETRAINING_CLASSES - 1} as they are -> all ten, inverted and rotated; "
-        f"{len(train)} images to train on, {len(held_out)} held out"
-    )
-    base = classifier(str(folder), AutoModelForImageClassification, options, names)
-    return Task(description, train, held_out, default_data_collator, base, "accuracy")
 
 
 def digits_data() -> tuple[Tensor, Tensor]:
@@ -82,8 +64,7 @@ def pretrained_digits(device: str, pretraining: Pretraining) -> tuple[Path, list
     """
     images, ids = digits_data()
     train_part, held_out_part = split(len(ids), ids.tolist(), _HELD_OUT_FRACTION, pretraining.seed, "the digits")
-    images, ids = images[train_part], ids[train_part]
-    known = ids < _PRETRAINING_CLASSES
+    known = [i for i in train_part if ids[i] < PRETRAINING_CLASSES]
     images, ids = images[known], ids[known]
     config = ViTConfig(
         image_size=8,
@@ -93,9 +74,8 @@ def pretrained_digits(device: str, pretraining: Pretraining) -> tuple[Path, list
         num_hidden_layers=pretraining.layers,
         num_attention_heads=pretraining.heads,
         intermediate_size=4 * pretraining.hidden_size,
-        num_labels=_PRETRAINING_CLASSES,
+        num_labels=PRETRAINING_CLASSES,
     )
-
     folder = pretrained(
         "digits-vit",
         ViTForImageClassification,

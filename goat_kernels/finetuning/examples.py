@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from goat_kernels.command_errors import CommandError, one_line
 
 #: The label of a token that the loss leaves out, in torch and transformers.
 IGNORED = -100
-
-#: Texts that are tokenised in one call, where all are.
-_CHUNK = 1000
 
 
 class Tensors(Dataset):
@@ -48,49 +44,28 @@ class Images(Dataset):
             raise CommandError(f"the image {str(item)!r} can no longer be read: {error}") from None
 
 
-class _Tokenised(Dataset):
-    """Texts that are tokenised when they are asked for, at most ``max_length`` tokens of each."""
-
-    def __init__(self, items: Sequence, tokenizer, max_length: int) -> None:
-        self._items, self._tokenizer, self._max_length = items, tokenizer, max_length
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def _whole(self) -> Iterator[list[int]]:
-        """The tokens of each example, none of them cut."""
-        raise NotImplementedError
-
-    def count_cut(self) -> tuple[int, int]:
-        """How many are longer than ``max_length``, and the highest token; looks at all, with a progress bar."""
-        count = highest = 0
-        for tokens in tqdm(self._whole(), desc="counting tokens", total=len(self), leave=False):
-            count += len(tokens) > self._max_length
-            highest = max(highest, max(tokens, default=0))
-        return count, highest
-
-
-class Texts(_Tokenised):
-    """Texts, or pairs of texts, with class ids."""
+class Texts(Dataset):
+    """Texts, or pairs of texts, with class ids; at most ``max_length`` tokens of each."""
 
     def __init__(self, items: Sequence[str | tuple[str, str]], ids: list[int], tokenizer, max_length: int) -> None:
-        super().__init__(items, tokenizer, max_length)
-        self._ids = ids
+        self._items, self._ids, self._tokenizer, self._max_length = items, ids, tokenizer, max_length
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
     def __getitem__(self, i: int) -> dict:
+        return {**self._encoded(i, truncation=True, max_length=self._max_length), "labels": self._ids[i]}
+
+    def tokens(self, i: int) -> list[int]:
+        """All tokens of an example, before truncation."""
+        return self._encoded(i, verbose=False)["input_ids"]
+
+    def _encoded(self, i: int, **options) -> dict:
         item = self._items[i]
-        texts = (item,) if isinstance(item, str) else item
-        encoded = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
-        return {**encoded, "labels": self._ids[i]}
-
-    def _whole(self) -> Iterator[list[int]]:
-        for start in range(0, len(self), _CHUNK):
-            items = [self._items[i] for i in range(start, min(start + _CHUNK, len(self)))]
-            columns = [items] if isinstance(items[0], str) else [list(column) for column in zip(*items, strict=True)]
-            yield from self._tokenizer(*columns, verbose=False)["input_ids"]
+        return self._tokenizer(*([item] if isinstance(item, str) else item), **options)
 
 
-class Responses(_Tokenised):
+class Responses(Dataset):
     """Prompts with their responses, an end-of-text token behind each; the loss is on the response alone.
 
     What is too long loses the beginning of its prompt, and the end of its response where that alone is too long.
@@ -102,7 +77,10 @@ class Responses(_Tokenised):
     def __init__(self, argument: str, items: Sequence[tuple[str, str]], tokenizer, max_length: int) -> None:
         if isinstance(items[0], str) or len(items[0]) != 2:
             raise CommandError(f"{argument} needs two columns, a prompt and its response, as --text-column names them")
-        super().__init__(items, tokenizer, max_length)
+        self._items, self._tokenizer, self._max_length = items, tokenizer, max_length
+
+    def __len__(self) -> int:
+        return len(self._items)
 
     def __getitem__(self, i: int) -> dict[str, list[int]]:
         prompt, response = self._parts(i)
@@ -112,16 +90,14 @@ class Responses(_Tokenised):
         labels = [*[IGNORED] * len(prompt), *response]
         return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
-    def _whole(self) -> Iterator[list[int]]:
-        for i in range(len(self)):
-            prompt, response = self._parts(i)
-            yield [*prompt, *response]
+    def tokens(self, i: int) -> list[int]:
+        """All tokens of an example, before truncation."""
+        prompt, response = self._parts(i)
+        return [*prompt, *response]
 
     def _parts(self, i: int) -> tuple[list[int], list[int]]:
         """The tokens of a prompt and of its response."""
-        prompt, response = (
-            self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in self._items[i]
-        )
+        prompt, response = self._tokenizer(list(self._items[i]), add_special_tokens=False, verbose=False)["input_ids"]
         if self._tokenizer.bos_token_id is not None:
             prompt = [self._tokenizer.bos_token_id, *prompt]
         if self._tokenizer.eos_token_id is not None:

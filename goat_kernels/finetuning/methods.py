@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ ConfigOf = Callable[["FinetuneOptions", dict], "PeftConfig"]
 
 #: (N in_features, M out_features, R total rank, E experts) -> parameters that train in one adapted layer.
 SizeOf = Callable[[int, int, int, int], int]
-
-#: Options -> what a method changes: fields of LoraConfig, or options.
-Changes = Callable[["FinetuneOptions"], dict]
 
 
 @dataclass(frozen=True)
@@ -47,45 +45,40 @@ def _alpha(options: FinetuneOptions) -> float:
     return options.lora_alpha or 2 * options.rank
 
 
-def _lora(changes: Changes = lambda options: {}) -> ConfigOf:
+def _lora(options: FinetuneOptions, shared: dict, **changes) -> PeftConfig:
     """PEFT's LoRA with ``changes`` to its fields."""
+    from peft import LoraConfig
 
-    def config(options: FinetuneOptions, shared: dict) -> PeftConfig:
-        from peft import LoraConfig
-
-        return LoraConfig(**{**shared, "lora_alpha": _alpha(options), **changes(options)})
-
-    return config
+    return LoraConfig(**{**shared, "lora_alpha": _alpha(options), **changes})
 
 
-def _goat(changes: Changes = lambda options: {}) -> ConfigOf:
-    """This package's adapter with ``changes`` to the options."""
-
-    def config(options: FinetuneOptions, shared: dict) -> PeftConfig:
-        from goat_kernels.peft import GoatConfig
-
-        options = replace(options, **changes(options))
-        if options.scaling in ("lora", "rslora"):  # the others do not read it
-            shared = {**shared, "lora_alpha": _alpha(options)}
-        names = ("top_k", "scaling", "eta", "rho", "init", "residual", "balance_coefficient", "seed")
-        return GoatConfig(**shared, num_experts=options.experts, **{name: getattr(options, name) for name in names})
-
-    return config
-
-
-def _pissa(options: FinetuneOptions) -> dict:
+def _pissa(options: FinetuneOptions, shared: dict) -> PeftConfig:
     """The R largest singular triples whole, at s = alpha / R = 1, so that the model starts as it was."""
-    return {"init_lora_weights": "pissa", "lora_alpha": options.rank}
+    return _lora(options, shared, init_lora_weights="pissa", lora_alpha=options.rank)
 
 
-def _milora(options: FinetuneOptions) -> dict:
-    """The R smallest singular triples whole, at s = 1, as one expert that every token uses: no routing."""
-    return {"experts": 1, "top_k": 1, "init": "milora", "scaling": 1.0, "rho": 1.0, "balance_coefficient": 0.0}
+def _goat(options: FinetuneOptions, shared: dict, **changes) -> PeftConfig:
+    """This package's adapter with ``changes`` to the options."""
+    from goat_kernels.peft import GoatConfig
+
+    options = replace(options, **changes)
+    if options.scaling in ("lora", "rslora"):  # the others do not read it
+        shared = {**shared, "lora_alpha": _alpha(options)}
+    names = ("top_k", "scaling", "eta", "rho", "init", "residual", "balance_coefficient", "seed")
+    return GoatConfig(**shared, num_experts=options.experts, **{name: getattr(options, name) for name in names})
 
 
-def _zero_experts(init: str) -> Changes:
+def _zero_experts(options: FinetuneOptions, shared: dict, init: str) -> PeftConfig:
     """Experts whose B starts at zero, at LoRA's s = alpha / R."""
-    return lambda options: {"init": init, "scaling": _alpha(options) / options.rank}
+    return _goat(options, shared, init=init, scaling=_alpha(options) / options.rank)
+
+
+#: The R smallest singular triples whole, at s = 1, as one expert that every token uses: no routing.
+_milora = partial(_goat, experts=1, top_k=1, init="milora", scaling=1.0, rho=1.0, balance_coefficient=0.0)
+
+_rslora, _dora = partial(_lora, use_rslora=True), partial(_lora, use_dora=True)
+_molora, _hydralora = partial(_zero_experts, init="lora"), partial(_zero_experts, init="hydralora")
+_goat_s = partial(_goat, scaling="goat_s")
 
 
 def _lora_size(N: int, M: int, R: int, E: int) -> int:
@@ -104,21 +97,17 @@ def _hydra_size(N: int, M: int, R: int, E: int) -> int:
     return R // E * N + R * M + E * N
 
 
-_RSLORA, _DORA = _lora(lambda options: {"use_rslora": True}), _lora(lambda options: {"use_dora": True})
-_MOLORA, _HYDRALORA = _goat(_zero_experts("lora")), _goat(_zero_experts("hydralora"))
-_GOAT_S = _goat(lambda options: {"scaling": "goat_s"})
-
 #: Every method, in the order of tables.
 METHODS: dict[str, Method] = {
     "head": Method("only a new classifier on the frozen model", "head", "#999999"),
     "full": Method("full fine-tuning", "full", "#0072B2"),
-    "lora": Method("PEFT's LoRA", "lora", "#E69F00", _lora(), _lora_size),
-    "rslora": Method("LoRA at alpha / sqrt(R)", "lora", "#D55E00", _RSLORA, _lora_size),
-    "dora": Method("PEFT's DoRA", "lora", "#F0E442", _DORA, _dora_size),
-    "pissa": Method("PEFT's PiSSA", "lora", "#CC79A7", _lora(_pissa), _lora_size),
-    "milora": Method("MiLoRA", "lora", "#882255", _goat(_milora), _lora_size),
-    "molora": Method("LoRA experts from zero (MoLoRA)", "goat", "#56B4E9", _MOLORA, _experts_size),
-    "hydralora": Method("LoRA experts that share A (HydraLoRA)", "goat", "#332288", _HYDRALORA, _hydra_size),
-    "goat": Method("GOAT", "goat", "#009E73", _goat(), _experts_size),
-    "goat_s": Method("GOAT, a scaling per expert", "goat", "#000000", _GOAT_S, _experts_size),
+    "lora": Method("PEFT's LoRA", "lora", "#E69F00", _lora, _lora_size),
+    "rslora": Method("LoRA at alpha / sqrt(R)", "lora", "#D55E00", _rslora, _lora_size),
+    "dora": Method("PEFT's DoRA", "lora", "#F0E442", _dora, _dora_size),
+    "pissa": Method("PEFT's PiSSA", "lora", "#CC79A7", _pissa, _lora_size),
+    "milora": Method("MiLoRA", "lora", "#882255", _milora, _lora_size),
+    "molora": Method("LoRA experts from zero (MoLoRA)", "goat", "#56B4E9", _molora, _experts_size),
+    "hydralora": Method("LoRA experts that share A (HydraLoRA)", "goat", "#332288", _hydralora, _hydra_size),
+    "goat": Method("GOAT", "goat", "#009E73", _goat, _experts_size),
+    "goat_s": Method("GOAT, a scaling per expert", "goat", "#000000", _goat_s, _experts_size),
 }

@@ -85,20 +85,14 @@ def text_limits(config: PreTrainedConfig, auto_class) -> tuple[int | None, int |
     positions than the configuration says.
     """
     positions, rows = getattr(config.get_text_config(), "max_position_embeddings", None), None
-    try:
-        with torch.device("meta"):
-            model = auto_class.from_config(config)
-    except Exception:  # some models need values while they are made; if it is the configuration, loading tells
-        modules = {}
-    else:
-        modules = dict(model.named_modules())
-        with contextlib.suppress(NotImplementedError, AttributeError):
-            rows = model.get_input_embeddings().weight.shape[0]
-    for name, module in modules.items():
-        table = getattr(module, "weight", None)
-        if name.endswith("position_embeddings") and table is not None:
-            padding = getattr(module, "padding_idx", None)
-            positions = table.shape[0] - padding - 1 if padding is not None else positions
+    # Some models cannot be made without values; if the configuration is at fault, loading tells.
+    with contextlib.suppress(Exception), torch.device("meta"):
+        model = auto_class.from_config(config)
+        for name, module in model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "weight", None) is not None:
+                padding = getattr(module, "padding_idx", None)
+                positions = positions if padding is None else module.weight.shape[0] - padding - 1
+        rows = model.get_input_embeddings().weight.shape[0]
     # XLNet says -1 for no limit.
     return positions if positions and positions > 0 else None, rows
 
@@ -139,14 +133,14 @@ def classifier(source: str, auto_class, options: FinetuneOptions, names: Sequenc
     )
 
 
-def _fully_missing(module: nn.Module, missing: set[str], prefix: str = "") -> Iterator[str]:
-    """The outermost submodules all of whose parameters are in ``missing``."""
-    for name, child in module.named_children():
-        names = {f"{prefix}{name}.{parameter}" for parameter, _ in child.named_parameters()}
-        if names and names <= missing:
-            yield f"{prefix}{name}"
-        else:
-            yield from _fully_missing(child, missing, f"{prefix}{name}.")
+def _fully_missing(model: nn.Module, missing: set[str]) -> list[str]:
+    """The outermost modules all of whose parameters are in ``missing``."""
+    found: list[str] = []
+    for name, module in model.named_modules():  # each before what is in it
+        names = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+        if names and names <= missing and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
 
 
 def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str, ...]) -> PeftConfig:
@@ -157,7 +151,7 @@ def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str
     """
     targets = options.target_modules
     # all-linear would adapt the head too, which trains in full.
-    excluded = [*map(_inside, new_modules), *_patterns(options.exclude_modules).values()]
+    excluded = [*map(_inside, new_modules), *_excluded(options).values()]
     shared = {
         "r": options.rank,
         "target_modules": list(targets) if isinstance(targets, tuple) else targets,
@@ -169,11 +163,10 @@ def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str
         return METHODS[method].config(options, shared)
 
 
-def _patterns(excluded: str | tuple[str, ...] | None) -> dict[str, str]:
+def _excluded(options: FinetuneOptions) -> dict[str, str]:
     """What --exclude-modules names, each with its regular expression."""
-    if isinstance(excluded, tuple):
-        return {name: _inside(name) for name in excluded}
-    return {excluded: excluded} if excluded is not None else {}
+    excluded = options.exclude_modules or ()
+    return {excluded: excluded} if isinstance(excluded, str) else {name: _inside(name) for name in excluded}
 
 
 def _inside(name: str) -> str:
@@ -221,11 +214,11 @@ def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
         return
     configs = [adapter_config(name, options, base.new_modules) for name in with_adapters]
     ours = [config for config in configs if isinstance(config, GoatConfig)]
-    if ours:
-        with options_named():
+    with options_named():
+        if ours:
             resolve_backend(options.backend, training_device(options), torch.float32)
     model = base.load()
-    for name, pattern in _patterns(options.exclude_modules).items():
+    for name, pattern in _excluded(options).items():
         if not any(re.fullmatch(pattern, module) for module, _ in model.named_modules()):
             raise CommandError(f"--exclude-modules {name!r} matches no module of the model")
     try:
@@ -235,11 +228,11 @@ def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
         raise CommandError(
             f"--target-modules {options.target_modules!r}{without} does not fit the model: {one_line(error, 300)}"
         ) from None
-    for name, module in model.base_model.model.named_modules():
-        if isinstance(module, LoraLayer):
-            weight = torch.empty(module.out_features, module.in_features, device="meta")
-            for config in ours:
-                with options_named():
+    with options_named():
+        for name, module in model.base_model.model.named_modules():
+            if isinstance(module, LoraLayer):
+                weight = torch.empty(module.out_features, module.in_features, device="meta")
+                for config in ours:
                     check_weight(weight, config.settings(), name)
 
 
@@ -263,11 +256,11 @@ def save(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
 def load_back(method: str, base: BaseModel, folder: Path, device: torch.device) -> PreTrainedModel | PeftModel:
     """The trained model from its folder, on a freshly loaded base, in eval mode."""
-    fresh = base.load()
+    model = base.load()
     if METHODS[method].config is not None:
-        model = PeftModel.from_pretrained(fresh, folder)
+        model = PeftModel.from_pretrained(model, folder)
     else:
-        model = type(fresh).from_pretrained(folder, dtype=fresh.dtype)
+        model = type(model).from_pretrained(folder, dtype=model.dtype)
     return model.to(device).eval()
 
 

@@ -1,22 +1,100 @@
-"""What a fine-tuning run can be told: each option is declared once, here, and the command line is made from it.
+"""The options of a fine-tuning run: each is declared once, here, and the command line is made from it.
 
 Imports nothing heavy: the help text of ``goat-kernels finetune`` must appear at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 
 from goat_kernels.command_errors import CommandError
 from goat_kernels.finetuning.methods import METHODS
-from goat_kernels.finetuning.recipes import RECIPES, TASKS, Recipe
+from goat_kernels.finetuning.recipes import RECIPES, TASKS
 from goat_kernels.rules import INIT_RULES, SCALING_RULES
 from goat_kernels.settings import RESIDUAL_FORMS, AdapterSettings
 
 _SETTINGS = {declared.name: declared for declared in fields(AdapterSettings)}
+
+# --- from text on the command line to values ----------------------------------------------------------------------
+
+
+def number(
+    kind: type = float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> Callable[[str], float]:
+    """A parser of numbers, for argparse.
+
+    Args:
+        kind: int or float.
+        least: lower bound, included.
+        above: lower bound, excluded.
+        below: upper bound, excluded.
+    """
+    bounds = {f"at least {least:g}": least, f"above {above:g}": above, f"below {below:g}": below}
+    need = " and ".join(text for text, bound in bounds.items() if math.isfinite(bound))
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (value >= least and above < value < below):  # so that NaN fails too
+            raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' * (kind is int)}number {need}")
+        return value
+
+    return parse
+
+
+def name_or_number(text: str) -> str | float:
+    """A number where ``text`` is one, else ``text``."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def names_or_pattern(text: str) -> str | tuple[str, ...]:
+    """Names of modules as a tuple, which PEFT matches by suffix; ``all-linear`` and regular expressions as they are."""
+    names = tuple(name.strip() for name in text.split(","))
+    if text != "all-linear" and all(re.fullmatch(r"[\w.]+", name) for name in names):
+        return names
+    try:
+        re.compile(f"(?:{text})")  # it may become a part of a longer one
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither names nor a regular expression: {error}") from None
+    return text
+
+
+#: Field types that are neither numbers nor plain text -> parser.
+_PARSERS = {"str | float": name_or_number, "str | tuple[str, ...]": names_or_pattern}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add every field of :class:`FinetuneOptions` to ``parser``; an option that is not given is absent when parsed."""
+    groups = {}
+    for declared in fields(FinetuneOptions):
+        more, kind = declared.metadata, declared.type.removesuffix(" | None")
+        if more["group"] not in groups:
+            groups[more["group"]] = parser.add_argument_group(more["group"])
+        if kind == "bool":
+            how = {"action": "store_true"}
+        elif kind in ("int", "float"):
+            bounds = {name: more[name] for name in ("least", "above", "below") if name in more}
+            python_type, metavar = (int, "N") if kind == "int" else (float, "X")
+            how = {"metavar": metavar, "type": number(python_type, **bounds)}
+        else:
+            how = {"metavar": more.get("metavar"), "choices": more.get("choices"), "type": _PARSERS.get(kind, str)}
+        shown = more.get("shown", f"{declared.default:g}" if isinstance(declared.default, float) else declared.default)
+        text = more["help"] + (f" (default: {shown})" if shown is not None and shown is not False else "")
+        flag = more.get("flag", f"--{declared.name.replace('_', '-')}")
+        groups[more["group"]].add_argument(flag, dest=declared.name, default=argparse.SUPPRESS, help=text, **how)
+
+
+# --- the options --------------------------------------------------------------------------------------------------
 
 
 def _option(group: str, default: object, help_text: str, **more):
@@ -27,8 +105,8 @@ def _option(group: str, default: object, help_text: str, **more):
         default: where neither the command line nor the recipe nor the task (``recipes.TASKS``) has a value.
         help_text: what it is for.
         more: ``shown``, what the help text has as the default in place of ``default``; ``choices``, ``metavar`` as
-            argparse takes them; ``flag``, the option's name where it is not the field's; bounds of a number: ``least``
-            (included) or ``above`` (excluded), and ``below`` (excluded); ``setting``, see :func:`_setting`.
+            argparse takes them; ``flag``, the option's name where it is not the field's; the bounds of
+            :func:`number`; ``setting``, see :func:`_setting`.
     """
     made = {"default_factory": dict} if default is dict else {"default": default}
     return field(**made, metadata={"group": group, "help": help_text, **more})
@@ -58,7 +136,7 @@ class FinetuneOptions:
     recipe: str | None = _run(
         None,
         "the paper's settings for one of its domains, where no option says otherwise: "
-        + "; ".join(f"{name} ({recipe.summary})" for name, recipe in RECIPES.items())
+        + "; ".join(f"{name} ({recipe['summary']})" for name, recipe in RECIPES.items())
         + ". Needs --data, and a network unless --model names a folder",
     )
     task: str = _run("digits", f"one of {', '.join(TASKS)}; digits is the built-in demonstration above")
@@ -168,55 +246,53 @@ class FinetuneOptions:
 
     def fingerprint(self) -> dict[str, object]:
         """Everything that determines the results, JSON-ready, for comparing a resumed run with its start."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_FINGERPRINT}
+        left_out = ("output", "overwrite", "resume", "recipe")  # where results go, and what other options say in full
+        values = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-#: Where the results go, and what the other options say in full.
-_NOT_IN_FINGERPRINT = ("output", "overwrite", "resume", "recipe")
-
-
 def settle(given: Mapping[str, object]) -> FinetuneOptions:
-    """The options of a run: what is given goes before the recipe, the recipe before the task's defaults.
+    """Complete the options of the command line from the recipe and then from the task's defaults.
 
     Args:
-        given: field -> value, for the options on the command line; ``methods`` and ``learning_rates`` as text.
+        given: field -> value, for the options on the command line; ``methods`` and ``learning_rates`` are text. Other
+            keys are ignored.
 
     Raises:
         CommandError: an option that contradicts another, or that the task does not know.
     """
-    name = given.get("recipe")
-    if name is not None and name not in RECIPES:
-        raise CommandError(f"--recipe {name!r} is unknown; it must be one of {', '.join(RECIPES)}")
-    recipe = Recipe("digits") if name is None else RECIPES[name]
-    task = given.get("task", recipe.task)
-    if task not in TASKS:
-        raise CommandError(f"--task {task!r} is unknown; it must be one of {', '.join(TASKS)}")
-    if name is not None and task != recipe.task:
-        raise CommandError(f"--recipe {name} is for --task {recipe.task}, not {task}")
-    values = {**TASKS[task], **recipe.options, **given, "task": task}
-    by_task = TASKS[task]["learning_rates"]
-    rates = {method: by_task.get(method, by_task.get(row.rates_of)) for method, row in METHODS.items()}
-    rates = {method: rate for method, rate in {**rates, **recipe.learning_rates}.items() if rate is not None}
-    values["methods"] = _methods(values["methods"], task)
-    values["learning_rates"] = _learning_rates(given.get("learning_rates"), rates)
-    options = FinetuneOptions(**values)
+    given = {declared.name: given[declared.name] for declared in fields(FinetuneOptions) if declared.name in given}
+    name, task = given.get("recipe"), given.get("task")
+    for option, value, table in (("--recipe", name, RECIPES), ("--task", task, TASKS)):
+        if value is not None and value not in table:
+            raise CommandError(f"{option} {value!r} is unknown; it must be one of {', '.join(table)}")
+    recipe = RECIPES.get(name, {"task": "digits"})
+    task = task or recipe["task"]
+    if name is not None and task != recipe["task"]:
+        raise CommandError(f"--recipe {name} is for --task {recipe['task']}, not {task}")
     for argument in ("model", "data"):
-        value = getattr(options, argument)
+        value = {**recipe, **given}.get(argument)
         if task == "digits" and value is not None:
             raise CommandError(f"--{argument} {value!r} needs a --task: one of {', '.join(list(TASKS)[1:])}")
         if task != "digits" and value is None:
             asking = f"--task {task}" if name is None else f"--recipe {name}"
             raise CommandError(f"{asking} needs --{argument}: a path, or an id on the hub")
-    if options.skip_bad_files and task != "image-classification":
+    if task == "digits" and "eval_data" in given:
+        raise CommandError(f"--eval-data {given['eval_data']!r} needs --task and --data")
+    if given.get("skip_bad_files") and task != "image-classification":
         raise CommandError(f"--skip-bad-files is for --task image-classification, not {task}")
-    if task == "digits" and options.eval_data is not None:
-        raise CommandError(f"--eval-data {options.eval_data!r} needs --task and --data")
     if "epochs" in given and "max_steps" in given:
-        raise CommandError(f"--epochs {options.epochs:g} and --max-steps {options.max_steps} exclude each other")
-    if options.resume and options.overwrite:
+        raise CommandError(f"--epochs {given['epochs']:g} and --max-steps {given['max_steps']} exclude each other")
+    if given.get("resume") and given.get("overwrite"):
         raise CommandError("--resume and --overwrite exclude each other: the one keeps --output, the other replaces it")
-    return options
+    values = {**TASKS[task], **recipe, **given, "task": task}
+    values.pop("summary", None)
+    by_task = TASKS[task]["learning_rates"]
+    rates = {method: by_task.get(method, by_task.get(row.rates_of)) for method, row in METHODS.items()}
+    rates = {method: rate for method, rate in rates.items() if rate is not None} | recipe.get("learning_rates", {})
+    values["methods"] = _methods(values["methods"], task)
+    values["learning_rates"] = _learning_rates(given.get("learning_rates"), rates)
+    return FinetuneOptions(**values)
 
 
 def _methods(text: str, task: str) -> tuple[str, ...]:
@@ -233,7 +309,7 @@ def _methods(text: str, task: str) -> tuple[str, ...]:
 
 
 def _learning_rates(text: str | None, rates: dict[str, float]) -> dict[str, float]:
-    """``rates`` with what ``text`` says in their place."""
+    """``rates``, overridden by the option ``text``."""
     for part in () if text is None else text.split(","):
         name, separator, value = part.rpartition("=")
         name = name.strip()

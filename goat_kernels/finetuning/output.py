@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from goat_kernels.command_errors import CommandError
@@ -56,7 +55,13 @@ def check_output(root: Path, options: FinetuneOptions) -> None:
         raise CommandError(f"--output {str(root)!r} is a file; it needs a folder, or a name that is free")
     ours = (root / RUN_FILE).is_file()
     if ours and (options.resume or options.overwrite):
-        _check_kinds(root)
+        for path in _paths(root):
+            found, needed = ("folder" if path.is_dir() else "file"), _kind(path, root)
+            if needed is not None and found != needed and not path.is_symlink():
+                raise CommandError(
+                    f"--output: {str(path)!r} is a {found}, and this command writes a {needed} of that name; it needs "
+                    "another name"
+                )
     if options.resume:
         if not ours:
             raise CommandError(f"--resume: --output {str(root)!r} holds no run to go on with")
@@ -90,15 +95,22 @@ def claim_output(root: Path, options: FinetuneOptions) -> None:
         CommandError: nothing can be written there.
     """
     try:
-        if options.resume:
-            _remove_ours(root, lambda path: any(map(_TEMPORARY.fullmatch, path.relative_to(root).parts)))
-            return
-        if options.overwrite and root.is_dir():
+        if options.resume or options.overwrite:
             kept = [str(path.relative_to(root)) for path in _foreign(root)]
-            _remove_ours(root, lambda path: True)
-            if kept:
-                more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""
-                print(f"kept in {root}, because this command did not write it: {', '.join(kept[:5])}{more}")
+            for path in _paths(root):
+                half_written = any(map(_TEMPORARY.fullmatch, path.relative_to(root).parts))
+                if _kind(path, root) is None or not (options.overwrite or half_written):
+                    continue
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink()
+                else:
+                    with contextlib.suppress(OSError):  # not empty: something in it is not ours
+                        path.rmdir()
+        if options.resume:
+            return
+        if options.overwrite and kept:
+            more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""
+            print(f"kept in {root}, because this command did not write it: {', '.join(kept[:5])}{more}")
         root.mkdir(parents=True, exist_ok=True)
         write_json(root / RUN_FILE, {"command": "finetune", "options": options.fingerprint()})
     except OSError as error:
@@ -124,20 +136,6 @@ def _check_apart_from_inputs(root: Path, options: FinetuneOptions) -> None:
             )
 
 
-def _check_kinds(root: Path) -> None:
-    """No folder may lie where a file goes, which nothing here may remove, and no file where a folder goes."""
-    for path in _paths(root):
-        if path.is_symlink():
-            continue
-        name = _name(path, root)
-        found, needed = ("folder", "file") if path.is_dir() else ("file", "folder")
-        if (_FILES if needed == "file" else _FOLDERS).fullmatch(name):
-            raise CommandError(
-                f"--output: {str(path)!r} is a {found}, and this command writes a {needed} of that name; it needs "
-                "another name"
-            )
-
-
 def _check_same_options(root: Path, options: FinetuneOptions) -> None:
     before = json.loads((root / RUN_FILE).read_text(encoding="utf-8"))["options"]
     for name, now in options.fingerprint().items():
@@ -158,32 +156,15 @@ def _paths(root: Path) -> list[Path]:
 
 def _foreign(root: Path) -> list[Path]:
     """Files and links in the folder that this command did not write."""
-    files = [path for path in _paths(root) if path.is_symlink() or not path.is_dir()]
-    return sorted((path for path in files if not _is_ours(path, root)), key=lambda path: (len(path.parts), path))
+    files = [path for path in _paths(root) if (path.is_symlink() or not path.is_dir()) and _kind(path, root) is None]
+    return sorted(files, key=lambda path: (len(path.parts), path))
 
 
-def _remove_ours(root: Path, chosen: Callable[[Path], object]) -> None:
-    """Remove what this command wrote of the paths for which ``chosen`` is true."""
-    for path in _paths(root):
-        if not chosen(path) or not _is_ours(path, root):
-            continue
-        if path.is_symlink() or not path.is_dir():
-            path.unlink()
-        else:
-            with contextlib.suppress(OSError):  # not empty: something in it is not ours
-                path.rmdir()
-
-
-def _is_ours(path: Path, root: Path) -> bool:
-    """Whether this command writes something of that name at that place; a symbolic link is judged by its own name."""
-    name = _name(path, root)
-    return bool(_FILES.fullmatch(name) or (path.is_dir() and _FOLDERS.fullmatch(name)))
-
-
-def _name(path: Path, root: Path) -> str:
-    """The path from ``root`` on, without what a temporary name adds to its parts."""
+def _kind(path: Path, root: Path) -> str | None:
+    """ "file" or "folder", whichever this command writes under that name, complete or temporary; None where neither."""
     parts = []
     for part in path.relative_to(root).parts:
         temporary = _TEMPORARY.fullmatch(part)
         parts += [part] if temporary is None else [temporary["name"]] * (temporary["saving"] is None)
-    return "/".join(parts)
+    name = "/".join(parts)
+    return "file" if _FILES.fullmatch(name) else "folder" if _FOLDERS.fullmatch(name) else None

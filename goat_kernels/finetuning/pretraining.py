@@ -64,7 +64,10 @@ def pretrained(
         torch.manual_seed(options.seed)
         return model_class(config)
 
-    folder = cache_folder() / f"{name}-{_key(identity, config)}"
+    fields = {field: value for field, value in config.to_dict().items() if field != "transformers_version"}
+    content = {"identity": identity, "config": fields, "versions": [torch.__version__, transformers.__version__]}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{name}-{key}"
     if (folder / "config.json").is_file():
         print(f"pretrained model: {folder} (cached)")
         return folder
@@ -80,18 +83,14 @@ def pretrained(
         model, record = train(
             build, dataset, default_data_collator, options, learning_rate, Path(scratch), description=description
         )
-    if record.diverged_at_step is not None:
-        raise CommandError(f"the pretraining of {name} diverged at step {record.diverged_at_step}; nothing is cached")
+    if record["diverged_at_step"] is not None:
+        raise CommandError(
+            f"the pretraining of {name} diverged at step {record['diverged_at_step']}; nothing is cached"
+        )
     with written_whole(folder) as temporary:
         model.cpu().save_pretrained(temporary)
         if beside is not None:
             beside(temporary)
-        write_json(temporary / "pretraining.json", {**identity, "final_loss": record.losses[-1]})
+        write_json(temporary / "pretraining.json", {**identity, "final_loss": record["losses"][-1]})
     print(f"pretrained model: {folder} (new)")
     return folder
-
-
-def _key(identity: dict[str, object], config: PreTrainedConfig) -> str:
-    fields = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
-    content = {"identity": identity, "config": fields, "versions": [torch.__version__, transformers.__version__]}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -9,18 +9,36 @@ None. A method that diverged has no saved model and no held-out metric.
     saved_in                where the trained model is, inside the output folder; None where the method diverged
     reload_bit_equal        whether the saved model, loaded back, gave the same outputs bit for bit; None likewise
 
-and the fields of ``train.TrainingRecord`` and ``task.Evaluation``.
+    from ``train.train``
+    steps                   optimiser steps done; fewer than planned after an interruption, or where the run diverged
+    diverged_at_step        the step whose loss was NaN or infinite, after which the run was stopped, or that left
+                            trained parameters so; None where all is finite
+    loss_steps, losses      the training loss, and the steps at which it was taken: the mean since the previous entry
+    time_per_step_ms        median over the steps since the run was started or resumed, from the batch being there to
+                            the weights being updated; NaN where none was left to do
+    peak_memory_mib         how far memory rose above where it stood before the model was loaded
+    peak_memory_source      what ``peak_memory_mib`` measures, in words
+
+    from ``tasks.evaluate``
+    metric                  accuracy or perplexity
+    held_out                accuracy in 0..1 (an output that is NaN counts as wrong), or perplexity
+    held_out_standard_error sqrt(p (1 - p) / n) of an accuracy p; of a perplexity, from the spread of the blocks'
+                            losses, None where there is too little data to tell
+    held_out_examples       n
+    load_by_layer           layer name -> share of the tokens that use each expert (sums to K); empty without routers
 """
 
 from __future__ import annotations
 
-import itertools
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from posixpath import commonpath, dirname
 
 import numpy as np
+import peft
 import torch
+import transformers
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -80,9 +98,6 @@ def _with_error(row: dict) -> str:
 
 def results_json(description: str, options: FinetuneOptions, rows: Sequence[dict]) -> dict:
     """The content of results.json."""
-    import peft
-    import transformers
-
     return {
         "description": description,
         "options": options.fingerprint(),
@@ -101,17 +116,14 @@ def results_json(description: str, options: FinetuneOptions, rows: Sequence[dict
 
 def write_figure(path: Path, rows: Sequence[dict], title: str) -> None:
     """Write results.png: the loss of every method, and how GOAT's layers use their experts."""
-    routed = next((row for row in rows if row["load_by_layer"]), None)
-    layers = len(routed["load_by_layer"]) if routed else 0
-    height = min(max(4.5, 1.6 + 0.17 * layers), 9)
-    figure = Figure(figsize=(12 if routed else 7, height), layout="constrained")
+    load = next((row["load_by_layer"] for row in rows if row["load_by_layer"]), {})
+    height = min(max(4.5, 1.6 + 0.17 * len(load)), 9)
+    figure = Figure(figsize=(12 if load else 7, height), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    if routed:
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        _draw_load(right, routed["load_by_layer"])
-    else:
-        left = figure.subplots()
+    left, *right = figure.subplots(1, 2 if load else 1, squeeze=False, width_ratios=(3, 2) if load else None)[0]
     draw_losses(left, rows)
+    if load:
+        _draw_load(right[0], load)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
@@ -128,7 +140,8 @@ def draw_losses(axes: Axes, rows: Sequence[dict]) -> None:
         if row["diverged_at_step"] is not None:
             label += f" (diverged at step {row['diverged_at_step']})"
             axes.axvline(row["diverged_at_step"], color=method.colour, linestyle=":", linewidth=1.2)
-        smooth = _running_mean(losses, max(5, len(losses) // 25))
+        window = max(5, len(losses) // 25)
+        smooth = np.convolve(losses, np.ones(window))[: len(losses)] / np.minimum(np.arange(len(losses)) + 1, window)
         axes.plot(row["loss_steps"], smooth, color=method.colour, linewidth=1.8, label=label)
     if finite and max(finite) > 20 * min(finite):
         axes.set_yscale("log")
@@ -144,21 +157,10 @@ def _draw_load(axes: Axes, load_by_layer: dict[str, list[float]]) -> None:
     image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 * even, interpolation="nearest")
     axes.set(xlabel="expert", title="Experts' load by layer, on the held-out data")
     axes.set_xticks(range(load.shape[1]) if load.shape[1] <= 16 else range(0, load.shape[1], 4))
-    names = _short_names(list(load_by_layer))
+    paths = [name.replace(".", "/") for name in load_by_layer]
+    shared = commonpath([dirname(path) for path in paths])
+    names = [path.removeprefix(f"{shared}/").replace("/", ".") for path in paths]
     every = max(1, -(-len(names) // _NAMED_LAYERS))
     axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
     bar = axes.figure.colorbar(image, ax=axes, extend="max")
     bar.set_label(f"share of tokens that use the expert (even: {even:.3g}, white)")
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last ``window`` values, over fewer at the start."""
-    sums = np.convolve(values, np.ones(window))[: len(values)]
-    return sums / np.minimum(np.arange(len(values)) + 1, window)
-
-
-def _short_names(names: list[str]) -> list[str]:
-    """Layer names without the parts that all of them start with."""
-    parts = [name.split(".") for name in names]
-    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
-    return [".".join(part[min(shared, len(part) - 1) :]) for part in parts]

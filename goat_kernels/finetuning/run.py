@@ -10,9 +10,8 @@ with the stage it was in:
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,9 +34,8 @@ from goat_kernels.finetuning.models import (
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.output import check_output, claim_output
 from goat_kernels.finetuning.results import format_table, results_json, write_figure
-from goat_kernels.finetuning.task import Evaluation, Task, evaluate
-from goat_kernels.finetuning.tasks import load_task
-from goat_kernels.finetuning.train import StopSignal, last_checkpoint, steps_of, train
+from goat_kernels.finetuning.tasks import Task, evaluate, load_task
+from goat_kernels.finetuning.train import last_checkpoint, steps_of, stop_signal, train
 from goat_kernels.training import GoatCallback
 
 #: What the two stages leave in a method's folder.
@@ -61,10 +59,8 @@ def run(options: FinetuneOptions) -> list[dict]:
     claim_output(root, options)
     try:
         return _run_methods(task, options, root)
-    except Interrupted:
-        raise
-    except KeyboardInterrupt:
-        raise Interrupted(_how_to_go_on(options)) from None
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(str(interrupt) or _how_to_go_on(options)) from None
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch.save has no exception of its own for a write that fails
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
@@ -83,21 +79,17 @@ def _run_methods(task: Task, options: FinetuneOptions, root: Path) -> list[dict]
     write_figure(root / "results.png", rows, task.description)
     print(f"\n{format_table(rows, task.description)}\n")
     for row in rows:
-        print(f"{row['method']}: {_outcome(row, root)}")
+        if row["diverged_at_step"] is None:
+            print(f"{row['method']}: {row['saved_in']} loads back with bit-equal outputs: {row['reload_bit_equal']}")
+            continue
+        checkpoint = last_checkpoint(root / row["method"] / "checkpoints")
+        print(
+            f"{row['method']}: diverged at step {row['diverged_at_step']} (its loss or its weights are NaN or "
+            "infinite) and is not saved; a lower --learning-rate may help"
+            + (f". The last checkpoint is {checkpoint}" if checkpoint else "")
+        )
     print(f"written to {root}: results.json, results.png")
     return rows
-
-
-def _outcome(row: dict, root: Path) -> str:
-    """About the saved model, or why there is none."""
-    if row["diverged_at_step"] is None:
-        return f"{row['saved_in']} loads back with bit-equal outputs: {row['reload_bit_equal']}"
-    checkpoint = last_checkpoint(root / row["method"] / "checkpoints")
-    return (
-        f"diverged at step {row['diverged_at_step']} (its loss or its weights are NaN or infinite) "
-        "and is not saved; a lower --learning-rate may help"
-        + (f". The last checkpoint is {checkpoint}" if checkpoint is not None else "")
-    )
 
 
 def _warm_up(task: Task, options: FinetuneOptions) -> None:
@@ -120,17 +112,17 @@ def _run_method(method: str, task: Task, options: FinetuneOptions, folder: Path)
     model = None
     if not trained_file.is_file():
         model = _train_method(method, task, options, saved, trained_file)
-    trained = _read_json(trained_file)
-    diverged = trained.get("diverged_at_step") is not None
-    if diverged:
-        evaluation = Evaluation(task.metric, math.nan, None, 0, {})
+    row = _read_json(trained_file)
+    if row["diverged_at_step"] is not None:
+        row |= {"metric": task.metric, "held_out": None, "held_out_standard_error": None, "held_out_examples": 0}
+        row["load_by_layer"] = {}
     else:
         device = training_device(options)
         if model is None:
             model = load_back(method, task.base, saved, device)
-        evaluation = evaluate(model, task, options.batch_size, device, f"{method}: evaluating")
-    write_json(result_file, {**trained, **asdict(evaluation)})
-    if not diverged:  # otherwise the last checkpoint is all there is
+        row |= evaluate(model, task, options.batch_size, device, f"{method}: evaluating")
+    write_json(result_file, row)
+    if row["diverged_at_step"] is None:  # otherwise the last checkpoint is all there is
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return _read_json(result_file)
 
@@ -142,7 +134,7 @@ def _train_method(
 
     A model that diverged is not saved: nobody is to take it for a trained one. Returns None for it.
     """
-    with StopSignal() as stop:
+    with stop_signal() as stop:
         model, record = train(
             lambda: build(method, task.base, options),
             task.train,
@@ -154,11 +146,9 @@ def _train_method(
             stop=stop,
             callbacks=[GoatCallback()] if METHODS[method].rates_of == "goat" else [],
         )
-        diverged = record.diverged_at_step is not None
-        if not record.finished and not diverged:
-            raise Interrupted(
-                f"{method} stopped after step {record.steps}; a checkpoint is written. {_how_to_go_on(options)}"
-            )
+        steps, diverged = record["steps"], record["diverged_at_step"] is not None
+        if not diverged and steps < steps_of(len(task.train), options):
+            raise Interrupted(f"{method} stopped after step {steps}; a checkpoint is written. {_how_to_go_on(options)}")
         count = trainable_parameters(model)
         reloaded, bit_equal = None, None
         if not diverged:
@@ -171,11 +161,10 @@ def _train_method(
             "trainable_parameters": count,
             "saved_in": None if diverged else f"{method}/{saved.name}",
             "reload_bit_equal": bit_equal,
-            **{name: value for name, value in asdict(record).items() if name != "finished"},
         }
-        write_json(trained_file, trained)
+        write_json(trained_file, trained | record)
         if stop.requested:
-            done = f"diverged at step {record.diverged_at_step}" if diverged else "is trained and saved"
+            done = f"diverged at step {steps}" if diverged else "is trained and saved"
             raise Interrupted(f"{method} {done}. {_how_to_go_on(options)}")
     return reloaded
 

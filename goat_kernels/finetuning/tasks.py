@@ -1,15 +1,23 @@
-"""The tasks by name: each is a function from the options to a :class:`Task`, with an entry in :func:`load_task`."""
+"""The tasks (data, a base model and a metric), and the evaluation of a trained model on the held-out data.
+
+Each task is a function from the options to a :class:`Task`, with an entry in :func:`load_task`.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -18,26 +26,48 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
     default_data_collator,
 )
 
 from goat_kernels.command_errors import CommandError, one_line
-from goat_kernels.finetuning.data import Examples, class_ids, class_names, describe_classes, split
-from goat_kernels.finetuning.demo import digits_task
-from goat_kernels.finetuning.examples import Images, Responses, Tensors, Texts, from_chats, pack
+from goat_kernels.finetuning import demo
+from goat_kernels.finetuning.data import Examples, describe_classes, split
+from goat_kernels.finetuning.examples import IGNORED, Images, Responses, Tensors, Texts, from_chats, pack
 from goat_kernels.finetuning.images import (
+    UNBOUNDED,
     check_images,
-    describe_ranges,
-    merged,
     open_image,
+    pixel_range,
     read_images,
     split_folders,
     to_rgb,
 )
 from goat_kernels.finetuning.models import BaseModel, base_model, classifier, load_config, text_limits
 from goat_kernels.finetuning.options import FinetuneOptions
-from goat_kernels.finetuning.task import Task
 from goat_kernels.finetuning.texts import read_texts
+from goat_kernels.training import router_statistics
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that the methods share.
+
+    Attributes:
+        description: one line for the report.
+        train: data set of dicts, for training.
+        held_out: the same, for measuring.
+        collate: list of dicts -> batch.
+        base: the pretrained model.
+        metric: ``"accuracy"`` or ``"perplexity"``.
+    """
+
+    description: str
+    train: Dataset
+    held_out: Dataset
+    collate: Callable[[list[dict]], dict[str, Tensor]]
+    base: BaseModel
+    metric: str
 
 
 def load_task(options: FinetuneOptions) -> Task:
@@ -46,12 +76,28 @@ def load_task(options: FinetuneOptions) -> Task:
     Raises:
         CommandError: the model or the data cannot be used.
     """
-    return {
-        "digits": digits_task,
+    load = {
+        "digits": _digits,
         "image-classification": _image_classification,
         "text-classification": _text_classification,
         "causal-lm": _causal_lm,
-    }[options.task](options)
+    }
+    return load[options.task](options)
+
+
+def _digits(options: FinetuneOptions) -> Task:
+    images, ids = demo.digits_data()
+    folder, *halves = demo.pretrained_digits(options.device, demo.PRETRAINING)
+    names = [str(i) for i in range(10)]
+    print(describe_classes(names, *(ids[half].tolist() for half in halves)))
+    images = demo.changed_appearance(images)
+    train, held_out = (Tensors(pixel_values=images[half], labels=ids[half]) for half in halves)
+    description = (
+        f"digits: ViT pretrained on 0-{demo.PRETRAINING_CLASSES - 1} as they are -> all ten, inverted and rotated; "
+        f"{len(train)} images to train on, {len(held_out)} held out"
+    )
+    base = classifier(str(folder), AutoModelForImageClassification, options, names)
+    return Task(description, train, held_out, default_data_collator, base, "accuracy")
 
 
 def _image_classification(options: FinetuneOptions) -> Task:
@@ -59,11 +105,10 @@ def _image_classification(options: FinetuneOptions) -> Task:
     read, extremes = [], {}
     for argument, source in _sources(*split_folders(options.data, options.eval_data)).items():
         examples = read_images(argument, source, options.image_column, options.label_column)
-        examples, found = check_images(argument, source, examples, options.skip_bad_files)
-        read.append(examples)
-        extremes = merged(extremes, found)
-    for line in describe_ranges(extremes):
-        print(line)
+        read.append(check_images(argument, source, examples, options.skip_bad_files, extremes))
+    for mode in extremes:
+        low, high = pixel_range(mode, extremes)
+        print(f"{UNBOUNDED[mode][0]} pixels are scaled: {low:g} is black, {high:g} is white")
     parts, names = _classified(options, *read)
     pixels = _image_transform(options.model, config)
     train, held_out = (
@@ -74,19 +119,13 @@ def _image_classification(options: FinetuneOptions) -> Task:
 
 
 def _text_classification(options: FinetuneOptions) -> Task:
-    config = load_config(options.model, AutoModelForSequenceClassification)
-    tokenizer = _tokenizer(options.model)
-    positions, rows = text_limits(config, AutoModelForSequenceClassification)
+    tokenizer, positions, rows = _text_model(options, AutoModelForSequenceClassification)
     positions = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     special = tokenizer.num_special_tokens_to_add(pair="," in options.text_column)
     length = _max_length(options, positions, 1 + special)
-    parts, names = _classified(
-        options,
-        *(
-            read_texts(argument, source, options.text_column, options.label_column)
-            for argument, source in _sources(options.data, options.eval_data).items()
-        ),
-    )
+    sources = _sources(options.data, options.eval_data).items()
+    read = [read_texts(*source, options.text_column, options.label_column) for source in sources]
+    parts, names = _classified(options, *read)
     train, held_out = (Texts(items, ids, tokenizer, length) for items, ids in parts)
     highest = _report_cut([train, held_out], length, options)
     _check_tokens(options.model, tokenizer, max(highest, tokenizer.pad_token_id), rows)
@@ -97,27 +136,23 @@ def _text_classification(options: FinetuneOptions) -> Task:
 
 
 def _causal_lm(options: FinetuneOptions) -> Task:
-    config = load_config(options.model, AutoModelForCausalLM)
-    tokenizer = _tokenizer(options.model)
-    positions, rows = text_limits(config, AutoModelForCausalLM)
+    tokenizer, positions, rows = _text_model(options, AutoModelForCausalLM)
     length = _max_length(options, positions, 2)
-    items = {
-        argument: read_texts(argument, source, options.text_column, None).items
-        for argument, source in _sources(options.data, options.eval_data).items()
-    }
+    sources = _sources(options.data, options.eval_data).items()
+    items = {source[0]: read_texts(*source, options.text_column, None).items for source in sources}
     if "," in options.text_column:
         parts = [Responses(argument, pairs, tokenizer, length) for argument, pairs in items.items()]
         highest = max(_report_cut(parts, length, options), tokenizer.pad_token_id)
         tokenizer.padding_side = "right"
         collate = DataCollatorForSeq2Seq(tokenizer)
     else:
-        kinds = {name: "texts" if isinstance(those[0], str) else "chat messages" for name, those in items.items()}
-        if len(set(kinds.values())) > 1:
-            has = ", ".join(f"{argument} has {kind}" for argument, kind in kinds.items())
+        chats = {name: not isinstance(those[0], str) for name, those in items.items()}
+        if len(set(chats.values())) > 1:
+            has = ", ".join(f"{name} has {'chat messages' if chat else 'texts'}" for name, chat in chats.items())
             raise CommandError(f"{has}; both need the same, or the perplexity is not that of the training's format")
         block = min(options.block_size, positions or options.block_size)
         blocks = [
-            pack(name, those if kinds[name] == "texts" else from_chats(name, those, tokenizer), tokenizer, block)
+            pack(name, from_chats(name, those, tokenizer) if chats[name] else those, tokenizer, block)
             for name, those in items.items()
         ]
         parts = [Tensors(input_ids=tokens, labels=tokens) for tokens in blocks]  # the model shifts the labels itself
@@ -133,7 +168,7 @@ def _causal_lm(options: FinetuneOptions) -> Task:
 
 
 def _sources(data: str, eval_data: str | None) -> dict[str, str]:
-    """Option -> source, of what is given."""
+    """Option -> source, of the options that are given."""
     return {"--data": data} | ({"--eval-data": eval_data} if eval_data is not None else {})
 
 
@@ -145,10 +180,19 @@ def _classified(
     options: FinetuneOptions, examples: Examples, held_out: Examples | None = None
 ) -> tuple[list[tuple[Sequence, list[int]]], list[str]]:
     """[(items, class ids) for training, the same for held out], and the class names; prints how many of each."""
-    names = class_names("--data", examples.labels)
-    ids = class_ids("--data", examples.labels, names)
+    names = sorted(set(examples.labels))
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        names.sort(key=int)
+    if len(names) < 2:
+        raise CommandError(f"--data has one class, {names[0]!r:.80}; classification needs at least two")
+    index = {name: i for i, name in enumerate(names)}
+    ids = [index[label] for label in examples.labels]
     if held_out is not None:
-        parts = [(examples.items, ids), (held_out.items, class_ids("--eval-data", held_out.labels, names))]
+        if unknown := sorted(set(held_out.labels) - index.keys()):
+            raise CommandError(
+                f"--eval-data has the classes {unknown[:5]}, which the training data lacks: {names[:20]}"
+            )
+        parts = [(examples.items, ids), (held_out.items, [index[label] for label in held_out.labels])]
     else:
         halves = split(len(ids), ids, options.eval_fraction, options.seed, "--data")
         parts = [(Subset(examples.items, half), [ids[i] for i in half]) for half in halves]
@@ -162,9 +206,12 @@ def _classified(
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 
 
-def _tokenizer(source: str):
+def _text_model(options: FinetuneOptions, auto_class) -> tuple[PreTrainedTokenizerBase, int | None, int | None]:
+    """The tokenizer of --model, and its :func:`text_limits`."""
+    source = options.model
+    config = load_config(source, auto_class)
     path = Path(source).expanduser()
-    if path.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in path.glob(pattern)):
+    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
         # transformers would make one from the model's type, without any words.
         raise CommandError(
             f"--model {source!r} has no tokenizer; it needs one of the files {', '.join(_TOKENIZER_FILES)}"
@@ -177,7 +224,7 @@ def _tokenizer(source: str):
         if tokenizer.eos_token is None:
             raise CommandError(f"--model {source!r} has a tokenizer with neither a pad nor an eos token; it needs one")
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return tokenizer, *text_limits(config, auto_class)
 
 
 def _max_length(options: FinetuneOptions, positions: int | None, least: int) -> int:
@@ -187,12 +234,16 @@ def _max_length(options: FinetuneOptions, positions: int | None, least: int) -> 
 
 
 def _report_cut(parts: list[Texts] | list[Responses], length: int, options: FinetuneOptions) -> int:
-    """Say how many texts do not fit; the highest token of all."""
-    counts, highest = zip(*(part.count_cut() for part in parts), strict=True)
-    if cut := sum(counts):
+    """Print how many texts are too long; returns the highest token id of all."""
+    cut, highest, count = 0, 0, sum(map(len, parts))
+    every = (part.tokens(i) for part in parts for i in range(len(part)))
+    for tokens in tqdm(every, desc="counting tokens", total=count, leave=False):
+        cut += len(tokens) > length
+        highest = max(highest, *tokens, 0)
+    if cut:
         reason = f"--max-length {length}" if length == options.max_length else "the model takes no more"
-        print(f"{cut} of {sum(map(len, parts))} texts are cut to {length} tokens ({reason})")
-    return max(highest)
+        print(f"{cut} of {count} texts are cut to {length} tokens ({reason})")
+    return highest
 
 
 def _check_tokens(source: str, tokenizer, highest: int, rows: int | None) -> None:
@@ -234,3 +285,48 @@ def _image_transform(source: str, config) -> Callable[[Image.Image], Tensor]:
         return pixels.permute(2, 0, 1) / 127.5 - 1
 
     return scaled
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, batch_size: int, device: torch.device, description: str) -> dict:
+    """Measure ``model`` on the held-out data; returns the evaluation's fields of a row (``results``)."""
+    model.eval()
+    accuracy = task.metric == "accuracy"
+    scores: list[Tensor] = []
+    load: dict[str, Tensor | float] = defaultdict(float)
+    loader = DataLoader(task.held_out, batch_size=batch_size, collate_fn=task.collate)
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+        scores.append((_correct if accuracy else _block_losses)(logits, labels).cpu())
+        for name, layer in router_statistics(model).items():
+            load[name] += torch.tensor(layer.load) * len(labels)
+    score = torch.cat(scores).double()
+    count, held_out, error = len(score), score.mean().item(), None
+    if accuracy:
+        error = math.sqrt(held_out * (1 - held_out) / count)
+    else:
+        held_out = score.mean().exp().item()
+        if count > 1:
+            error = held_out * score.std().item() / math.sqrt(count)  # d exp(m) = exp(m) dm
+    return {
+        "metric": task.metric,
+        "held_out": held_out,
+        "held_out_standard_error": error,
+        "held_out_examples": count,
+        "load_by_layer": {name: (total / count).tolist() for name, total in load.items()},
+    }
+
+
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(dim=-1) == labels) & ~logits.isnan().any(dim=-1)
+
+
+def _block_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of each sequence [batch] over the tokens that have one, in float32."""
+    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+    return losses.sum(dim=1) / (labels[:, 1:] != IGNORED).sum(dim=1)

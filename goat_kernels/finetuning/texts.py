@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +20,7 @@ from goat_kernels.finetuning.data import (
     JSON_SUFFIXES,
     SEPARATED_SUFFIXES,
     Examples,
+    check_columns,
     local_path,
     looks_like_path,
     read_hub,
@@ -32,9 +33,6 @@ _CELL_LIMIT = 2**31 - 1
 #: What programs write where a number is not known, in lower case.
 _MISSING = ("na", "n/a", "nan", "null", "none", "")
 
-#: What no encoding can write: JSON has a character beyond 16 bits as two of these.
-_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
-
 
 def read_texts(argument: str, source: str, text_column: str, label_column: str | None) -> Examples:
     """Texts, or pairs of texts, from a table, from text files (without classes), or from the hub.
@@ -46,24 +44,21 @@ def read_texts(argument: str, source: str, text_column: str, label_column: str |
         label_column: the column of the class; None where the task has no classes, and a text may be a chat (a list of
             messages) then, unless it is one of a pair.
     """
-    needs = "a CSV, TSV, JSON or JSONL file"
+    named, needs = f"{argument} {source!r}", "a CSV, TSV, JSON or JSONL file"
     if label_column is None:
         needs = f"a text file, a folder of .txt files, or {needs}"
     wanted = [("--text-column", name.strip()) for name in text_column.split(",")]
     if label_column is not None:
         wanted.append(("--label-column", label_column.strip()))
     if not looks_like_path(source):
-        named = f"{argument} {source!r}"
         columns = read_hub(argument, source, wanted)
     else:
         path = local_path(argument, source, needs)
-        named = f"{argument} {str(path)!r}"
-        if path.suffix.lower() in (*SEPARATED_SUFFIXES, *JSON_SUFFIXES):
-            columns = _read_columns(argument, path, wanted)
-        elif label_column is not None:
-            raise CommandError(f"{argument} {source!r} has no columns; it needs {needs}")
-        else:
+        if path.suffix.lower() not in (*SEPARATED_SUFFIXES, *JSON_SUFFIXES):
+            if label_column is not None:
+                raise CommandError(f"{named} has no columns; it needs {needs}")
             return _read_text_files(argument, source, path, needs)
+        columns = _read_columns(named, path, _read_file(argument, path), wanted)
     cells = [(named, name, values) for (_, name), values in zip(wanted, columns, strict=True)]
     labels = as_labels(*cells.pop()) if label_column is not None else None
     if len(cells) > 1:
@@ -103,33 +98,25 @@ def _read_text_files(argument: str, source: str, path: Path, needs: str) -> Exam
     return Examples([re.sub(r"\r\n?", "\n", text) for text in texts])
 
 
-def _read_columns(argument: str, path: Path, wanted: Sequence[tuple[str, str]]) -> list[list]:
+def _read_columns(source: str, path: Path, text: str, wanted: Sequence[tuple[str, str]]) -> list[list]:
     """The columns ``wanted``, as (option, name), of a table: a cell of each row, None where there is none."""
-    source, text = f"{argument} {str(path)!r}", _read_file(argument, path)
-    if path.suffix.lower() in SEPARATED_SUFFIXES:
-        header, rows = _separated(source, path, text, {name for _, name in wanted})
-    else:
+    if path.suffix.lower() in JSON_SUFFIXES:
         rows = list(_objects(source, text))
         header = list(dict.fromkeys(name for row in rows for name in row))
-    if not rows:
-        raise CommandError(f"{source} has no rows; it needs at least a few examples")
-    for option, name in wanted:
-        if header.count(name) != 1:
-            found = f"{header.count(name)} columns" if name in header else "not a column"
-            raise CommandError(f"{option} {name!r} is {found} of {source}; it has {header!s:.300}")
+    else:
+        usual = "\t" if path.suffix.lower() == ".tsv" else ","
+        header, rows = _separated(source, text, usual, {name for _, name in wanted})
+    check_columns(source, header, len(rows), wanted)
     return [[row.get(name) for row in rows] for _, name in wanted]
 
 
-def _separated(source: str, path: Path, text: str, wanted: set[str]) -> tuple[list[str], list[dict[str, str]]]:
+def _separated(source: str, text: str, usual: str, wanted: set[str]) -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows of a table whose cells are separated by commas, semicolons, tabs or bars."""
-    usual = "\t" if path.suffix.lower() == ".tsv" else ","
     # Spreadsheets write semicolons where the comma is the decimal point.
-    separators = [usual, *(other for other in ",;\t|" if other != usual)]
-    separator = next((one for one in separators if wanted <= _header(text, one)), usual)
+    separator = next((one for one in (usual, *",;\t|") if wanted <= _header(text, one)), usual)
     if separator != usual:
         print(f"{source} separates its cells by {separator!r}")
-    # Not text.splitlines(): that splits at U+2028, U+0085 and form feeds too.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    reader = _csv_reader(text, separator, strict=True)
     before = csv.field_size_limit(_CELL_LIMIT)
     try:
         lines = [row for row in reader if any(cell.strip() for cell in row)]
@@ -156,11 +143,16 @@ def _separated(source: str, path: Path, text: str, wanted: set[str]) -> tuple[li
 
 def _header(text: str, separator: str) -> set[str]:
     """The names of the columns, were the cells separated by ``separator``."""
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
+        rows = _csv_reader(text, separator)
         return {name.strip() for name in next((row for row in rows if any(cell.strip() for cell in row)), [])}
     except csv.Error:
         return set()
+
+
+def _csv_reader(text: str, separator: str, **options):
+    # Not text.splitlines(): that splits at U+2028, U+0085 and form feeds too.
+    return csv.reader(io.StringIO(text, newline=""), delimiter=separator, **options)
 
 
 def _objects(source: str, text: str) -> Iterator[dict]:
@@ -202,15 +194,16 @@ def _as_texts(source: str, name: str, values: Sequence, kind: str = "a text") ->
     Raises:
         CommandError: a cell with nothing in it, or with a list or an object, such as the messages of a chat.
     """
-    if kind == "a text" and any(map(_is_chat, values)):
+    if kind == "a text" and any(isinstance(value, list) and _chat(value) for value in values):
         raise CommandError(
             f"{source}: column {name!r} has chat messages, which only --task causal-lm can use, as one column"
         )
-    _refuse(source, values, _is_empty, f"has nothing in column {name!r}; it needs {kind}")
-    nested = [i for i, value in enumerate(values) if not isinstance(value, str | int | float)]
-    if nested:
-        found = "a list" if isinstance(values[nested[0]], list | tuple) else "an object"
-        raise CommandError(f"{source}: {_rows(nested)} has {found} in column {name!r}; it needs {kind}")
+    for bad, found in (
+        (_is_empty, "nothing"),
+        (lambda value: isinstance(value, list | tuple), "a list"),
+        (lambda value: not isinstance(value, str | int | float), "an object"),
+    ):
+        _refuse(source, values, bad, f"has {found} in column {name!r}; it needs {kind}")
     # JSON does not tell 1.0 from 1.
     texts = [str(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values]
     _refuse_half_characters(source, name, texts)
@@ -220,14 +213,27 @@ def _as_texts(source: str, name: str, values: Sequence, kind: str = "a text") ->
 def _as_texts_or_chats(source: str, name: str, values: Sequence) -> list[str] | list[list[dict]]:
     """The cells as texts, or all as chats: lists of messages with ``role`` and ``content``, or that list as JSON in a
     string, as a CSV file has it."""
-    values = [_parsed_chat(value) for value in values]
-    rows = [i for i, value in enumerate(values) if not _is_chat(value)]
+    chats = [_chat(value) for value in values]
+    rows = [i for i, chat in enumerate(chats) if chat is None]
     if len(rows) == len(values):
         return _as_texts(source, name, values)
     if rows:
         raise CommandError(f"{source}: column {name!r} has chat messages in some rows and none in {_rows(rows)}")
-    _refuse_half_characters(source, name, ["".join(str(message["content"]) for message in chat) for chat in values])
-    return values
+    _refuse_half_characters(source, name, ["".join(str(message["content"]) for message in chat) for chat in chats])
+    return chats
+
+
+def _chat(value: object) -> list[dict] | None:
+    """The messages in a cell, or None where it has something else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, list) or not value:
+        return None
+    messages = (isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)
+    return value if all(messages) else None
 
 
 def as_labels(source: str, name: str, values: Sequence) -> list[str]:
@@ -247,8 +253,7 @@ def as_labels(source: str, name: str, values: Sequence) -> list[str]:
         )
     texts = _as_texts(source, name, values, "a class")
     labels = [text.strip() for text in texts]
-    changed = sum(text != label for text, label in zip(texts, labels, strict=True))
-    if changed:
+    if changed := sum(map(operator.ne, texts, labels)):
         print(f"warning: {where} has spaces around the class in {changed} rows; they are left out")
     known = [label for label in labels if label.casefold() not in _MISSING]
     numbers = [_number(label) for label in known]
@@ -277,11 +282,12 @@ def _refuse(source: str, values: Sequence, bad: Callable[[object], object], prob
 
 
 def _refuse_half_characters(source: str, name: str, texts: Sequence[str]) -> None:
+    """Refuse what no encoding can write: JSON has a character beyond 16 bits as two of these."""
     problem = (
         f"has half a character (such as \\ud83d alone) in column {name!r}; it needs whole ones, as text that is not "
         "cut in the middle of one"
     )
-    _refuse(source, texts, _HALF_CHARACTER.search, problem)
+    _refuse(source, texts, re.compile(r"[\ud800-\udfff]").search, problem)
 
 
 def _rows(indices: Sequence[int]) -> str:
@@ -291,28 +297,7 @@ def _rows(indices: Sequence[int]) -> str:
 
 
 def _is_empty(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _is_chat(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)
-    )
-
-
-def _parsed_chat(value: object) -> object:
-    """The chat that a string has as JSON; anything else as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    try:
-        chat = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    return chat if _is_chat(chat) else value
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _number(text: str) -> float | None:

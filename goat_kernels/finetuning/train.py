@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -9,9 +10,9 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import torch
@@ -31,57 +32,29 @@ _LOGGED_STEPS = 2000
 _SAMPLE_S = 0.005
 
 
-@dataclass(frozen=True)
-class TrainingRecord:
-    """What a run leaves behind.
+@contextlib.contextmanager
+def stop_signal() -> Iterator[SimpleNamespace]:
+    """Turn the first Ctrl-C into a request to stop after the running step; a second one interrupts at once.
 
-    Attributes:
-        steps: optimiser steps done; fewer than planned after an interruption, or where the run diverged.
-        finished: whether all planned steps were done.
-        diverged_at_step: the step whose loss was NaN or infinite, after which the run was stopped, or that left
-            trained parameters so; None where all is finite.
-        loss_steps: the steps at which ``losses`` were taken.
-        losses: training loss, the mean since the previous entry.
-        time_per_step_ms: median over the steps since the run was started or resumed, from the batch being there
-            to the weights being updated; nan where none was left to do.
-        peak_memory_mib: how far memory rose above where it stood before the model was loaded.
-        peak_memory_source: what ``peak_memory_mib`` measures, in words.
+    The yielded object's ``requested`` is true after the first. Outside the main thread, where Python delivers no
+    signals, nothing is installed.
     """
+    stop = SimpleNamespace(requested=False)
 
-    steps: int
-    finished: bool
-    diverged_at_step: int | None
-    loss_steps: list[int] = field(repr=False)
-    losses: list[float] = field(repr=False)
-    time_per_step_ms: float
-    peak_memory_mib: float
-    peak_memory_source: str
-
-
-class StopSignal:
-    """Turns the first Ctrl-C into a request to stop after the running step; a second one interrupts at once.
-
-    A context manager; outside the main thread, where Python delivers no signals, it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> StopSignal:
-        self._installed = threading.current_thread() is threading.main_thread()
-        if self._installed:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _handle(self, number, frame) -> None:
-        if self.requested:
+    def handle(number, frame) -> None:
+        if stop.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        stop.requested = True
         tqdm.write("stopping after this step and writing a checkpoint; Ctrl-C again to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def train(
@@ -93,9 +66,9 @@ def train(
     folder: Path,
     *,
     description: str,
-    stop: StopSignal | None = None,
+    stop: SimpleNamespace | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> tuple[PreTrainedModel, TrainingRecord]:
+) -> tuple[PreTrainedModel, dict]:
     """Train a model, from the last complete checkpoint in ``folder`` where there is one.
 
     Args:
@@ -106,76 +79,55 @@ def train(
         learning_rate: at its highest; it rises over the warm-up and then falls linearly to 0.
         folder: for checkpoints.
         description: label of the progress bar.
-        stop: asked after every step whether to write a checkpoint and return early.
+        stop: from :func:`stop_signal`; asked after every step whether to write a checkpoint and return early.
         callbacks: further Trainer callbacks.
 
     Returns:
-        the trained model, in eval mode, and the record of the run.
+        the trained model, in eval mode, and the training's fields of a row (``results``).
     """
     arguments = _training_arguments(dataset, options, learning_rate, folder)
     watch = _Watch(description, arguments.device, stop)
     checkpoint = last_checkpoint(folder)
-    with PeakMemory(arguments.device) as memory:
+    with peak_memory(arguments.device) as memory:
         model = build_model()
         if checkpoint is not None and not isinstance(model, PeftModel):
-            _load_weights(model, checkpoint)
+            # Trainer does so itself, but by the names in the file: transformers 5 saves some architectures (ViT among
+            # them) under other names than their modules have. Trainer skips those without an error, and trains on from
+            # the base weights.
+            model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
         trainer = _Trainer(
-            watch, model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=callbacks
+            model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=[watch, *callbacks]
         )
+        trainer.watch = watch
         trainer.remove_callback(PrinterCallback)
-        state = _final_state(checkpoint, arguments.max_steps)
-        if state is None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else trainer.state
+        if state.global_step < arguments.max_steps:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = trainer.state
-        elif isinstance(model, PeftModel):
+        elif isinstance(model, PeftModel):  # all steps are done: Trainer, resumed from there, would do one more
             model.load_adapter(str(checkpoint), model.active_adapter)
     diverged_at_step = watch.diverged_at_step
     if diverged_at_step is None and not _finite_parameters(model):
         diverged_at_step = state.global_step
     logged = [entry for entry in state.log_history if "loss" in entry]
-    record = TrainingRecord(
-        steps=state.global_step,
-        finished=state.global_step >= state.max_steps,
-        diverged_at_step=diverged_at_step,
-        loss_steps=[entry["step"] for entry in logged],
-        losses=[entry["loss"] for entry in logged],
-        time_per_step_ms=statistics.median(watch.steps_ms) if watch.steps_ms else math.nan,
-        peak_memory_mib=memory.peak_mib,
-        peak_memory_source=memory.source,
-    )
-    return model.eval(), record
+    return model.eval(), {
+        "steps": state.global_step,
+        "diverged_at_step": diverged_at_step,
+        "loss_steps": [entry["step"] for entry in logged],
+        "losses": [entry["loss"] for entry in logged],
+        "time_per_step_ms": statistics.median(watch.steps_ms) if watch.steps_ms else math.nan,
+        "peak_memory_mib": memory.peak_mib,
+        "peak_memory_source": memory.source,
+    }
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in ``folder``, or None. Trainer writes a checkpoint's state file last."""
-    complete = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _final_state(checkpoint: Path | None, steps: int) -> TrainerState | None:
-    """The state in ``checkpoint`` where all steps are done: Trainer, resumed from there, would do one more."""
-    if checkpoint is None:
-        return None
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state if state.global_step >= steps else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, or cut short where the process was killed
-        return False
-    return True
-
-
-def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into ``model``.
-
-    Trainer does so itself, but by the names in the file: transformers 5 saves some architectures (ViT among them) under
-    other names than their modules have, which Trainer then skips without an error and trains on from the base weights.
-    """
-    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+        with contextlib.suppress(OSError, ValueError):  # absent, or cut short where the process was killed
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+    return None
 
 
 def steps_of(count: int, options: FinetuneOptions) -> int:
@@ -222,49 +174,41 @@ def _finite_parameters(model: PreTrainedModel | PeftModel) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in trained)
 
 
-class PeakMemory:
-    """Context manager: by how many MiB memory rose, at its peak, above where it stood at the start.
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[SimpleNamespace]:
+    """Measure by how many MiB memory rises, at its peak, above the level at the start.
 
-    On a GPU that is torch's allocator (exact). On a CPU it is the resident memory of the process, sampled every 5 ms;
-    memory that the process had freed but not given back to the system is given back first, where psutil can do that.
-
-    Attributes:
-        peak_mib: set when the block ends.
-        source: what was measured, in words.
+    The yielded object has ``peak_mib`` when the block ends, and ``source``, what was measured. On a GPU that is the
+    memory allocated by torch (exact). On a CPU it is the resident memory of the process, sampled every 5 ms; memory
+    that the process has freed but still holds is returned to the system first, where psutil can do that.
     """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        memory = SimpleNamespace(source="GPU memory allocated by torch")
+        yield memory
+        memory.peak_mib = (torch.cuda.max_memory_allocated(device) - start) / 2**20
+        return
+    if hasattr(psutil, "heap_trim"):
+        psutil.heap_trim()
+    process, done = psutil.Process(), threading.Event()
+    memory = SimpleNamespace(source="resident memory of the process", peak_mib=0.0)
+    start = process.memory_info().rss
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.peak_mib = 0.0
-        self.source = "GPU memory allocated by torch" if device.type == "cuda" else "resident memory of the process"
+    def sample() -> None:
+        last = False
+        while not last:
+            last = done.wait(_SAMPLE_S)
+            memory.peak_mib = max(memory.peak_mib, (process.memory_info().rss - start) / 2**20)
 
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._start = torch.cuda.memory_allocated(self._device)
-            return self
-        if hasattr(psutil, "heap_trim"):
-            psutil.heap_trim()
-        self._process, self._stop = psutil.Process(), threading.Event()
-        self._start = self._peak = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._device.type == "cuda":
-            self._peak = torch.cuda.max_memory_allocated(self._device)
-        else:
-            self._stop.set()
-            self._thread.join()
-        self.peak_mib = (self._peak - self._start) / 2**20
-
-    def _sample(self) -> None:
-        stopped = False
-        while not stopped:
-            stopped = self._stop.wait(_SAMPLE_S)
-            self._peak = max(self._peak, self._process.memory_info().rss)
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        done.set()
+        thread.join()
 
 
 class _Watch(TrainerCallback):
@@ -275,7 +219,7 @@ class _Watch(TrainerCallback):
         diverged_at_step: the first step with a loss, or a checkpoint's weights, that are NaN or infinite; or None.
     """
 
-    def __init__(self, description: str, device: torch.device, stop: StopSignal | None) -> None:
+    def __init__(self, description: str, device: torch.device, stop: SimpleNamespace | None) -> None:
         self._description, self._device, self._stop = description, device, stop
         self.steps_ms: list[float] = []
         self.diverged_at_step: int | None = None
@@ -315,12 +259,10 @@ class _Watch(TrainerCallback):
 class _Trainer(Trainer):
     """Has ``watch`` look at the loss of every batch: what is logged is a mean, of many steps in a long run."""
 
-    def __init__(self, watch: _Watch, *, callbacks: Sequence[TrainerCallback], **arguments) -> None:
-        self._watch = watch
-        super().__init__(callbacks=[watch, *callbacks], **arguments)
+    watch: _Watch
 
     def training_step(self, *args, **kwargs) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self._watch.diverged_at_step is None and not torch.isfinite(loss).all():
-            self._watch.diverged_at_step = self.state.global_step + 1
+        if self.watch.diverged_at_step is None and not torch.isfinite(loss).all():
+            self.watch.diverged_at_step = self.state.global_step + 1
         return loss

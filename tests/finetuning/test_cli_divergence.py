@@ -14,7 +14,7 @@ from test_cli_finetune import TINY, finetune, tiny_demo
 from goat_kernels.files import write_json
 from goat_kernels.finetuning import demo, run
 from goat_kernels.finetuning.results import draw_losses, format_table
-from goat_kernels.finetuning.task import Task, evaluate
+from goat_kernels.finetuning.tasks import Task, evaluate
 
 __all__ = ["tiny_demo"]  # fixture
 
@@ -124,13 +124,13 @@ def evaluated(logits: torch.Tensor, labels: torch.Tensor, metric: str):
 
 def test_an_output_that_is_nan_is_no_right_answer():
     # argmax of a row with NaN is the NaN's place, here that of the right class
-    assert evaluated(torch.tensor([math.nan, 1.0, 0.0]), torch.tensor(0), "accuracy").held_out == 0
-    assert evaluated(torch.tensor([2.0, 1.0, 0.0]), torch.tensor(0), "accuracy").held_out == 1
+    assert evaluated(torch.tensor([math.nan, 1.0, 0.0]), torch.tensor(0), "accuracy")["held_out"] == 0
+    assert evaluated(torch.tensor([2.0, 1.0, 0.0]), torch.tensor(0), "accuracy")["held_out"] == 1
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite():
     logits = torch.tensor([[0.0, 5000.0]]).repeat(3, 1)
-    assert evaluated(logits, torch.tensor([0, 0, 0]), "perplexity").held_out == math.inf
+    assert evaluated(logits, torch.tensor([0, 0, 0]), "perplexity")["held_out"] == math.inf
 
 
 def result(**changes) -> dict:

@@ -153,13 +153,11 @@ def test_unknown_command(capsys):
     assert "'shear'" in capsys.readouterr().err
 
 
-def test_data_from_the_hub_needs_the_extra(monkeypatch):
-    from goat_kernels.command_errors import CommandError
-    from goat_kernels.finetuning.texts import read_texts
-
+def test_data_from_the_hub_needs_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CommandError, match=r"pip install 'goat-kernels\[demo\]'"):
-        read_texts("--data", "someone/data", "text", None)
+    assert main(["finetune", *IMAGE, "--data", "someone/data"]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "datasets is not installed; it needs pip install 'goat-kernels[demo]'" in message
 
 
 def test_a_package_that_is_not_installed_is_named_with_the_extra(monkeypatch, capsys):

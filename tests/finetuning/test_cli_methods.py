@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from goat_kernels.cli import build_parser, main
-from goat_kernels.cli.finetune import options_from
 from goat_kernels.finetuning.examples import IGNORED, Responses
 from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.options import settle
 from goat_kernels.finetuning.recipes import RECIPES
 
 __all__ = ["bert", "photos", "vit"]  # fixtures
@@ -43,7 +43,7 @@ def finetune(*arguments: str) -> int:
 
 
 def options(*arguments: str):
-    return options_from(build_parser().parse_args(["finetune", *arguments]))
+    return settle(vars(build_parser().parse_args(["finetune", *arguments])))
 
 
 def adapter_json(method: str = "goat") -> dict:
@@ -84,7 +84,7 @@ def test_options_go_before_the_recipe():
         found = options(*arguments, "--data", "somewhere")
         assert (found.rank, found.dropout, found.model) == (16, 0.0, "mine")
         assert (found.dtype, found.learning_rates["goat"]) == ("float32", 3e-4)
-        assert found.target_modules == RECIPES["nlg"].options["target_modules"]
+        assert found.target_modules == RECIPES["nlg"]["target_modules"]
     # A given value that is the default without a recipe is given all the same.
     assert options("--recipe", "image", "--data", "somewhere", "--rank", "32").rank == 32
 
