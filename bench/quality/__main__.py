@@ -12,6 +12,7 @@ python -m bench.quality --quick --results FOLDER        everything in small, in 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -24,60 +25,28 @@ def main(arguments: list[str] | None = None) -> int:
     # Nothing here comes from the hub, so nothing may ask it anything.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        return _run(arguments)
+        _run(arguments)
     except CommandError as error:
         print(f"bench.quality: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        gc.unfreeze()
+    return 0
 
 
-def _run(arguments: list[str] | None) -> int:
+def _run(arguments: list[str] | None) -> None:
     import torch
     import transformers
 
     from bench.quality.contenders import ABLATION_TASK, contenders
-    from bench.quality.runs import RESULTS_FOLDER, Plan, run_task
+    from bench.quality.runs import RESULTS_FOLDER, run_task
     from bench.quality.tasks import TASKS
 
-    options = _parser(list(TASKS)).parse_args(arguments)
-    if options.quick and options.results is None:
-        raise CommandError("--quick needs --results FOLDER: its numbers are not to be kept among the others")
-    known = contenders(options.suite)
-    unknown = [name for name in options.methods or () if name not in known]
-    if unknown:
-        raise CommandError(f"--methods {' '.join(unknown)} is unknown; it must be among {', '.join(known)}")
-    chosen = [known[name] for name in options.methods or known]
-    names = options.only or (list(TASKS) if options.suite == "main" else [ABLATION_TASK])
-    plan = Plan(seeds=options.seeds, quick=options.quick, device=options.device)
-    folder = options.results or RESULTS_FOLDER
-    if options.status:
-        for name in names:
-            print(_status(name, chosen, plan, folder))
-        return 0
-    torch.set_num_threads(options.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in names:
-        run_task(name, chosen, plan, folder)
-    return 0
-
-
-def _status(name: str, chosen, plan, folder: Path) -> str:
-    from bench.quality.runs import rows_of_task
-    from bench.quality.tasks import TASKS
-
-    names = {one.name for one in chosen}
-    rows = [row for row in rows_of_task(folder, name) if row["contender"] in names and row["quick"] == plan.quick]
-    total = len(names) * (len(plan.rates(TASKS[name])) + len(plan.test_seeds()))
-    mean = sum(row["time_s"] for row in rows) / len(rows) if rows else float("nan")
-    return f"{name}: {len(rows)} of {total} runs, {mean:.1f} s each"
-
-
-def _parser(tasks: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", choices=("main", "ablation"), default="main", help="(default: main)")
-    parser.add_argument("--only", nargs="+", choices=tasks, metavar="TASK", help=f"of {', '.join(tasks)}")
+    parser.add_argument("--only", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="contenders of the suite (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="test runs of each contender (default: 5)")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="(default: bench/results/quality)")
@@ -85,7 +54,27 @@ def _parser(tasks: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto uses a GPU where there is one")
     parser.add_argument("--quick", action="store_true", help="tiny models, two steps: a test, not a measurement")
     parser.add_argument("--status", action="store_true", help="say what of it is there, and run nothing")
-    return parser
+    options = parser.parse_args(arguments)
+    if options.quick and options.results is None:
+        raise CommandError("--quick needs --results FOLDER: its numbers are not to be kept among the others")
+    known = contenders(options.suite)
+    unknown = [name for name in options.methods or () if name not in known]
+    if unknown:
+        raise CommandError(f"--methods {' '.join(unknown)} is unknown; it must be among {', '.join(known)}")
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    gc.freeze()  # every training collects garbage, and looking through what the imports left takes a second
+    for name in options.only or (TASKS if options.suite == "main" else [ABLATION_TASK]):
+        run_task(
+            name,
+            [known[method] for method in options.methods or known],
+            options.results or RESULTS_FOLDER,
+            seeds=options.seeds,
+            quick=options.quick,
+            device=options.device,
+            status=options.status,
+        )
 
 
 if __name__ == "__main__":

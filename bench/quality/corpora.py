@@ -1,33 +1,23 @@
 """Text that every machine with this package has: the source of Python's library and of the packages it depends on.
 
-What is read off the sources is cached beside the pretrained models, by the packages' versions. Files are taken in the
-order of a hash of their names, so that a limit on their number picks a mixture.
+Files are taken in the order of a hash of their names, so that a limit on their number picks a mixture.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
-import importlib.metadata
 import importlib.util
-import inspect
-import json
-import platform
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from goat_kernels.files import write_json
-from goat_kernels.finetuning.pretraining import cache_folder
-
-#: Raised when something else is read off the same sources, so that what is cached counts as out of date.
-_READING = 1
-
-#: Distribution -> the module that is imported; "python" is the standard library.
+#: Library -> the module that is imported; "python" is the standard library.
 LIBRARIES = {
     "python": None,
     "torch": "torch",
@@ -43,16 +33,8 @@ LIBRARIES = {
 PARTS = {"train": 0.6, "validation": 0.15, "test": 0.25}
 
 
-@dataclass(frozen=True)
-class Function:
-    """A documented function.
-
-    Attributes:
-        library: a key of ``LIBRARIES``.
-        file: its path below the library.
-        signature: as written, without annotations and defaults.
-        docstring: whole, with its indentation removed.
-    """
+class Function(NamedTuple):
+    """A documented function: its library and file, its signature without annotations and defaults, its docstring."""
 
     library: str
     file: str
@@ -75,51 +57,10 @@ def part_of(library: str, file: str) -> str:
     return "test"
 
 
-def functions(files_per_library: int) -> list[Function]:
-    """Documented functions of all libraries, at most one with the same signature or the same first paragraph."""
-    found = _cached("functions", files_per_library, lambda: [asdict(one) for one in _read_functions(files_per_library)])
-    return [Function(**one) for one in found]
-
-
-def python_files(count: int) -> dict[str, str]:
-    """Path -> text of files of Python's library."""
-    return _cached("python", count, lambda: dict(_texts("python", "*.py", count)))
-
-
-def cpp_files(count: int) -> dict[str, str]:
-    """Path -> text of torch's C++ headers."""
-    return _cached("cpp", count, lambda: dict(_texts("torch", "include/**/*.h", count)))
-
-
-def version(library: str) -> str:
-    """The installed version."""
-    return platform.python_version() if library == "python" else importlib.metadata.version(library)
-
-
-def _root(library: str) -> Path:
-    module = LIBRARIES[library]
-    if module is None:
-        return Path(sysconfig.get_paths()["stdlib"])
-    return Path(importlib.util.find_spec(module).origin).parent
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _cached(name: str, count: int, read: Callable[[], object]):
-    versions = {library: version(library) for library in LIBRARIES}
-    identity = json.dumps([_READING, name, count, versions], sort_keys=True)
-    path = cache_folder() / f"text-{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, read())
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _texts(library: str, pattern: str, count: int) -> Iterator[tuple[str, str]]:
-    """Files of a library, without tests and without those whose text came before."""
-    root, seen = _root(library), set()
+def texts(library: str, pattern: str, count: int) -> Iterator[tuple[str, str]]:
+    """(path, text) of at most ``count`` files of a library, without its tests and without equal texts."""
+    module, seen = LIBRARIES[library], set()
+    root = Path(importlib.util.find_spec(module).origin).parent if module else Path(sysconfig.get_path("stdlib"))
     names = (str(path.relative_to(root)) for path in root.rglob(pattern))
     names = [name for name in names if not re.search(r"(^|/)(site-packages|dist-packages|idlelib|_?tests?)(/|_)", name)]
     for name in sorted(names, key=_hash):
@@ -134,21 +75,28 @@ def _texts(library: str, pattern: str, count: int) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
-def _read_functions(files_per_library: int) -> Iterator[Function]:
-    seen: set[str] = set()
+@functools.cache
+def functions(files_per_library: int) -> list[Function]:
+    """Documented functions of all libraries, at most one with the same signature or the same first paragraph."""
+    found, seen = [], set()
     for library in tqdm(LIBRARIES, desc="reading docstrings", unit="library"):
-        for name, text in _texts(library, "*.py", files_per_library):
+        for name, text in texts(library, "*.py", files_per_library):
             try:
-                tree = ast.parse(text)
+                nodes = list(ast.walk(ast.parse(text)))
             except SyntaxError:
                 continue
-            for node in ast.walk(tree):
+            for node in nodes:
                 if not isinstance(node, ast.FunctionDef) or not (docstring := ast.get_docstring(node)):
                     continue
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 signature = f"{node.name}({', '.join(one.arg for one in arguments if one.arg != 'self')})"
-                function = Function(library, name, signature, inspect.cleandoc(docstring))
+                function = Function(library, name, signature, docstring)
                 keys = {function.signature, function.summary.lower()}
                 if len(function.summary) >= 20 and not keys & seen:
                     seen |= keys
-                    yield function
+                    found.append(function)
+    return found
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,13 +1,12 @@
 """Generation: a small Llama, pretrained here on Python source, goes on to C++ headers or to prose.
 
 Measured are the perplexity on files that neither training saw, and how often a text makes its own
-continuation likelier more than it does three others (``Question``).
+continuation likelier more than it does three others (``data.Question``).
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,37 +21,38 @@ from transformers import (
     default_data_collator,
 )
 
-from bench.quality.corpora import cpp_files, functions, part_of, python_files
+from bench.quality.corpora import PARTS, functions, part_of, texts
+from bench.quality.data import Data, Question
 from goat_kernels.finetuning.examples import Tensors, pack
 from goat_kernels.finetuning.models import BaseModel, base_model
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.pretraining import digest, pretrained
 
+#: The Llama's sizes.
+_LLAMA = {
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+_QUICK_LLAMA = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
-@dataclass(frozen=True)
-class Pretraining:
-    """The Llama and how it is pretrained; part of the cache's key."""
+#: Files of Python's library and steps of its pretraining.
+_PRETRAINING, _QUICK_PRETRAINING = (500, 800), (4, 2)
+_LEARNING_RATE = 2e-3
 
-    vocabulary: int = 1024
-    hidden_size: int = 128
-    intermediate_size: int = 344
-    layers: int = 4
-    heads: int = 4
-    block: int = 128
-    files: int = 500
-    learning_rate: float = 2e-3
-    batch_size: int = 16
-    steps: int = 800
-    seed: int = 0
+#: Files that C++ headers are taken from, and of each library whose docstrings are prose.
+_CPP_FILES, _PROSE_FILES, _QUICK_FILES = 400, 200, 6
 
-
-_FULL = Pretraining()
-_QUICK = Pretraining(vocabulary=300, hidden_size=32, intermediate_size=64, layers=1, heads=2, files=4, steps=2)
-
-_FILES, _QUICK_FILES = 400, 6
-_FUNCTION_FILES, _QUICK_FUNCTION_FILES = 200, 6
-
-#: Blocks of tokens in each part, at most.
+#: Tokens in a block, and blocks in each part, at most.
+_BLOCK = 128
 _BLOCKS = {"train": 800, "validation": 80, "test": 160}
 _QUICK_BLOCKS = 8
 
@@ -66,32 +66,18 @@ _PROMPT, _ANSWER, _CHOICES = 64, 24, 4
 _PROSE_OF = ("scikit-learn", "scipy", "numpy", "matplotlib")
 
 
-@dataclass(frozen=True)
-class Question:
-    """A text and continuations of equal length, of which ``right`` is its own and the others come from other places.
-
-    Attributes:
-        tokens: [choices, prompt + answer].
-        right: index of the text's own.
-    """
-
-    tokens: Tensor
-    right: int
-
-
-def to_cpp(quick: bool) -> dict[str, object]:
+def to_cpp(quick: bool) -> Data:
     """From Python to torch's C++ headers."""
-    files = cpp_files(_QUICK_FILES if quick else _FILES)
-    parts: dict[str, list[str]] = {part: [] for part in _BLOCKS}
-    for name, text in files.items():
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
+    for name, text in texts("torch", "include/**/*.h", _QUICK_FILES if quick else _CPP_FILES):
         parts[part_of("torch", name)].append(text)
     return _task(parts, quick)
 
 
-def to_prose(quick: bool) -> dict[str, object]:
+def to_prose(quick: bool) -> Data:
     """From Python to the docstrings of four libraries, whole."""
-    parts: dict[str, list[str]] = {part: [] for part in _BLOCKS}
-    for function in functions(_QUICK_FUNCTION_FILES if quick else _FUNCTION_FILES):
+    parts: dict[str, list[str]] = {part: [] for part in PARTS}
+    for function in functions(_QUICK_FILES if quick else _PROSE_FILES):
         if function.library in _PROSE_OF and len(function.docstring) > 200:
             parts[part_of(function.library, function.file)].append(function.docstring)
     return _task(parts, quick)
@@ -120,34 +106,26 @@ def _answer_losses(model: nn.Module, tokens: Tensor, start: int) -> Tensor:
     return losses.sum(dim=1)
 
 
-def _task(parts: dict[str, list[str]], quick: bool) -> dict[str, object]:
-    pretraining = _QUICK if quick else _FULL
-    folder = _pretrained(pretraining)
+def _task(parts: dict[str, list[str]], quick: bool) -> Data:
+    folder = _pretrained(quick)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     blocks = {}
-    for part, texts in parts.items():
-        random.Random(0).shuffle(texts)
-        packed = pack(part, texts, tokenizer, pretraining.block)
+    for part, of_part in parts.items():
+        random.Random(0).shuffle(of_part)
+        packed = pack(part, of_part, tokenizer, _BLOCK)
         order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))
         blocks[part] = packed[order[: _QUICK_BLOCKS if quick else _BLOCKS[part]]]
-    train = _examples(blocks["train"])
-
-    def base(seed: int) -> BaseModel:
-        return BaseModel(base_model(str(folder), AutoModelForCausalLM, seed, "float32").load, ())
-
-    return {
-        "training": lambda seed: train,
-        "validation": _examples(blocks["validation"]),
-        "test": _examples(blocks["test"]),
-        "collate": default_data_collator,
-        "base": base,
-        "digest": digest(*blocks.values()),
-        "questions": tuple(_questions(blocks[part]) for part in ("validation", "test")),
-    }
-
-
-def _examples(blocks: Tensor) -> Tensors:
-    return Tensors(input_ids=blocks, labels=blocks)  # the model shifts the labels itself
+    # The model shifts the labels itself.
+    train, validation, test = (Tensors(input_ids=of_part, labels=of_part) for of_part in blocks.values())
+    return Data(
+        lambda seed: train,
+        validation,
+        test,
+        default_data_collator,
+        lambda seed: BaseModel(base_model(str(folder), AutoModelForCausalLM, seed, "float32").load, ()),
+        digest(*blocks.values()),
+        {part: _questions(blocks[part]) for part in ("validation", "test")},
+    )
 
 
 def _questions(blocks: Tensor) -> list[Question]:
@@ -158,53 +136,44 @@ def _questions(blocks: Tensor) -> list[Question]:
         others = rng.sample([j for j in range(len(blocks)) if j != i], min(_CHOICES, len(blocks)) - 1)
         choices = [i, *others]
         rng.shuffle(choices)
-        tokens = torch.stack(
-            [torch.cat([blocks[i, :_PROMPT], blocks[j, _PROMPT : _PROMPT + _ANSWER]]) for j in choices]
-        )
+        prompts = blocks[i, :_PROMPT].expand(len(choices), -1)
+        tokens = torch.cat([prompts, blocks[choices, _PROMPT : _PROMPT + _ANSWER]], dim=1)
         questions.append(Question(tokens, choices.index(i)))
     return questions
 
 
-def _pretrained(pretraining: Pretraining) -> Path:
-    texts = list(python_files(pretraining.files).values())
-    tokenizer = _tokenizer(texts, pretraining.vocabulary)
-    blocks = pack("Python's library", texts, tokenizer, pretraining.block)
+def _pretrained(quick: bool) -> Path:
+    """The folder of the Llama and its tokenizer."""
+    (files, steps), sizes = (_QUICK_PRETRAINING, _QUICK_LLAMA) if quick else (_PRETRAINING, _LLAMA)
+    source = [text for _, text in texts("python", "*.py", files)]
+    # Byte pairs learned from Python alone; any other text is spelled with them, down to single bytes.
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=sizes["vocab_size"],
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pairs.train_from_iterator(source, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<end>", pad_token="<end>")
+    blocks = pack("Python's library", source, tokenizer, _BLOCK)
     config = LlamaConfig(
-        vocab_size=pretraining.vocabulary,
-        hidden_size=pretraining.hidden_size,
-        intermediate_size=pretraining.intermediate_size,
-        num_hidden_layers=pretraining.layers,
-        num_attention_heads=pretraining.heads,
-        num_key_value_heads=pretraining.heads,
-        max_position_embeddings=pretraining.block,
+        **sizes,
+        max_position_embeddings=_BLOCK,
         tie_word_embeddings=True,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=_END,
     )
-
-    options = FinetuneOptions(max_steps=pretraining.steps, batch_size=pretraining.batch_size, seed=pretraining.seed)
+    options = FinetuneOptions(max_steps=steps, batch_size=16, seed=0)
     return pretrained(
         "python-llama",
         LlamaForCausalLM,
         config,
-        _examples(blocks),
+        Tensors(input_ids=blocks, labels=blocks),
         options,
-        pretraining.learning_rate,
-        identity={"data": digest(blocks), "pretraining": asdict(pretraining)},
+        _LEARNING_RATE,
+        identity={"data": digest(blocks), "steps": steps, "learning rate": _LEARNING_RATE},
         beside=tokenizer.save_pretrained,
     )
-
-
-def _tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte pairs learned from Python alone; any other text is spelled with them, down to single bytes."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")

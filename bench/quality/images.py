@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from transformers import AutoModelForImageClassification, default_data_collator
 
+from bench.quality.data import Data
 from goat_kernels.finetuning import demo
 from goat_kernels.finetuning.demo import changed_appearance, digits_data, pretrained_digits
 from goat_kernels.finetuning.examples import Tensors
-from goat_kernels.finetuning.models import BaseModel, base_model
+from goat_kernels.finetuning.models import base_model
 from goat_kernels.finetuning.pretraining import digest
 
 _QUICK = demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
 _QUICK_EXAMPLES = 24
-
-#: Part of the held-out images that the learning rate is chosen on; the rest is the test data.
-_VALIDATION_FRACTION = 1 / 3
 
 #: Training images per class of the rare digits.
 _RARE = 15
@@ -39,13 +36,13 @@ _BANDS = 4
 _TILES_TO_TRAIN, _FIRST_TEST_TILE = 1200, 1500
 
 
-def turned_digits(quick: bool) -> dict[str, object]:
+def turned_digits(quick: bool) -> Data:
     """All ten digits, in the demonstration's changed appearance."""
     images, ids = digits_data()
-    return _digits_task(changed_appearance(images), ids, None, quick)
+    return _task(changed_appearance(images), ids, quick)
 
 
-def rare_digits(quick: bool) -> dict[str, object]:
+def rare_digits(quick: bool) -> Data:
     """Noisy digits, two of eight columns covered; ``_RARE`` training images per class, drawn with the seed."""
     images, ids = digits_data()
     generator = torch.Generator().manual_seed(0)
@@ -53,36 +50,43 @@ def rare_digits(quick: bool) -> dict[str, object]:
     # Two columns of eight are covered, another pair in each image.
     covered = torch.randint(0, 7, (len(images), 1), generator=generator) + torch.arange(2)  # [count, 2]
     columns = torch.zeros(len(images), 8).scatter_(1, covered, 1.0)[:, None, None, :]
-    return _digits_task(torch.where(columns > 0, torch.tensor(0.0), noisy), ids, _RARE, quick)
+    return _task(noisy.masked_fill(columns > 0, 0.0), ids, quick, per_class=_RARE)
 
 
-def photo_tiles(quick: bool) -> dict[str, object]:
+def photo_tiles(quick: bool) -> Data:
     """Grey tiles [count, 1, 8, 8] of scikit-learn's two photographs; the classes are four horizontal bands of each."""
-    tiles, ids = _tiles()
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
-    train, validation, test = (part.tolist() for part in order.tensor_split([_TILES_TO_TRAIN, _FIRST_TEST_TILE]))
-    return _task(tiles, ids, train, validation, test, None, quick)
-
-
-def _digits_task(images: Tensor, ids: Tensor, per_class: int | None, quick: bool) -> dict[str, object]:
-    _, train, held_out = _pretrained(quick)
-    random.Random(0).shuffle(held_out)
-    count = round(_VALIDATION_FRACTION * len(held_out))
-    return _task(images, ids, train, held_out[:count], held_out[count:], per_class, quick)
+    tiles, ids, side = [], [], _TILE // 2
+    for number, photograph in enumerate(load_sample_images().images):
+        grey = torch.from_numpy(photograph.astype("float32")).mean(dim=2)
+        rows, columns = (size // _TILE for size in grey.shape)
+        small = avg_pool2d(grey[None, : rows * _TILE, : columns * _TILE], 2)[0] / 127.5 - 1
+        tiles.append(small.unfold(0, side, side).unfold(1, side, side).reshape(-1, 1, side, side))
+        bands = torch.arange(rows) * _BANDS // rows
+        ids.append(number * _BANDS + bands.repeat_interleave(columns))
+    order = torch.randperm(sum(map(len, ids)), generator=torch.Generator().manual_seed(0))
+    parts = [part.tolist() for part in order.tensor_split([_TILES_TO_TRAIN, _FIRST_TEST_TILE])]
+    return _task(torch.cat(tiles), torch.cat(ids), quick, parts)
 
 
 def _task(
-    images: Tensor,
-    ids: Tensor,
-    train: list[int],
-    validation: list[int],
-    test: list[int],
-    per_class: int | None,
-    quick: bool,
-) -> dict[str, object]:
-    folder, _, _ = _pretrained(quick)
-    if quick:
-        validation, test = validation[:_QUICK_EXAMPLES], test[:_QUICK_EXAMPLES]
+    images: Tensor, ids: Tensor, quick: bool, parts: list[list[int]] | None = None, per_class: int | None = None
+) -> Data:
+    """Data of the images whose indices are in ``parts`` (training, validation, test).
+
+    Args:
+        images, ids: of all examples.
+        quick: fewer examples, and a smaller model.
+        parts: None takes the digits' halves: a third of the held-out one is the validation data.
+        per_class: draw so many training images of each class with the seed, in place of all.
+    """
+    folder, digits, held_out = pretrained_digits("auto", _QUICK if quick else demo.PRETRAINING)
+    if parts is None:
+        random.Random(0).shuffle(held_out)
+        count = round(len(held_out) / 3)
+        parts = [digits, held_out[:count], held_out[count:]]
+    train, *others = parts
+    others = [part[:_QUICK_EXAMPLES] if quick else part for part in others]
+    classes = int(ids.max()) + 1
 
     def part(indices: list[int]) -> Tensors:
         return Tensors(pixel_values=images[indices], labels=ids[indices])
@@ -91,38 +95,13 @@ def _task(
         if per_class is None:
             return part(train)
         rng = random.Random(seed)
-        chosen = []
-        for label in range(int(ids.max()) + 1):
-            chosen += rng.sample([i for i in train if int(ids[i]) == label], per_class)
-        return part(chosen)
+        of_classes = [[i for i in train if int(ids[i]) == label] for label in range(classes)]
+        return part([i for of_class in of_classes for i in rng.sample(of_class, per_class)])
 
-    def base(seed: int) -> BaseModel:
-        return base_model(str(folder), AutoModelForImageClassification, seed, "float32", num_labels=int(ids.max()) + 1)
-
-    return {
-        "training": training,
-        "validation": part(validation),
-        "test": part(test),
-        "collate": default_data_collator,
-        "base": base,
-        "digest": digest(images, ids, *map(torch.tensor, (train, validation, test))),
-    }
-
-
-def _pretrained(quick: bool):
-    return pretrained_digits("auto", _QUICK if quick else demo.PRETRAINING)
-
-
-def _tiles() -> tuple[Tensor, Tensor]:
-    """Tiles [count, 1, 8, 8] in -1..1, and classes [count]."""
-    tiles, ids = [], []
-    for number, photograph in enumerate(load_sample_images().images):
-        grey = torch.from_numpy(np.asarray(photograph, dtype=np.float32)).mean(dim=2)
-        rows, columns = (side // _TILE for side in grey.shape)
-        small = avg_pool2d(grey[None, : rows * _TILE, : columns * _TILE], 2)[0] / 127.5 - 1
-        side = _TILE // 2
-        for row in range(rows):
-            for column in range(columns):
-                tiles.append(small[row * side : (row + 1) * side, column * side : (column + 1) * side])
-                ids.append(number * _BANDS + row * _BANDS // rows)
-    return torch.stack(tiles)[:, None].contiguous(), torch.tensor(ids)
+    return Data(
+        training,
+        *map(part, others),
+        default_data_collator,
+        lambda seed: base_model(str(folder), AutoModelForImageClassification, seed, "float32", num_labels=classes),
+        digest(images, ids, *map(torch.tensor, (train, *others))),
+    )

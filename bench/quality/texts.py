@@ -6,18 +6,17 @@ parts are split by file, so that what one file's docstrings share cannot leak.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch.utils.data import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,13 +27,14 @@ from transformers import (
 )
 
 from bench.quality.corpora import LIBRARIES, PARTS, Function, functions, part_of
+from bench.quality.data import Data
 from goat_kernels.command_errors import CommandError
 from goat_kernels.finetuning.examples import Texts
-from goat_kernels.finetuning.models import BaseModel, base_model
+from goat_kernels.finetuning.models import base_model
 
 _FILES, _QUICK_FILES = 200, 6
 
-#: Examples per class: (training, validation, test).
+#: Examples per class in each part.
 _PER_LIBRARY = {"train": 100, "validation": 25, "test": 50}
 _PER_ANSWER = {"train": 400, "validation": 100, "test": 200}
 _QUICK_PER_CLASS = 4
@@ -49,24 +49,24 @@ _NAMES = re.compile(
 )
 
 
-def library_of_docstring(quick: bool) -> dict[str, object]:
+def library_of_docstring(quick: bool) -> Data:
     """Which library the first paragraph of a docstring comes from, the libraries' names taken out."""
     classes = list(LIBRARIES)
     found: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for function in _functions(quick):
+    for function in functions(_QUICK_FILES if quick else _FILES):
         text = _NAMES.sub("it", function.summary)
         found[part_of(function.library, function.file)].append((text, classes.index(function.library)))
-    return _task({part: _balanced(found[part], _PER_LIBRARY[part], quick) for part in PARTS}, _LIBRARY_LENGTH, quick)
+    return _task(found, _PER_LIBRARY, _LIBRARY_LENGTH, quick)
 
 
-def signature_matches(quick: bool) -> dict[str, object]:
+def signature_matches(quick: bool) -> Data:
     """Whether a docstring's first paragraph is that of the signature, or of another function in the same file.
 
     Every signature and every docstring occurs once: the functions of a file are paired, and one pair in two exchange
     their docstrings.
     """
     files: dict[tuple[str, str], list[Function]] = defaultdict(list)
-    for function in _functions(quick):
+    for function in functions(_QUICK_FILES if quick else _FILES):
         files[function.library, function.file].append(function)
     rng = random.Random(0)
     found: dict[str, list[tuple[tuple[str, str], int]]] = defaultdict(list)
@@ -77,46 +77,36 @@ def signature_matches(quick: bool) -> dict[str, object]:
             docstrings = (first.summary, second.summary) if matching else (second.summary, first.summary)
             for signature, docstring in zip((first.signature, second.signature), docstrings, strict=True):
                 found[part_of(library, file)].append(((signature, docstring), int(matching)))
-    return _task({part: _balanced(found[part], _PER_ANSWER[part], quick) for part in PARTS}, _SIGNATURE_LENGTH, quick)
+    return _task(found, _PER_ANSWER, _SIGNATURE_LENGTH, quick)
 
 
-def _functions(quick: bool) -> list[Function]:
-    return functions(_QUICK_FILES if quick else _FILES)
-
-
-def _balanced(examples: list[tuple], per_class: int, quick: bool) -> list[tuple]:
-    """At most so many examples of every class, in a fixed order."""
-    rng = random.Random(0)
-    rng.shuffle(examples)
-    classes: dict[int, list[tuple]] = defaultdict(list)
-    for example in examples:
-        classes[example[1]].append(example)
-    chosen = [one for label in sorted(classes) for one in classes[label][: _QUICK_PER_CLASS if quick else per_class]]
-    rng.shuffle(chosen)
-    return chosen
-
-
-def _task(parts: dict[str, list[tuple]], max_length: int, quick: bool) -> dict[str, object]:
+def _task(found: dict[str, list[tuple]], per_class: dict[str, int], max_length: int, quick: bool) -> Data:
+    """Data of examples (text or texts, class), at most ``per_class`` of every class in each part, in a fixed order."""
     folder = _quick_encoder() if quick else minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    count = 1 + max(label for _, label in parts["train"])
-
-    def part(name: str) -> Dataset:
-        texts, ids = zip(*parts[name], strict=True)
-        return Texts(texts, list(ids), tokenizer, max_length)
-
-    def base(seed: int) -> BaseModel:
-        return base_model(str(folder), AutoModelForSequenceClassification, seed, "float32", num_labels=count)
-
-    train = part("train")
-    return {
-        "training": lambda seed: train,
-        "validation": part("validation"),
-        "test": part("test"),
-        "collate": DataCollatorWithPadding(tokenizer),
-        "base": base,
-        "digest": hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest(),
-    }
+    parts: dict[str, list[tuple]] = {}
+    for part in PARTS:
+        rng, classes = random.Random(0), defaultdict(list)
+        rng.shuffle(found[part])
+        for example in found[part]:
+            classes[example[1]].append(example)
+        count = _QUICK_PER_CLASS if quick else per_class[part]
+        parts[part] = [example for label in sorted(classes) for example in classes[label][:count]]
+        rng.shuffle(parts[part])
+    datasets = [
+        Texts([text for text, _ in part], [label for _, label in part], tokenizer, max_length)
+        for part in parts.values()
+    ]
+    labels = {label for _, label in parts["train"]}
+    return Data(
+        lambda seed: datasets[0],
+        *datasets[1:],
+        DataCollatorWithPadding(tokenizer),
+        lambda seed: base_model(
+            str(folder), AutoModelForSequenceClassification, seed, "float32", num_labels=1 + max(labels)
+        ),
+        hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest(),
+    )
 
 
 def minilm() -> Path:
@@ -131,19 +121,15 @@ def minilm() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def _words() -> Iterator[str]:
-    for function in functions(_QUICK_FILES):
-        yield from re.findall(r"\w+", function.summary.lower())
+_KEPT = TemporaryDirectory()
 
 
-_KEPT: list[TemporaryDirectory] = []
-
-
+@functools.cache
 def _quick_encoder() -> Path:
     """A tiny encoder with random weights, and a tokenizer of words, for tests: the package is not needed."""
-    _KEPT.append(TemporaryDirectory())
-    folder = Path(_KEPT[-1].name)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(_words()))[:500]]
+    folder = Path(_KEPT.name)
+    known = {word for function in functions(_QUICK_FILES) for word in re.findall(r"\w+", function.summary.lower())}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(known)[:500]]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
