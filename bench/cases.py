@@ -67,7 +67,6 @@ class BenchSettings:
         quick: tiny sizes, which say nothing about speed; for tests.
         shapes: in place of the suites' own; empty for these.
         without: kinds of contenders to leave out.
-        profile: whether the host suite prints where its time goes.
     """
 
     device: torch.device
@@ -76,7 +75,6 @@ class BenchSettings:
     quick: bool = False
     shapes: tuple[Case, ...] = ()
     without: frozenset[str] = frozenset()
-    profile: bool = False
     _measured: list[Roofline] = field(default_factory=list, repr=False)  # shared by copies of these settings
 
     @property

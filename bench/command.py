@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: As in ``suites.py`` and ``layers.py``, which import torch (a test holds them together).
 SUITE_NAMES = ("roofline", "kernels", "layer", "host", "memory", "scaling", "model", "tuning")
-KINDS = ("frozen", "lora", "unsloth", "loop", "torch", "compiled", "triton", "graph")
+KINDS = ("frozen", "lora", "loop", "torch", "compiled", "triton", "graph")
 
 DTYPES = ("bfloat16", "float16", "float32")
 _ROUNDS = {"cuda": 31, "cpu": 15}
@@ -72,9 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--without", nargs="+", choices=KINDS[1:], default=[], metavar="KIND", help=f"leave out: {', '.join(KINDS[1:])}"
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="with --suite host: print the functions that take most time too"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="of x (default: bfloat16 on a GPU, float32 on a CPU)")
@@ -148,8 +145,6 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
         raise CommandError(f"--shape does not go with --suite {unshaped[0]}, which has sizes of its own")
     if arguments.resume and not arguments.output:
         raise CommandError("--resume needs --output, the file of the run that goes on")
-    if arguments.profile and not {"host", "all"} & set(arguments.suite):
-        raise CommandError("--profile needs --suite host")
     if arguments.shape and arguments.quick:
         raise CommandError("--shape does not go with --quick, which has sizes of its own")
     forms = FORMS if arguments.residual is None else (arguments.residual,)
@@ -164,7 +159,6 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
         quick=arguments.quick,
         shapes=shapes,
         without=frozenset(arguments.without),
-        profile=arguments.profile,
     )
 
 

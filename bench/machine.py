@@ -19,7 +19,7 @@ from bench.results import RESULTS_FOLDER
 from bench.timing import fastest_ms
 
 #: Packages whose version a result names, where they are installed.
-_PACKAGES = ("triton", "transformers", "peft", "liger-kernel", "unsloth")
+_PACKAGES = ("triton", "transformers", "peft")
 
 #: Says which commit a copy without git was made of.
 COMMIT_VARIABLE = "GOAT_KERNELS_COMMIT"
@@ -37,10 +37,8 @@ def describe(device: torch.device) -> dict:
         **commit(),
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
-        "gpu_multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count if cuda else None,
         "driver": driver.splitlines()[0] if driver else None,
         "cuda": torch.version.cuda if cuda else None,
-        "hip": torch.version.hip if cuda else None,
         "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "versions": versions(),

@@ -48,7 +48,10 @@ class Work:
 
 
 def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
-    """Of each pass and of the base products; ``lora_B_rides``: its gradient comes with the hidden gradient."""
+    """Of each pass, of the base products, and of y and dX as a whole.
+
+    ``lora_B_rides``: its gradient comes with the hidden gradient.
+    """
     T, N, M, R, E = case.T, case.N, case.M, case.R, case.E
     R0 = R if case.path else 0
     b, a = case.dtype.itemsize, case.adapter_dtype.itemsize
@@ -60,7 +63,7 @@ def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
     first, second, again = (of_B, 0, 0) if lora_B_rides else (0, of_B, T * M * b + hidden)
     product = 2 * T * N * M
     base = (T * (N + M) + M * N) * b
-    return {
+    work = {
         "prefill": Work(
             T * (N + M) * b + adapter_in + adapter_out + onto_bias + hidden + statistics,
             2 * T * ((R + E + R0) * N + (R + R0) * M),
@@ -76,6 +79,9 @@ def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
         BASE_BACKWARD: Work(base, product),
         BASE_BACKWARD + _ONTO: Work(base + T * N * b, product),
     }
+    work[WHOLE_FORWARD] = work["prefill"] + work[BASE_FORWARD + _ONTO]
+    work[WHOLE_BACKWARD] = work["input_prefill"] + work[BASE_BACKWARD + _ONTO]
+    return work
 
 
 def pass_calls(backend: str, p: Problem) -> dict[str, Callable[[], object]]:
@@ -176,66 +182,56 @@ def results_error(results: object, expected: tuple[list[Tensor], list[Tensor]], 
 
 def kernel_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     """Every pass of every backend in every form, and the base products, beside one another."""
+    reasons = {name: why_not_auto(name, settings.device, settings.dtype) for name in ("triton", "torch")}
+    backends = [name for name, reason in reasons.items() if reason is None]
     for form in case.forms:
-        layer = case.layer(settings.dtype, form)
         common = {**case.row(), **settings.dtypes(), "residual": form}
-        yield from ({**common, **row} for row in _form_rows(layer, settings, f"{case}, {form}"))
+        if reasons["triton"] is not None:
+            yield {**common, "contender": "triton", "skipped": reasons["triton"]}
+        for row in _form_rows(case.layer(settings.dtype, form), backends, settings, f"{case}, {form}"):
+            yield {**common, **row}
 
 
-def _form_rows(layer: LayerCase, settings: BenchSettings, label: str) -> Iterator[dict]:
+def _form_rows(layer: LayerCase, backends: list[str], settings: BenchSettings, label: str) -> Iterator[dict]:
     problem = make_problem(layer, settings.device)
     problems = copies_of(problem, min(problem.x_TN.nbytes, problem.grad_y_TM.nbytes), settings)
-    names = ["torch"]
-    reason = why_not_auto("triton", settings.device, layer.dtype)
-    if reason is None:
-        names.insert(0, "triton")
-    else:
-        yield {"contender": "triton", "skipped": reason}
-    candidates, rides = [], {}
-    expected = expected_of(problem)
-    for name in names:
+    expected, rides = expected_of(problem), {}
+    calls: list[dict[tuple[str, str], Callable[[], object]]] = [{} for _ in problems]  # of each copy
+    for name in backends:
         try:
-            calls = [pass_calls(name, p) for p in problems]
-            rides[name] = calls[0]["hidden_gradient"]().partial_B is not None
-            whole = [whole_calls(name, p) for p in problems] if name == "triton" else [{}]
+            of_backend = [pass_calls(name, p) for p in problems]
+            whole = [whole_calls(name, p) if name == "triton" else {} for p in problems]
+            rides[name] = of_backend[0]["hidden_gradient"]().partial_B is not None
         except Exception as failure:
             yield from ({"contender": name, "pass": one, "failed": in_words(failure)} for one in PASSES)
             continue
-        candidates += [_candidate(name, one, calls, expected[one], problem) for one in PASSES]
-        candidates += [
-            _candidate(*key, [{key[1]: of[key]} for of in whole], expected[key[1]], problem) for key in whole[0]
-        ]
-    base = [base_calls(p) for p in problems]
-    candidates += [_candidate("base", one, base, None, problem) for one in base[0]]
-    requested = requested_bytes(layer, current_target(settings.device)) if "triton" in names else {}
+        for of_copy, passes, further in zip(calls, of_backend, whole, strict=True):
+            of_copy |= {(name, one): call for one, call in passes.items()} | further
+    for of_copy, p in zip(calls, problems, strict=True):
+        of_copy |= {("base", one): call for one, call in base_calls(p).items()}
+    candidates = [_candidate(key, calls, expected.get(key[1]), problem) for key in calls[0]]
+    work_of = {riding: pass_work(layer, lora_B_rides=riding) for riding in (True, False)}
+    requested = requested_bytes(layer, current_target(settings.device)) if "triton" in backends else {}
     for row in measured(candidates, len(problems), settings, label):
         row["copies"] = len(problems)
         if "time_ms_p50" in row:
-            work = _work(row["pass"], pass_work(layer, lora_B_rides=rides.get(row["contender"], False)))
+            work = work_of[rides.get(row["contender"], False)][row["pass"]]
             row |= _against_floor(work, row["time_ms_p50"], settings)
             if row["contender"] == "triton":
                 row["requested_bytes"] = requested[row["pass"]]
         yield row
 
 
-def _candidate(name: str, what: str, calls: list[dict], expected: tuple | None, problem: Problem) -> Candidate:
-    """``calls``: of each copy; ``expected`` None: PyTorch's own product, which needs no check."""
+def _candidate(key: tuple[str, str], calls: list[dict], expected: tuple | None, problem: Problem) -> Candidate:
+    """``expected`` None: PyTorch's own product, which needs no check."""
     return Candidate(
-        {"contender": name, "pass": what},
-        lambda copy: calls[copy][what],
+        dict(zip(("contender", "pass"), key, strict=True)),
+        lambda copy: calls[copy][key],
         None if expected is None else lambda _, results: results_error(results, expected, problem),
         TOLERANCES[problem.x_TN.dtype].relative,
         graph=problem.x_TN.is_cuda,
-        ratios={"ratio": OURS} if what in (WHOLE_FORWARD, WHOLE_BACKWARD) else {},
+        ratios={"ratio": OURS} if key[1] in (WHOLE_FORWARD, WHOLE_BACKWARD) else {},
     )
-
-
-def _work(what: str, work: dict[str, Work]) -> Work:
-    parts = {
-        WHOLE_FORWARD: ("prefill", BASE_FORWARD + _ONTO),
-        WHOLE_BACKWARD: ("input_prefill", BASE_BACKWARD + _ONTO),
-    }.get(what, (what,))
-    return sum((work[part] for part in parts), Work(0, 0))
 
 
 def requested_bytes(case: LayerCase, target: Target) -> dict[str, int]:

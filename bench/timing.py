@@ -55,11 +55,10 @@ def timing_row(name: object, samples: Mapping[object, Samples], ratios: Mapping[
     own = samples[name]
     if own.failed is not None:
         return {"failed": own.failed}
-    values = {"time_ms": own.time_ms}
+    values, row = {"time_ms": own.time_ms}, {"rounds": len(own.time_ms), "calls_per_sample": own.calls}
     for quantity, base in ratios.items():
         if base in samples and samples[base].failed is None:
             values[quantity] = [ms / of for ms, of in zip(own.time_ms, samples[base].time_ms, strict=True)]
-    row = {"rounds": len(own.time_ms), "calls_per_sample": own.calls}
     return row | {f"{name}_p{p}": float(np.percentile(of, p)) for name, of in values.items() for p in (20, 50, 80)}
 
 
@@ -182,3 +181,10 @@ def tracked(items: Iterable, label: str, unit: str) -> Iterator:
 def in_words(failure: BaseException) -> str:
     """What was raised, on one line."""
     return f"raised {type(failure).__name__}: {' '.join(str(failure).split())[:_MOST_CHARACTERS]}".removesuffix(": ")
+
+
+def without_time(failure: Exception) -> dict:
+    """What a row has in place of a time: "skipped" where a package is not installed, "failed" otherwise."""
+    if isinstance(failure, ModuleNotFoundError):
+        return {"skipped": f"the package {failure.name} is not installed"}
+    return {"failed": in_words(failure)}
