@@ -55,12 +55,10 @@ class Step(NamedTuple):
     resumes: bool = False
 
 
-def plan(folder: Path, *, quick: bool) -> list[Step]:
-    """The steps of a visit, what is worth most first; ``quick``: tiny sizes and no tests, on any machine."""
+def plan(folder: Path) -> list[Step]:
+    """The steps of a visit, what is worth most first."""
     goat = (sys.executable, "-m", "goat_kernels")
     bench = (*goat, "bench", "--resume", "--output", str(folder / "results.jsonl"))
-    check = (*goat, "check", "--json", str(folder / "check.jsonl"))
-    tiny = ("--quick",) if quick else ()
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     # Without the project's own options, which are those of plugins that a GPU machine may not have.
     tests = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=-ra --strict-markers", "--maxfail=20", *workers)
@@ -68,10 +66,10 @@ def plan(folder: Path, *, quick: bool) -> list[Step]:
 
     def suite(name: str, most_s: int) -> Step:
         # Compiled layers, which take seconds each to compile, have a step of their own.
-        return Step(name, (*bench, "--suite", name, "--without", "compiled", *tiny), most_s, resumes=True)
+        return Step(name, (*bench, "--suite", name, "--without", "compiled"), most_s, resumes=True)
 
     steps = [
-        Step("check", (*check, "--dtype", "float32") if quick else check, 90),
+        Step("check", (*goat, "check", "--json", str(folder / "check.jsonl")), 90),
         Step("tests of the kernels", (*tests, *kernels), 70),
         suite("layer", 160),
         suite("kernels", 80),  # which measures the roofline first
@@ -87,8 +85,6 @@ def plan(folder: Path, *, quick: bool) -> list[Step]:
             60,
         ),
     ]
-    if quick:
-        steps = [step for step in steps if "tests" not in step.name and step.name != "compiled layers"]
     if shutil.which("compute-sanitizer"):  # without torch's caching every tensor has bounds that the tool knows
         sanitizer = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1")
         steps.insert(6, Step("compute-sanitizer", (*sanitizer, sys.executable, "-c", _SMALL_CASES), 60))
@@ -117,25 +113,17 @@ def run(command: Sequence[str], limit_s: float, log: TextIO) -> int | None:
 
 
 def headlines(results: Path) -> list[str]:
-    """The layer beside the frozen one and LoRA; the tiles; the passes furthest from the roofline; failures."""
+    """The layer beside the frozen one and LoRA, the tiles, and how many rows say that something failed."""
     if not results.exists():
         return ["no results"]
     from bench.results import key_of, read_rows, timed
     from bench.tables import summary_table, tuning_table
 
     rows = list({key_of(row): row for row in read_rows(results)}.values())
-    layer, tuning, passes = (timed(r for r in rows if r["suite"] == name) for name in ("layer", "tuning", "kernels"))
-    lines = []
-    if layer:
-        backend = "triton" if any(row["contender"].endswith("triton") for row in layer) else "torch"
-        lines += [summary_table(layer, backend), ""]
-    if tuning:
-        lines += [tuning_table(tuning), ""]
-    passes = sorted((row for row in passes if row["contender"] != "base"), key=lambda row: row["roofline_percent"])
-    for row in passes[:5]:
-        shape = f"{row['residual']} T={row['T']} {row['N']}->{row['M']} R={row['R']}"
-        lines.append(f"{row['roofline_percent']:4.0f} % of the roofline: {row['pass']}, {row['contender']}, {shape}")
-    return [*lines, f"{sum('failed' in row for row in rows)} rows say that something failed"]
+    layer, tuning = (timed(row for row in rows if row["suite"] == name) for name in ("layer", "tuning"))
+    tables = [summary_table(layer, "triton")] if layer else []
+    tables += [tuning_table(tuning)] if tuning else []
+    return [*tables, f"{sum('failed' in row for row in rows)} rows say that something failed"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,13 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_visit", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (%(default)s)")
     parser.add_argument("--out", required=True, metavar="DIR", help="where everything goes; the same one goes on")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes on any machine, to see that the visit works")
     options = parser.parse_args(arguments)
     folder = Path(options.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.json"
     codes: dict[str, int | None] = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
-    deadline, steps, tried = start + 60 * options.minutes - RESERVE_S, plan(folder, quick=options.quick), set()
+    deadline, steps, tried = start + 60 * options.minutes - RESERVE_S, plan(folder), set()
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         for step in [*steps, *(step for step in steps if step.resumes)]:
             left_s = deadline - time.monotonic()
@@ -165,10 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{step.name:24} {time.monotonic() - begun:6.1f} s  {said}", flush=True)
             write_json(state, codes)
     lines = [f"{step.name}: not run, no time was left" for step in steps if step.name not in codes]
-    try:
-        lines += headlines(folder / "results.jsonl")
-    except Exception as failure:  # the rows are in the file, whatever is wrong with reading them here
-        lines.append(f"no table: {type(failure).__name__}: {failure}")
+    lines += headlines(folder / "results.jsonl")
     (folder / "summary.txt").write_text("\n".join([json.dumps(codes), *lines]) + "\n", encoding="utf-8")
     print("\n" + "\n".join(lines))
     return 0 if all(code == 0 for code in codes.values()) else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -61,12 +62,7 @@ def commit() -> dict:
 def versions() -> dict[str, str]:
     """Package -> version, for what is installed of what matters."""
     found = {"goat_kernels": goat_kernels.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)}
 
 
 def processor_name() -> str:

@@ -12,9 +12,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from bench.results import timed
@@ -26,7 +27,6 @@ _COLOURS = {
     "base": "#999999",
     "PEFT LoRA": "#0072B2",
     "PEFT LoRA, adapter in x's dtype": "#56B4E9",
-    "Unsloth LoRA": "#F0E442",
     "expert loop": "#E69F00",
     "GOAT fold, torch": "#009E73",
     "GOAT path, torch": "#CC79A7",
@@ -38,14 +38,6 @@ _COLOURS = {
 
 #: How it is launched -> marker.
 _MARKERS = {", compiled": "s", ", CUDA graph": "^", "": "o"}
-
-_PASS_MARKERS = "osD^vP*Xpd"
-
-#: Of axes of ratios, which are logarithmic.
-_RATIO_TICKS = (
-    *(0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8),
-    *(2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64),
-)
 
 #: Raised when a figure is drawn otherwise from the same data, so that those on disk count as out of date.
 _DRAWING = 3
@@ -111,16 +103,12 @@ def _shape_labels(axes, grouped: dict[tuple, dict]) -> None:
     axes.set_xticks(range(len(labels)), labels, fontsize=8 if len(labels) < 10 else 7)
 
 
-def _ratio_axis(axes, ratios: list[float]) -> None:
-    """Logarithmic, with the ticks that fit, from below 1 to above the highest."""
-    lowest, highest = min([*ratios, 1.0]) * 0.96, max([*ratios, 1.2]) * 1.05
+def _ratio_axis(axes) -> None:
+    """Logarithmic, with a line at the frozen layer's time."""
     axes.set_yscale("log")
-    axes.set_ylim(lowest, highest)
-    ticks = [tick for tick in _RATIO_TICKS if lowest <= tick <= highest]
-    while len(ticks) > 14:
-        ticks = [tick for index, tick in enumerate(ticks) if tick == 1 or index % 2 == ticks.index(1) % 2]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 6, 8)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.axhline(1, color="#999999", linewidth=1)
     axes.grid(True, axis="y", alpha=0.3)
 
@@ -131,16 +119,14 @@ def _layer(drawn: Figure, rows: list[dict]) -> None:
     for place, name in enumerate(names):
         at = _places(len(grouped), place, len(names))
         found = [(x, of[name]) for x, of in zip(at, grouped.values(), strict=True) if name in of]
-        middle = [row["ratio_p50"] for _, row in found]
-        below = [row["ratio_p50"] - row["ratio_p20"] for _, row in found]
-        above = [row["ratio_p80"] - row["ratio_p50"] for _, row in found]
-        style = {"linestyle": "none", "markersize": 5, "capsize": 2, **_style(name)}
-        handles.append(axes.errorbar([x for x, _ in found], middle, yerr=[below, above], label=name, **style))
+        low, middle, high = (np.array([row[f"ratio_p{p}"] for _, row in found]) for p in (20, 50, 80))
+        style = {"linestyle": "none", "markersize": 5, "capsize": 2, "label": name, **_style(name)}
+        handles.append(axes.errorbar([x for x, _ in found], middle, yerr=[middle - low, high - middle], **style))
     for index in range(1, len(grouped)):
         axes.axvline(index - 0.5, color="#dddddd", linewidth=0.8)
     _shape_labels(axes, grouped)
     axes.set(ylabel="time / frozen nn.Linear, p50 with p20-p80", title="Forward and backward of one layer")
-    _ratio_axis(axes, [row[f"ratio_p{p}"] for row in rows if row["contender"] in names for p in (20, 80)])
+    _ratio_axis(axes)
     legend(drawn, handles)
 
 
@@ -151,11 +137,11 @@ def _kernels(drawn: Figure, rows: list[dict]) -> None:
     ridge = 1e3 * peak / bandwidth
     line = sorted({0.5 * min(*intensity, ridge), ridge, 1.5 * max(*intensity, ridge)})
     axes.plot(line, [min(peak, x * bandwidth / 1e3) for x in line], color="#000000", linewidth=1.2)
-    passes = dict(zip(dict.fromkeys(row["pass"] for row in rows), _PASS_MARKERS, strict=False))
+    passes = dict(zip(dict.fromkeys(row["pass"] for row in rows), "osD^vP*Xpd", strict=False))
     plain = {"linestyle": "none", "markersize": 6, "markeredgewidth": 0}
     for row, x in zip(rows, intensity, strict=True):
         colour = _style(row["contender"])["color"]
-        axes.plot([x], [row["tflops"]], alpha=0.75, color=colour, marker=passes.get(row["pass"], "o"), **plain)
+        axes.plot([x], [row["tflops"]], alpha=0.75, color=colour, marker=passes[row["pass"]], **plain)
     axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", title="Each pass alone, under the measured roofline")
     axes.set_xlabel("operations per byte that the pass must move, each tensor once")
     for axis in (axes.xaxis, axes.yaxis):
@@ -183,21 +169,19 @@ def _scaling(drawn: Figure, rows: list[dict]) -> None:
                 (handles[name],) = axes.plot(*zip(*found, strict=True), markersize=4, label=name, **_style(name))
         axes.set(xscale="log", xlabel=f"{letter} (= M)" if letter == "N" else letter)
         axes.set_xticks([value for value, _ in of_letter], [str(value) for value, _ in of_letter], fontsize=7)
-    ratios = [row["ratio_p50"] for row in rows if "ratio_p50" in row and row["contender"] in names]
-    for axes in all_axes:
-        _ratio_axis(axes, ratios)
+        _ratio_axis(axes)
     all_axes[0].set_ylabel("time / frozen nn.Linear, forward and backward")
     legend(drawn, list(handles.values()))
 
 
 def _memory(drawn: Figure, rows: list[dict]) -> None:
-    grouped, names, handles = by_shape(rows), contenders(rows), []
+    grouped, names = by_shape(rows), contenders(rows)
     both = drawn.subplots(2, 1, sharex=True)
     for axes, field, scale, title in (
         (both[0], "saved_for_backward_bytes", 2**20, "saved for backward beside x and the parameters"),
         (both[1], "peak_mib", 1, "peak of a forward and backward, results included"),
     ):
-        handles.clear()
+        handles = []
         for place, name in enumerate(names):
             values = [of[name][field] / scale if name in of else 0 for of in grouped.values()]
             style = {"width": 0.8 / len(names), "color": _style(name)["color"], "label": name}

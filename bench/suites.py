@@ -90,8 +90,8 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def run_suite(name: str, settings: BenchSettings, report: Callable[[dict], None], before: Sequence[dict] = ()) -> None:
-    """Run a suite and hand every row to ``report`` as soon as it is there.
+def suite_rows(name: str, settings: BenchSettings, before: Sequence[dict] = ()) -> Iterator[dict]:
+    """Run a suite: every row as soon as it is there.
 
     A case that raises becomes a row that says so, and the next one runs. Cases that ``before``, the rows of a run that
     stopped, has whole are left out.
@@ -113,20 +113,16 @@ def run_suite(name: str, settings: BenchSettings, report: Callable[[dict], None]
     for case in tracked(cases, name, "case"):
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
-        for row in _rows_until_it_raises(suite, case, of_suite):
-            if "skipped" in row:
-                if (row["contender"], row["skipped"]) in skipped:
-                    continue  # once is enough
-                skipped.add((row["contender"], row["skipped"]))
-            report({"suite": name, **row, **common})
-
-
-def _rows_until_it_raises(suite: Suite, case: object, settings: BenchSettings) -> Iterator[dict]:
-    try:
-        yield from suite.rows(case, settings)
-    except Exception as failure:
-        of_case = {} if case is None else {**case.row(), **settings.dtypes()}
-        yield {**of_case, "contender": "the rest of this case", "failed": in_words(failure)}
+        try:
+            for row in suite.rows(case, of_suite):
+                reason = (row["contender"], row.get("skipped"))
+                if "skipped" not in row or reason not in skipped:  # once is enough
+                    yield {"suite": name, **row, **common}
+                skipped.add(reason)
+        except Exception as failure:
+            of_case = {} if case is None else {**case.row(), **settings.dtypes()}
+            raised = {"contender": "the rest of this case", "failed": in_words(failure)}
+            yield {"suite": name, **of_case, **raised, **common}
 
 
 def problems_of(cases: Iterable[Case], dtype: torch.dtype) -> Iterator[Problem]:
