@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bench.cases import BenchSettings, Case
 
 #: As in ``suites.py`` and ``layers.py``, which import torch (a test holds them together).
-SUITE_NAMES = ("roofline", "kernels", "layer", "host", "memory", "scaling", "model", "tuning")
+SUITE_NAMES = ("roofline", "layer", "host", "kernels", "memory", "scaling", "model", "tuning")
 KINDS = ("frozen", "lora", "loop", "torch", "compiled", "triton", "graph")
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -88,9 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
         return _report(Path.cwd())
     settings = _settings(arguments)
     from bench.machine import describe
-    from bench.results import RESULTS_FOLDER, ResultsError, append, file_name, read_rows, timed
-    from bench.suites import suite_rows
-    from bench.tables import TABLES, not_timed
+    from bench.results import RESULTS_FOLDER, append, file_name, read_rows, timed
+    from bench.suites import SUITES, suite_rows
+    from bench.tables import not_timed
 
     suites = SUITE_NAMES if "all" in arguments.suite else tuple(dict.fromkeys(arguments.suite))
     if {"roofline", "kernels"} & set(suites):  # the ceilings first: before anything has warmed the machine
@@ -99,10 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output) if arguments.output else RESULTS_FOLDER / file_name(machine, suites)
     if output.is_dir():
         raise CommandError(f"--output {str(output)!r} is a folder; it needs the name of a file")
-    try:
-        before = read_rows(output) if arguments.resume and output.exists() else []
-    except ResultsError as error:
-        raise CommandError(f"--output: {error}") from None
+    before = read_rows(output) if arguments.resume and output.exists() else []
     kept, failed, said = arguments.output is not None or not settings.quick, False, set()
     where = f"results go to {output}" if kept else "--quick keeps no results without --output"
     print(f"{machine['gpu'] or machine['cpu']}, {settings.dtypes()['dtype']}; {where}", flush=True)
@@ -117,7 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
         said.update(lines)
         print("\n".join([f"\n{suite}\n", *lines]))
         if timed(rows):  # of a run that goes on: what it measured before too
-            print(f"\n{TABLES[suite]([*(row for row in before if row['suite'] == suite), *rows])}", flush=True)
+            of_both = [*(row for row in before if row["suite"] == suite), *rows]
+            print(f"\n{SUITES[suite].table(of_both)}", flush=True)
     return 1 if failed else 0
 
 
@@ -167,17 +165,11 @@ def _shape(text: str) -> Case:
 
 def _report(root: Path) -> int:
     from bench.report import PAGES, write
-    from bench.results import RESULTS_FOLDER, ResultsError
+    from bench.results import RESULTS_FOLDER
 
     missing = [path for path in (*PAGES, RESULTS_FOLDER) if not (root / path).exists()]
     if missing:
         raise CommandError(f"--report needs to run in the root of a checkout: there is no {missing[0]} here")
-    try:
-        written = write(root)
-    except ResultsError as error:
-        raise CommandError(f"--report: {error}") from None
-    for path in written:
-        print(f"written: {path}")
-    if not written:
-        print("everything was up to date")
+    written = write(root)
+    print("\n".join(f"written: {path}" for path in written) or "everything was up to date")
     return 0

@@ -12,7 +12,6 @@ off), check.jsonl, results.jsonl (rows as in bench/results) and summary.txt.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
@@ -98,18 +97,10 @@ def run(command: Sequence[str], limit_s: float, log: TextIO) -> int | None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     log.write(f"\n===== at most {limit_s:.0f} s: {' '.join(command)}\n")
     log.flush()
-    output = {"stdout": log, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **output)
-    try:
-        return process.wait(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # pytest then says what failed so far
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=GRACE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the session that was started for it, and what it left there
-        process.wait()
-        return None
+    # At its limit the process and what it started get SIGINT, upon which pytest says what failed so far.
+    limited = ("timeout", "--signal=INT", f"--kill-after={GRACE_S}", f"{limit_s:.0f}", *command)
+    code = subprocess.run(limited, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    return None if code in (124, 137, -signal.SIGKILL) else code
 
 
 def headlines(results: Path) -> list[str]:

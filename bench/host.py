@@ -183,7 +183,7 @@ def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:
     calls = 2 if settings.quick else CALLS
     times: dict[str, list[list[float]]] = {host.name: [] for host in hosts}
     with no_collection():
-        for round_, host in rotating(hosts, range(-_WARMING_ROUNDS, settings.rounds), "host"):
+        for round_, host in rotating(hosts, range(-_WARMING_ROUNDS, settings.rounds)):
             with host.patched():
                 sample = host.sample_ms(calls)
             if round_ >= 0:

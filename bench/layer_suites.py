@@ -80,7 +80,7 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
 
     for mode in case.modes:
         candidates = (candidate(contender, mode) for contender in right if mode in contender.modes(case.modes))
-        for row in measured(candidates, len(problems), settings, f"{case}, {mode}"):
+        for row in measured(candidates, len(problems), settings):
             yield {**common, "mode": mode, **row}
         gc.collect()  # graphs of autograd remember the streams that they ran on
 

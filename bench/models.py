@@ -170,7 +170,7 @@ def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
             candidates.append(_candidate(row, case, batch, settings))
         except Exception as failure:  # whatever a peer or a driver raises is a result, and others follow
             yield {**row, **without_time(failure)}
-    for row in measured(candidates, 1, settings, case.name):
+    for row in measured(candidates, 1, settings):
         yield row | (case.rate(row["time_ms_p50"]) if "time_ms_p50" in row else {})
 
 

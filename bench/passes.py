@@ -1,8 +1,7 @@
-"""Each pass alone: its time, its floor from the machine's ceilings, and what it asks memory for.
+"""Each pass alone: its time, and its floor from the machine's ceilings.
 
-The floor counts each tensor once: what a pass must read and write, whoever implements it. What our Triton kernels ask
-for, re-reads included, is beside it, from the plans that ``goat-kernels check --traffic`` proves. On a GPU a pass is a
-CUDA graph, so that its launches' host time drops out.
+The floor counts each tensor once: what a pass must read and write, whoever implements it. On a GPU a pass is a CUDA
+graph, so that its launches' host time drops out.
 
 Beside the passes stand the frozen layer's own products and, in Triton, y and dX as a whole in two orders: the adapter's
 share first and the base product onto it, which is the design's, and one matmul with the rank as more of its K.
@@ -10,7 +9,6 @@ share first and the base product onto it, which is the design's, and one matmul 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,7 +21,6 @@ from bench.timing import in_words
 from goat_kernels.backends import get_backend, why_not_auto
 from goat_kernels.checks.correctness import gradient_parts
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
-from goat_kernels.kernels.configs import Target, current_target, forced_target
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.passes import Routing
 
@@ -188,11 +185,11 @@ def kernel_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
         common = {**case.row(), **settings.dtypes(), "residual": form}
         if reasons["triton"] is not None:
             yield {**common, "contender": "triton", "skipped": reasons["triton"]}
-        for row in _form_rows(case.layer(settings.dtype, form), backends, settings, f"{case}, {form}"):
+        for row in _form_rows(case.layer(settings.dtype, form), backends, settings):
             yield {**common, **row}
 
 
-def _form_rows(layer: LayerCase, backends: list[str], settings: BenchSettings, label: str) -> Iterator[dict]:
+def _form_rows(layer: LayerCase, backends: list[str], settings: BenchSettings) -> Iterator[dict]:
     problem = make_problem(layer, settings.device)
     problems = copies_of(problem, min(problem.x_TN.nbytes, problem.grad_y_TM.nbytes), settings)
     expected, rides = expected_of(problem), {}
@@ -211,14 +208,11 @@ def _form_rows(layer: LayerCase, backends: list[str], settings: BenchSettings, l
         of_copy |= {("base", one): call for one, call in base_calls(p).items()}
     candidates = [_candidate(key, calls, expected.get(key[1]), problem) for key in calls[0]]
     work_of = {riding: pass_work(layer, lora_B_rides=riding) for riding in (True, False)}
-    requested = requested_bytes(layer, current_target(settings.device)) if "triton" in backends else {}
-    for row in measured(candidates, len(problems), settings, label):
+    for row in measured(candidates, len(problems), settings):
         row["copies"] = len(problems)
         if "time_ms_p50" in row:
             work = work_of[rides.get(row["contender"], False)][row["pass"]]
             row |= _against_floor(work, row["time_ms_p50"], settings)
-            if row["contender"] == "triton":
-                row["requested_bytes"] = requested[row["pass"]]
         yield row
 
 
@@ -232,25 +226,6 @@ def _candidate(key: tuple[str, str], calls: list[dict], expected: tuple | None, 
         graph=problem.x_TN.is_cuda,
         ratios={"ratio": OURS} if key[1] in (WHOLE_FORWARD, WHOLE_BACKWARD) else {},
     )
-
-
-def requested_bytes(case: LayerCase, target: Target) -> dict[str, int]:
-    """Pass -> bytes that the Triton kernels' programs load and store, re-reads included, by their plans.
-
-    ``target``: the GPU whose tiles are taken; none has to be here.
-    """
-    from goat_kernels.checks.traffic_plans import planned
-    from goat_kernels.kernels.launch import observed
-    from goat_kernels.kernels.passes import TritonPasses
-
-    moved = Counter()
-
-    def around(name: str):
-        return observed(lambda launch: moved.update({name: sum(sum(both) for both in planned(launch).values())}))
-
-    with forced_target(target):
-        run_passes(TritonPasses(), make_problem(case, "meta"), around=around)
-    return dict(moved)
 
 
 def _against_floor(work: Work, time_ms: float, settings: BenchSettings) -> dict:

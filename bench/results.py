@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from goat_kernels.command_errors import CommandError
+
 #: Where a checkout keeps them; those of ``bench.quality`` are in a folder ``quality`` in there.
 RESULTS_FOLDER = Path("bench/results")
 
@@ -31,10 +33,6 @@ _SAME_RUN = (*MACHINE_FIELDS, "commit", "versions", "cases", "dtype")
 
 #: Significant digits of a number.
 _DIGITS = 6
-
-
-class ResultsError(ValueError):
-    """A file that does not hold results; the message names it, the line and what is wrong."""
 
 
 def append(path: Path, row: dict) -> None:
@@ -71,7 +69,7 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of one file; a last line that an interrupted run did not finish is left out, with a warning.
 
     Raises:
-        ResultsError: a line that is not a result.
+        CommandError: a line that is not a result.
     """
     rows, text = [], path.read_text(encoding="utf-8", errors="replace")
     lines = text.splitlines()
@@ -82,9 +80,9 @@ def read_rows(path: Path) -> list[dict]:
             if number == len(lines) and not text.endswith("\n"):
                 warnings.warn(f"{path}, line {number}: incomplete, and left out", stacklevel=2)
                 break
-            raise ResultsError(f"{path}, line {number}: {error}") from None
+            raise CommandError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict) or not {"suite", "task"} & row.keys():
-            raise ResultsError(f"{path}, line {number}: not a result of goat-kernels bench")
+            raise CommandError(f"{path}, line {number}: not a result of goat-kernels bench")
         rows.append(row)
     return rows
 

@@ -133,7 +133,7 @@ class Candidate:
         return contender or self.row["contender"], self.row.get("pass")
 
 
-def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettings, label: str) -> Iterator[dict]:
+def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettings) -> Iterator[dict]:
     """Check every candidate on every copy of the inputs, then time those that are right beside one another.
 
     One that is wrong, or raises, is a row that says so, and the others go on.
@@ -154,7 +154,6 @@ def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettin
         device=settings.device,
         copies=copies,
         rounds=settings.rounds,
-        label=label,
     )
     for key, (candidate, _, fields) in ready.items():
         row = timing_row(key, samples, {quantity: candidate.key(base) for quantity, base in candidate.ratios.items()})

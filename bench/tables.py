@@ -278,16 +278,3 @@ def not_timed(rows: list[dict]) -> list[str]:
                 at = "" if word == "skipped" else f" ({', '.join(f'{k}={row[k]}' for k in 'TNMR' if k in row)})"
                 lines.append(f"{word}: {row['contender']}{at}: {row[word]}")
     return list(dict.fromkeys(lines))
-
-
-#: Suite -> its tables, one below the other.
-TABLES: dict[str, Callable[[list[dict]], str]] = {
-    "roofline": roofline_table,
-    "kernels": kernels_table,
-    "layer": layer_tables,
-    "host": host_table,
-    "memory": memory_table,
-    "scaling": scaling_table,
-    "model": model_table,
-    "tuning": tuning_table,
-}

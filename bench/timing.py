@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 Step = Callable[[int], object]
 
@@ -74,7 +72,6 @@ def time_interleaved(
     copies: int,
     rounds: int,
     warmup: int = 3,
-    label: str = "",
 ) -> dict[object, Samples]:
     """Time every contender once per round, in an order that rotates from round to round.
 
@@ -86,11 +83,10 @@ def time_interleaved(
         copies: numbers that a step may be called with: 0..copies-1.
         rounds: how many rounds are timed.
         warmup: rounds before that, the first through all copies; the number of calls is found in them too.
-        label: of the progress.
     """
     samples = {name: Samples(calls=copies) for name in steps}
     with no_collection():
-        for round_, name in rotating(steps, range(-warmup, rounds), label):
+        for round_, name in rotating(steps, range(-warmup, rounds)):
             step, own = steps[name], samples[name]
             if own.failed is not None:
                 continue
@@ -106,10 +102,10 @@ def time_interleaved(
     return samples
 
 
-def rotating(names: Iterable, rounds: Iterable[int], label: str) -> Iterator[tuple[int, object]]:
+def rotating(names: Iterable, rounds: Iterable[int]) -> Iterator[tuple[int, object]]:
     """(round, name) of every name once a round, in an order that rotates."""
     names = list(names)
-    for round_ in tracked(rounds, label, "round") if names else ():
+    for round_ in rounds if names else ():
         start = round_ % len(names)
         yield from ((round_, name) for name in names[start:] + names[:start])
 
@@ -167,11 +163,6 @@ def no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def tracked(items: Iterable, label: str, unit: str) -> Iterator:
-    """``items`` with a progress bar on a terminal, and a line every 15 seconds elsewhere."""
-    return tqdm(items, desc=label, unit=unit, leave=False, mininterval=0.1 if sys.stderr.isatty() else 15, delay=1)
 
 
 def in_words(failure: BaseException) -> str:
