@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,19 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Kept back for the summary and for a step that does not stop at once; no step starts with less than ``LEAST_S`` left.
 RESERVE_S, GRACE_S, LEAST_S = 15, 5, 10
-
-#: Run under compute-sanitizer: every pass of small layers, fused, in stages with dropout, decoding.
-_SMALL_CASES = """
-import torch
-from goat_kernels.kernels.passes import TritonPasses
-from goat_kernels.checks.problem import LayerCase, make_problem, run_passes
-for T, E, K, dropout_p in ((1100, 8, 2, 0.0), (75, 6, 3, 0.1), (16, 6, 3, 0.0)):
-    for path in (False, True):
-        case = LayerCase(T=T, N=200, M=328, R=24, E=E, K=K, path=path, dropout_p=dropout_p)
-        run_passes(TritonPasses(), make_problem(case, "cuda"))
-torch.cuda.synchronize()
-print("every pass ran")
-"""
 
 
 class Step(NamedTuple):
@@ -67,7 +53,7 @@ def plan(folder: Path) -> list[Step]:
         # Compiled layers, which take seconds each to compile, have a step of their own.
         return Step(name, (*bench, "--suite", name, "--without", "compiled"), most_s, resumes=True)
 
-    steps = [
+    return [
         Step("check", (*goat, "check", "--json", str(folder / "check.jsonl")), 90),
         Step("tests of the kernels", (*tests, *kernels), 70),
         suite("layer", 160),
@@ -84,10 +70,6 @@ def plan(folder: Path) -> list[Step]:
             60,
         ),
     ]
-    if shutil.which("compute-sanitizer"):  # without torch's caching every tensor has bounds that the tool knows
-        sanitizer = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1")
-        steps.insert(6, Step("compute-sanitizer", (*sanitizer, sys.executable, "-c", _SMALL_CASES), 60))
-    return steps
 
 
 def run(command: Sequence[str], limit_s: float, log: TextIO) -> int | None:
@@ -107,10 +89,10 @@ def headlines(results: Path) -> list[str]:
     """The layer beside the frozen one and LoRA, the tiles, and how many rows say that something failed."""
     if not results.exists():
         return ["no results"]
-    from bench.results import key_of, read_rows, timed
+    from bench.results import KEY_FIELDS, part_of, read_rows, timed
     from bench.tables import summary_table, tuning_table
 
-    rows = list({key_of(row): row for row in read_rows(results)}.values())
+    rows = list({part_of(row, KEY_FIELDS): row for row in read_rows(results)}.values())
     layer, tuning = (timed(row for row in rows if row["suite"] == name) for name in ("layer", "tuning"))
     tables = [summary_table(layer, "triton")] if layer else []
     tables += [tuning_table(tuning)] if tuning else []

@@ -33,7 +33,7 @@ Expected = Callable[[str], list[Tensor]]
 def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     """Check every contender on the case's tensors, then time those that are right, beside one another.
 
-    With dropout, contenders draw masks of their own: they are checked without it, and what is timed has to differ.
+    With dropout, contenders draw masks of their own: they are checked without it.
     """
     first = layer_problem(case, settings.dtype, settings.device)
     # Of what the frozen layer reads in a step: the least that a rotation has to push out of the cache.
@@ -56,8 +56,6 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
         return right[contender][0] if copy == 0 and not case.dropout_p else contender.make(problems[copy])
 
     def candidate(contender: Contender, mode: str) -> Candidate:
-        must_differ = case.dropout_p > 0 and contender.computes != "frozen"
-
         def call(copy: int) -> Callable[[], object]:
             return call_of(mode, layer_on(contender, copy), problems[copy].x_TN, problems[copy].grad_y_TM)
 
@@ -69,11 +67,10 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
             return results_error(list(results), case.E, gradients)
 
         return Candidate(
-            {"contender": contender.name, **(right[contender][1] if must_differ else {})},
+            {"contender": contender.name, **right[contender][1]},
             call,
-            error,
+            None if case.dropout_p else error,
             error_bound(settings.dtype),
-            must_differ=must_differ,
             graph=contender.graph,
             ratios=contender.ratios_to,
         )
@@ -142,17 +139,11 @@ def memory_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
         elif not contender.graph:  # a graph's memory is reserved as long as it lives
             row = {**common, "mode": "both", "contender": contender.name}
             try:
-                yield {**row, **_memory(layer, p, settings.device), **fields}
+                step = call_of("both", layer, p.x_TN, p.grad_y_TM)
+                step()  # workspaces and constants that stay
+                not_counted = [*layer.parameters(), *layer.buffers(), p.x_TN]
+                row["saved_for_backward_bytes"] = saved_bytes(functools.partial(layer, p.x_TN), not_counted)
+                row["peak_mib"] = round(peak_bytes(step, settings.device) / 2**20, 3)
+                yield {**row, "x_bytes": p.x_TN.nbytes, **fields}
             except Exception as failure:
                 yield {**row, **without_time(failure)}
-
-
-def _memory(layer: nn.Module, p: Problem, device: torch.device) -> dict:
-    step = call_of("both", layer, p.x_TN, p.grad_y_TM)
-    step()  # workspaces and constants that stay
-    of_layer = [*layer.parameters(), *layer.buffers(), p.x_TN]
-    return {
-        "saved_for_backward_bytes": saved_bytes(lambda: layer(p.x_TN), of_layer),
-        "x_bytes": p.x_TN.nbytes,
-        "peak_mib": round(peak_bytes(step, device) / 2**20, 3),
-    }

@@ -270,12 +270,7 @@ def call_of(mode: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> Callable[
     # stream would have to wait for that one.
     x = x.detach().requires_grad_()
     if mode == "inference":
-
-        def infer() -> Tensor:
-            with torch.no_grad():
-                return layer(x)
-
-        return infer
+        return torch.no_grad()(lambda: layer(x))
     if mode == "forward":
         return lambda: layer(x)
     inputs = differentiated(layer, x)

@@ -56,11 +56,6 @@ class ModelCase:
         of_model = {"model": self.name, **self.sizes, "batch": self.batch, "length": self.length}
         return {**of_model, "R": self.rank, "E": Case.E, "K": Case.K}
 
-    def rate(self, time_ms: float) -> dict:
-        """Tokens or images per second."""
-        unit = "tokens_per_s" if self.length else "images_per_s"
-        return {unit: self.batch * max(self.length, 1) / time_ms * 1e3}
-
 
 def _llama(hidden: int, layers: int, heads: int, vocabulary: int, batch: int, length: int, rank: int) -> ModelCase:
     sizes = {
@@ -171,7 +166,10 @@ def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
         except Exception as failure:  # whatever a peer or a driver raises is a result, and others follow
             yield {**row, **without_time(failure)}
     for row in measured(candidates, 1, settings):
-        yield row | (case.rate(row["time_ms_p50"]) if "time_ms_p50" in row else {})
+        if "time_ms_p50" in row:
+            unit = "tokens_per_s" if case.length else "images_per_s"
+            row[unit] = case.batch * max(case.length, 1) / row["time_ms_p50"] * 1e3
+        yield row
 
 
 def _candidate(row: dict, case: ModelCase, batch: dict[str, Tensor], settings: BenchSettings) -> Candidate:

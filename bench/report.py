@@ -41,7 +41,11 @@ def _sections(rows: list[dict], device: str) -> str:
         of_suite = newest(rows, name, device)
         if not timed(of_suite):
             continue
-        figure = f"![{suite.summary}](figures/{_figure_name(name, device)})" if name in FIGURES else ""
+        figure = (
+            f"![{suite.title}: time over the frozen layer's](figures/{_figure_name(name, device)})"
+            if name in FIGURES
+            else ""
+        )
         heading = f"### {suite.title}" + ("" if device == "cpu" else " on a GPU")
         parts += [heading, suite.explanation, figure, suite.table(of_suite), provenance(of_suite)]
     if parts and device == "cuda":

@@ -115,7 +115,6 @@ class Candidate:
         make: copy -> the call that is timed on that copy of the inputs.
         error: (copy, what a call gave) -> its relative error against float64; None where there is nothing to check.
         bound: on the error.
-        must_differ: the error has to be above the bound: with dropout, a contender that drops nothing is wrong.
         graph: whether a CUDA graph of it is replayed.
         ratios: quantity -> contender, of the same fields otherwise, that its time is divided by.
     """
@@ -124,7 +123,6 @@ class Candidate:
     make: Callable[[int], Callable[[], object]]
     error: Callable[[int, object], float] | None = None
     bound: float = 0.0
-    must_differ: bool = False
     graph: bool = False
     ratios: Mapping[str, str] = field(default_factory=dict)
 
@@ -165,9 +163,6 @@ def _checked(candidate: Candidate, step: Step) -> dict:
     if candidate.error is None:
         return {}
     error, bound = worst_error(step, candidate.error), candidate.bound
-    if candidate.must_differ:
-        said = f"with dropout it is {error:.1e} away from what it computes without: it drops nothing; not timed"
-        return {} if error > bound else {"failed": said}
     if not error <= bound:
         return {"failed": too_far(error, bound)}
     return {"relative_error": error, "relative_error_bound": bound}

@@ -17,7 +17,7 @@ from bench.layer_suites import layer_rows, memory_rows
 from bench.machine import describe
 from bench.models import model_cases, model_layers, model_rows
 from bench.passes import kernel_rows
-from bench.results import case_of, finished_cases
+from bench.results import CASE_FIELDS, finished_cases, part_of
 from bench.timing import in_words
 from bench.tuning import tuning_rows
 from goat_kernels.backends import why_not_auto
@@ -31,7 +31,6 @@ class Suite:
 
     Attributes:
         title: the heading of its section.
-        summary: what it measures, in a figure's description.
         table: its rows -> its tables in Markdown.
         rows: (case, settings) -> its rows.
         cases: (device type, quick) -> what it runs, one after the other.
@@ -42,7 +41,6 @@ class Suite:
     """
 
     title: str
-    summary: str
     table: Callable[[list[dict]], str]
     rows: Callable[[object, BenchSettings], Iterator[dict]]
     cases: Callable[..., Sequence]
@@ -60,7 +58,6 @@ def _roofline_rows(case: None, settings: BenchSettings) -> Iterator[dict]:
 SUITES: dict[str, Suite] = {
     "roofline": Suite(
         "What the machine reaches",
-        "how fast this machine reads, copies and multiplies",
         tables.roofline_table,
         _roofline_rows,
         lambda device, quick: (None,),
@@ -68,16 +65,9 @@ SUITES: dict[str, Suite] = {
         shaped=False,
         explanation="The ceilings that the floors are made of: the fastest of eleven rounds each.",
     ),
-    "layer": Suite(
-        "One layer",
-        "forward, backward, both; ratio to the frozen nn.Linear",
-        tables.layer_tables,
-        layer_rows,
-        cases.layer_cases,
-    ),
+    "layer": Suite("One layer", tables.layer_tables, layer_rows, cases.layer_cases),
     "host": Suite(
         "Host time",
-        "what a call of the layer costs the host",
         tables.host_table,
         host_rows,
         cases.host_cases,
@@ -89,7 +79,6 @@ SUITES: dict[str, Suite] = {
     ),
     "kernels": Suite(
         "Each pass alone",
-        "each pass alone, against the machine's roofline",
         tables.kernels_table,
         kernel_rows,
         cases.kernel_cases,
@@ -97,7 +86,6 @@ SUITES: dict[str, Suite] = {
     ),
     "memory": Suite(
         "Memory",
-        "bytes saved for backward, and the peak",
         tables.memory_table,
         memory_rows,
         cases.memory_cases,
@@ -107,7 +95,6 @@ SUITES: dict[str, Suite] = {
     ),
     "scaling": Suite(
         "As one size grows",
-        "cost as T, N, R, E and K grow, each alone",
         tables.scaling_table,
         layer_rows,
         cases.scaling_cases,
@@ -116,7 +103,6 @@ SUITES: dict[str, Suite] = {
     ),
     "model": Suite(
         "Training steps of whole models",
-        "training steps of a Llama and a ViT with random weights",
         tables.model_table,
         model_rows,
         model_cases,
@@ -127,7 +113,6 @@ SUITES: dict[str, Suite] = {
     ),
     "tuning": Suite(
         "Tiles near the table's",
-        "each step away from the table's tiles",
         tables.tuning_table,
         tuning_rows,
         cases.tuning_cases,
@@ -147,7 +132,7 @@ def suite_rows(name: str, settings: BenchSettings, before: Sequence[dict] = ()) 
     finished = finished_cases(before, name, {**common, **settings.dtypes()})
     asked = settings.shapes if suite.shaped else ()
     asked = asked or suite.cases(settings.device.type, quick=settings.quick)
-    to_run = [case for case in asked if case is None or case_of(case.row()) not in finished]
+    to_run = [case for case in asked if case is None or part_of(case.row(), CASE_FIELDS) not in finished]
     of_suite = dataclasses.replace(settings, without=settings.without | suite.without)
     if why_not_auto("triton", settings.device, settings.dtype) is None:
         try:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.peers import peft_lora
 from benchmark_cases import CPU, SMALL, quick
 
 from bench import (
@@ -38,7 +39,6 @@ from bench import (
 )
 from bench.cases import kernel_cases, layer_cases, memory_cases, scaling_cases
 from bench.layers import FROZEN, HALF_LORA, KINDS, LORA, error_bound
-from bench.peers import peft_lora
 from goat_kernels.checks.ahead import compiled_together
 from goat_kernels.checks.problem import LayerCase, make_problem
 from goat_kernels.cli import bench, main
