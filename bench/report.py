@@ -41,15 +41,10 @@ def _sections(rows: list[dict], device: str) -> str:
         of_suite = newest(rows, name, device)
         if not timed(of_suite):
             continue
-        shown = f"![{suite.title}, over the frozen layer](figures/{_figure_name(name, device)})"
-        heading = f"### {suite.title}" + ("" if device == "cpu" else " on a GPU")
-        parts += [
-            heading,
-            suite.explanation,
-            shown if name in FIGURES else "",
-            suite.table(of_suite),
-            provenance(of_suite),
-        ]
+        parts += [f"### {suite.title}" + ("" if device == "cpu" else " on a GPU"), suite.explanation]
+        if name in FIGURES:
+            parts.append(f"![{suite.title}, over the frozen layer](figures/{_figure_name(name, device)})")
+        parts += [suite.table(of_suite), provenance(of_suite)]
     if parts and device == "cuda":
         parts.insert(0, "## On a GPU")
     return "\n\n".join(filter(None, parts))

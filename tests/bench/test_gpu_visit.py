@@ -6,8 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
 from bench import gpu_visit, suites
 from bench.gpu_visit import Step, headlines, plan, run
 
@@ -24,8 +22,8 @@ class Rehearsal:
 
     def __init__(self, monkeypatch, folder: Path, takes_s: dict[str, float], exit_codes: dict[str, int] | None = None):
         self.now, self.ran, self.folder = 0.0, [], folder
-        self.steps, self.left_s, self.exit_codes = plan(folder, quick=False), dict(takes_s), exit_codes or {}
-        monkeypatch.setattr(gpu_visit, "plan", lambda folder, quick: self.steps)
+        self.steps, self.left_s, self.exit_codes = plan(folder), dict(takes_s), exit_codes or {}
+        monkeypatch.setattr(gpu_visit, "plan", lambda folder: self.steps)
         monkeypatch.setattr(gpu_visit, "run", self._run)
         monkeypatch.setattr(gpu_visit.time, "monotonic", lambda: self.now)
 
@@ -49,7 +47,7 @@ class Rehearsal:
         return None
 
 
-STEPS = plan(Path("out"), quick=False)
+STEPS = plan(Path("out"))
 
 
 def test_a_visit_covers_every_suite_in_the_order_of_worth_and_writes_few_files():
@@ -123,7 +121,7 @@ def test_a_process_that_hangs_is_ended_and_may_say_what_it_had(tmp_path):
 def test_a_visit_says_what_failed_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
     steps = [Step("fine", (sys.executable, "-c", "print('here')"), 60)]
     steps.append(Step("wrong", (sys.executable, "-c", "1 / 0"), 60))
-    monkeypatch.setattr(gpu_visit, "plan", lambda folder, quick: steps)
+    monkeypatch.setattr(gpu_visit, "plan", lambda folder: steps)
     arguments = ["--out", str(tmp_path / "out"), "--minutes", "1"]
     assert gpu_visit.main(arguments) == 1
     assert "no results" in capsys.readouterr().out
@@ -136,16 +134,8 @@ def test_a_visit_says_what_failed_and_runs_nothing_twice(tmp_path, monkeypatch, 
 
 def test_the_summary_is_made_of_whatever_there_is(tmp_path):
     results = tmp_path / "results.jsonl"
-    row = {"suite": "kernels", "contender": "triton", "pass": "prefill", "residual": "fold", "roofline_percent": 71.4}
-    rows = [{**row, "T": 8, "N": 8, "M": 8, "R": 8}, {"suite": "layer", "contender": "x", "failed": "raised"}]
+    row = {"suite": "layer", "contender": "GOAT fold, triton", "mode": "both", "ratio_p50": 1.23}
+    rows = [{**row, "T": 8, "N": 9, "M": 8, "R": 8}, {"suite": "layer", "contender": "x", "failed": "raised"}]
     results.write_text("".join(json.dumps(one) + "\n" for one in rows))
     text = "\n".join(headlines(results))
-    assert "71 % of the roofline: prefill, triton" in text and "1 rows say that something failed" in text
-
-
-@pytest.mark.slow
-def test_a_quick_visit_runs_here(tmp_path, monkeypatch):
-    steps = [step for step in plan(tmp_path, quick=True) if step.name == "kernels"]
-    monkeypatch.setattr(gpu_visit, "plan", lambda folder, quick: steps)
-    assert gpu_visit.main(["--out", str(tmp_path), "--minutes", "5", "--quick"]) == 0
-    assert "% of the roofline: prefill, torch" in (tmp_path / "summary.txt").read_text()
+    assert "9 -> 8" in text and "1.23" in text and "1 rows say that something failed" in text
