@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,7 +67,6 @@ class BenchSettings:
         quick: tiny sizes, which say nothing about speed; for tests.
         shapes: in place of the suites' own; empty for these.
         without: kinds of contenders to leave out.
-        profile: whether the host suite prints where its time goes.
     """
 
     device: torch.device
@@ -76,8 +75,6 @@ class BenchSettings:
     quick: bool = False
     shapes: tuple[Case, ...] = ()
     without: frozenset[str] = frozenset()
-    profile: bool = False
-    _measured: list[Roofline] = field(default_factory=list, repr=False)  # shared by copies of these settings
 
     @property
     def cases(self) -> str:
@@ -88,10 +85,8 @@ class BenchSettings:
 
     @property
     def roofline(self) -> Roofline:
-        """The machine's ceilings, measured when first asked for: a run asks before it times anything."""
-        if not self._measured:
-            self._measured.append(measure_roofline(self.device, self.dtype, quick=self.quick))
-        return self._measured[0]
+        """The machine's ceilings, measured when a run first asks for them: before it times anything."""
+        return measure_roofline(self.device, self.dtype, quick=self.quick)
 
     def dtypes(self) -> dict:
         """The fields of a result that say what the dtypes are."""

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from bench.cases import BenchSettings, Case
 
 #: As in ``suites.py`` and ``layers.py``, which import torch (a test holds them together).
-SUITE_NAMES = ("roofline", "kernels", "layer", "host", "memory", "scaling", "model", "tuning")
-KINDS = ("frozen", "lora", "unsloth", "loop", "torch", "compiled", "triton", "graph")
+SUITE_NAMES = ("roofline", "layer", "host", "kernels", "memory", "scaling", "model", "tuning")
+KINDS = ("frozen", "lora", "loop", "torch", "compiled", "triton", "graph")
 
 DTYPES = ("bfloat16", "float16", "float32")
 _ROUNDS = {"cuda": 31, "cpu": 15}
@@ -68,13 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "repeated",
     )
     parser.add_argument(
-        "--residual", choices=("path", "fold"), help="with --shape: this form alone (default: both forms)"
-    )
-    parser.add_argument(
         "--without", nargs="+", choices=KINDS[1:], default=[], metavar="KIND", help=f"leave out: {', '.join(KINDS[1:])}"
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="with --suite host: print the functions that take most time too"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="of x (default: bfloat16 on a GPU, float32 on a CPU)")
@@ -94,9 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
         return _report(Path.cwd())
     settings = _settings(arguments)
     from bench.machine import describe
-    from bench.results import RESULTS_FOLDER, ResultsError, append, file_name, read_rows, timed
-    from bench.suites import run_suite
-    from bench.tables import TABLES, not_timed
+    from bench.results import RESULTS_FOLDER, append, file_name, read_rows, timed
+    from bench.suites import SUITES, suite_rows
+    from bench.tables import not_timed
 
     suites = SUITE_NAMES if "all" in arguments.suite else tuple(dict.fromkeys(arguments.suite))
     if {"roofline", "kernels"} & set(suites):  # the ceilings first: before anything has warmed the machine
@@ -105,55 +99,43 @@ def run(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output) if arguments.output else RESULTS_FOLDER / file_name(machine, suites)
     if output.is_dir():
         raise CommandError(f"--output {str(output)!r} is a folder; it needs the name of a file")
-    try:
-        before = read_rows(output) if arguments.resume and output.exists() else []
-    except ResultsError as error:
-        raise CommandError(f"--output: {error}") from None
+    before = read_rows(output) if arguments.resume and output.exists() else []
     kept, failed, said = arguments.output is not None or not settings.quick, False, set()
     where = f"results go to {output}" if kept else "--quick keeps no results without --output"
     print(f"{machine['gpu'] or machine['cpu']}, {settings.dtypes()['dtype']}; {where}", flush=True)
     for suite in suites:
-        rows: list[dict] = []
-
-        def report(row: dict, rows: list[dict] = rows) -> None:
+        rows = []
+        for row in suite_rows(suite, settings, before):
             rows.append(row)
             if kept:
                 append(output, row)
-
-        run_suite(suite, settings, report, before)
         failed |= any("failed" in row for row in rows)
-        print(f"\n{suite}\n")
-        for line in not_timed(rows):
-            if line not in said:
-                print(line)
-                said.add(line)
+        lines = [line for line in not_timed(rows) if line not in said]
+        said.update(lines)
+        print("\n".join([f"\n{suite}\n", *lines]))
         if timed(rows):  # of a run that goes on: what it measured before too
-            print(f"\n{TABLES[suite]([*(row for row in before if row['suite'] == suite), *rows])}", flush=True)
+            of_both = [*(row for row in before if row["suite"] == suite), *rows]
+            print(f"\n{SUITES[suite].table(of_both)}", flush=True)
     return 1 if failed else 0
 
 
 def _settings(arguments: argparse.Namespace) -> BenchSettings:
     import torch
 
-    from bench.cases import FORMS, BenchSettings
+    from bench.cases import BenchSettings
     from bench.suites import SUITES
 
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device 'cuda' needs a GPU, and PyTorch sees none")
-    if arguments.residual is not None and not arguments.shape:
-        raise CommandError(f"--residual {arguments.residual!r} needs --shape")
     unshaped = [name for name in arguments.suite if name == "all" or not SUITES[name].shaped]
     if arguments.shape and unshaped:
         raise CommandError(f"--shape does not go with --suite {unshaped[0]}, which has sizes of its own")
     if arguments.resume and not arguments.output:
         raise CommandError("--resume needs --output, the file of the run that goes on")
-    if arguments.profile and not {"host", "all"} & set(arguments.suite):
-        raise CommandError("--profile needs --suite host")
     if arguments.shape and arguments.quick:
         raise CommandError("--shape does not go with --quick, which has sizes of its own")
-    forms = FORMS if arguments.residual is None else (arguments.residual,)
-    shapes = tuple(_shape(text, forms) for text in arguments.shape or ())
+    shapes = tuple(_shape(text) for text in arguments.shape or ())
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
@@ -164,37 +146,30 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
         quick=arguments.quick,
         shapes=shapes,
         without=frozenset(arguments.without),
-        profile=arguments.profile,
     )
 
 
-def _shape(text: str, forms: tuple[str, ...]) -> Case:
+def _shape(text: str) -> Case:
     from bench.cases import Case
 
     try:
-        case = Case(*(int(part) for part in text.split(",")), forms=forms)
-    except (TypeError, ValueError):
+        T, N, M, R = map(int, text.split(","))
+    except ValueError:
         raise CommandError(f"--shape {text!r} must be four whole numbers: T,N,M,R") from None
-    if min(case.T, case.N, case.M, case.R) < 1:
+    if min(T, N, M, R) < 1:
         raise CommandError(f"--shape {text!r} must be four numbers of at least 1: T,N,M,R")
-    if case.R % case.E:
-        raise CommandError(f"--shape {text!r}: R = {case.R} must be a multiple of {case.E}, the number of experts")
-    return case
+    if R % Case.E:
+        raise CommandError(f"--shape {text!r}: R = {R} must be a multiple of {Case.E}, the number of experts")
+    return Case(T, N, M, R)
 
 
 def _report(root: Path) -> int:
     from bench.report import PAGES, write
-    from bench.results import RESULTS_FOLDER, ResultsError
+    from bench.results import RESULTS_FOLDER
 
     missing = [path for path in (*PAGES, RESULTS_FOLDER) if not (root / path).exists()]
     if missing:
         raise CommandError(f"--report needs to run in the root of a checkout: there is no {missing[0]} here")
-    try:
-        written = write(root)
-    except ResultsError as error:
-        raise CommandError(f"--report: {error}") from None
-    for path in written:
-        print(f"written: {path}")
-    if not written:
-        print("everything was up to date")
+    written = write(root)
+    print("\n".join(f"written: {path}" for path in written) or "everything was up to date")
     return 0

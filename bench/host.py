@@ -8,20 +8,15 @@ it was.
 
 from __future__ import annotations
 
-import cProfile
 import dataclasses
-import io
-import json
-import os
-import pstats
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +37,9 @@ from bench.layers import (
     layer_problem,
     outputs_of,
 )
-from bench.memory import launches_row
+from bench.memory import triton_launches
 from bench.steps import too_far
-from bench.timing import Samples, in_words, no_collection, rotating, timing_row
+from bench.timing import Samples, no_collection, rotating, timing_row, without_time
 from goat_kernels.backends import get_backend
 
 #: Calls one after the other, with fewer launches than fit a GPU's queue of 1024.
@@ -57,60 +52,29 @@ _SMALL = Case(T=2, N=16, M=16, R=8)
 
 WITHOUT_PLANS = ", without plans"
 
-_PROFILED_CALLS, _PRINTED_FUNCTIONS = 200, 25
-
-_DRY_PROCESS = (
-    "from bench import dry_driver; dry_driver.install(); from bench.host import print_dry_rows; print_dry_rows()"
-)
-
 
 def host_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
-    """Forward, backward and both of every contender; in bfloat16, whatever the settings say.
-
-    With ``settings.profile`` the functions that take most time are printed too.
-    """
+    """Forward, backward and both of every contender; in bfloat16, whatever the settings say."""
     settings = dataclasses.replace(settings, dtype=torch.bfloat16)
-    rows = _rows(case, settings, dry=False) if settings.device.type == "cuda" else _rows_of_process(case, settings)
-    for row in rows:
-        if "profile" in row:
-            print(row["profile"], flush=True)
-        else:
-            yield {**case.row(), **settings.dtypes(), **row}
+    if settings.device.type == "cuda":
+        rows = _rows(case, settings, dry=False)
+    else:
+        new_process = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, new_process, initializer=dry_driver.install) as pool:
+            rows = pool.submit(_dry_rows, case, settings, torch.get_num_threads()).result()
+    yield from ({**case.row(), **settings.dtypes(), **row} for row in rows)
 
 
-# --- the process without a GPU --------------------------------------------------------------------------------------
-
-
-def _rows_of_process(case: Case, settings: BenchSettings) -> Iterator[dict]:
-    given = {name: getattr(settings, name) for name in ("rounds", "quick", "profile")}
-    given |= {"without": sorted(settings.without), "threads": torch.get_num_threads(), "case": vars(case)}
-    done = subprocess.run(
-        [sys.executable, "-c", _DRY_PROCESS],
-        input=json.dumps(given),
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1])
-    yield from map(json.loads, done.stdout.splitlines())
-
-
-def print_dry_rows() -> None:
-    """What the process started by :func:`host_rows` does; the dry driver is installed."""
+def _dry_rows(case: Case, settings: BenchSettings, threads: int) -> list[dict]:
+    """What the process without a GPU does; the dry driver is installed."""
     from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 
-    given = json.load(sys.stdin)
-    torch.set_num_threads(given.pop("threads"))
-    case, without = Case(**given.pop("case")), frozenset(given.pop("without"))
+    torch.set_num_threads(threads)
     with forced_target(KNOWN_TARGETS[dry_driver.TARGET]):
-        for row in _rows(case, BenchSettings(torch.device("cpu"), torch.bfloat16, without=without, **given), dry=True):
-            print(json.dumps(row))
+        return list(_rows(case, settings, dry=True))
 
 
-@contextmanager
-def _small_products() -> Iterator[None]:
+def _small_products():
     """The product that accumulates onto the adapter's share, of 2 x 16 by 16 x 16: what it costs the host remains."""
     product, (onto, left, right) = torch.addmm, (torch.zeros(n, 16, dtype=torch.bfloat16) for n in (2, 2, 16))
 
@@ -118,77 +82,63 @@ def _small_products() -> Iterator[None]:
         product(onto, left, right, out=onto)
         return out
 
-    torch.addmm = addmm
-    try:
-        yield
-    finally:
-        torch.addmm = product
+    return mock.patch.object(torch, "addmm", addmm)
 
 
-@contextmanager
-def _without_plans() -> Iterator[None]:
+def _without_plans():
     """Every call of the Triton backend chooses tiles, names arguments and looks kernels up anew."""
-    passes: Any = get_backend("triton")
-    passes.call = lambda function, *arguments, **options: function(passes, *arguments, **options)
-    try:
-        yield
-    finally:
-        del passes.call
+    passes = get_backend("triton")
+
+    def call(function: Callable, *arguments: object, **options: object) -> object:
+        return function(passes, *arguments, **options)
+
+    return mock.patch.object(passes, "call", call)
 
 
 # --- what is timed --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Host:
     """A contender ready to be called.
 
     Attributes:
+        name: in results.
         contender: of the layer suite.
         layer, x, grad_y: a call.
-        is_dry: whether the driver launches nothing.
-        plans: whether the Triton backend may replay what it did before.
         how: where its calls run.
+        patches: make the contexts that its calls run in.
     """
 
+    name: str
     contender: Contender
     layer: nn.Module
     x: Tensor
     grad_y: Tensor
-    is_dry: bool
-    plans: bool
     how: str
-
-    @property
-    def name(self) -> str:
-        return self.contender.name + ("" if self.plans else WITHOUT_PLANS)
+    patches: tuple[Callable[[], AbstractContextManager], ...]
 
     @contextmanager
-    def around(self) -> Iterator[None]:
+    def patched(self) -> Iterator[None]:
         """Entered for a sample."""
         with ExitStack() as stack:
-            if self.is_dry:
-                stack.enter_context(_small_products())
-            if not self.plans:
-                stack.enter_context(_without_plans())
+            for patch in self.patches:
+                stack.enter_context(patch())
             yield
 
-    def sample_ms(self, calls: int) -> tuple[float, float, float]:
+    def sample_ms(self, calls: int) -> list[float]:
         """Medians of the forward, the backward and both, as the host issues them."""
-        x, forward, backward, both = self.x, [], [], []
-        inputs = differentiated(self.layer, x)
-        if x.device.type == "cuda":
-            torch.cuda.synchronize(x.device)
+        times, inputs = [], differentiated(self.layer, self.x)
+        if self.x.device.type == "cuda":
+            torch.cuda.synchronize(self.x.device)
         for _ in range(calls):
             start = time.perf_counter()
-            outputs, gradients = outputs_of(self.layer, x, self.grad_y)
+            outputs, gradients = outputs_of(self.layer, self.x, self.grad_y)
             middle = time.perf_counter()
             torch.autograd.grad(outputs, inputs, gradients)
             end = time.perf_counter()
-            forward.append(middle - start)
-            backward.append(end - middle)
-            both.append(end - start)
-        return tuple(1e3 * statistics.median(times) for times in (forward, backward, both))
+            times.append((middle - start, end - middle, end - start))
+        return [1e3 * statistics.median(of_mode) for of_mode in zip(*times, strict=True)]
 
 
 def _rows(case: Case, settings: BenchSettings, *, dry: bool) -> Iterator[dict]:
@@ -204,10 +154,8 @@ def _rows(case: Case, settings: BenchSettings, *, dry: bool) -> Iterator[dict]:
         try:
             hosts += _ready(contender, case, settings, is_dry=is_dry, is_small=dry and not is_dry)
         except Exception as failure:
-            yield from ({"contender": contender.name, "mode": m, "failed": in_words(failure)} for m in TRAINING_MODES)
+            yield from ({"contender": contender.name, "mode": m, **without_time(failure)} for m in TRAINING_MODES)
     yield from _timed_rows(hosts, settings)
-    if settings.profile:
-        yield from ({"profile": _profile(h)} for h in hosts if h.contender.backend == "triton" and h.plans)
 
 
 def _ready(
@@ -216,49 +164,39 @@ def _ready(
     """The contender, checked where it computes anything; the Triton backend's without plans too."""
     p = layer_problem(_SMALL if is_small else case, settings.dtype, settings.device)
     layer, how = contender.make(p), f"on the CPU at {_SMALL}" if is_small else "on the GPU, not waited for"
+    patches = ()
     if is_dry:
         how = "a driver that launches nothing; base products of 2 x 16 by 16 x 16"
+        patches = (_small_products,)
     else:
         error, bound = layer_error(layer, p, expected_results(contender.computes, p)), error_bound(settings.dtype)
         if not error <= bound:
             raise RuntimeError(too_far(error, bound))
-    for plans in (True, False) if contender.backend == "triton" else (True,):
-        yield _Host(contender, layer, p.x_TN, p.grad_y_TM, is_dry, plans, how)
+    of_call = contender, layer, p.x_TN, p.grad_y_TM, how
+    yield _Host(contender.name, *of_call, patches)
+    if contender.backend == "triton":
+        yield _Host(contender.name + WITHOUT_PLANS, *of_call, (*patches, _without_plans))
 
 
 def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:
     """Every contender once a round, in an order that rotates."""
     calls = 2 if settings.quick else CALLS
-    times: dict[str, list[tuple[float, float, float]]] = {host.name: [] for host in hosts}
+    times: dict[str, list[list[float]]] = {host.name: [] for host in hosts}
     with no_collection():
-        for round_, host in rotating(hosts, range(-_WARMING_ROUNDS, settings.rounds), "host"):
-            with host.around():
+        for round_, host in rotating(hosts, range(-_WARMING_ROUNDS, settings.rounds)):
+            with host.patched():
                 sample = host.sample_ms(calls)
             if round_ >= 0:
                 times[host.name].append(sample)
     for host in hosts:
-        with host.around():
-            call = call_of("both", host.layer, host.x, host.grad_y)
-            launches = launches_row(call, host.contender.backend, settings.device)
-        to = {
-            q: base
-            for q, base in host.contender.ratios_to.items()
-            if base != host.name and (host.plans or q == "ratio")
-        }
+        launches = {}
+        if host.contender.backend == "triton":
+            with host.patched():
+                launches["triton_launches"] = triton_launches(call_of("both", host.layer, host.x, host.grad_y))
+        to = {q: base for q, base in host.contender.ratios_to.items() if base != host.name}
+        if host.name.endswith(WITHOUT_PLANS):
+            to = {"ratio": FROZEN}
         for index, mode in enumerate(TRAINING_MODES):
             of_mode = {name: Samples(calls, [one[index] for one in of_name]) for name, of_name in times.items()}
             row = {"contender": host.name, "mode": mode, "how": host.how, **timing_row(host.name, of_mode, to)}
-            row |= {f"{quantity}_to": base for quantity, base in to.items() if f"{quantity}_p50" in row}
             yield row | (launches if mode == "both" else {})
-
-
-def _profile(host: _Host) -> str:
-    """The functions in which most time goes, callees left out; on a GPU less what autograd's own thread runs."""
-    profile, text = cProfile.Profile(), io.StringIO()
-    with host.around():
-        host.sample_ms(CALLS)
-        profile.enable()
-        host.sample_ms(_PROFILED_CALLS)
-        profile.disable()
-    pstats.Stats(profile, stream=text).strip_dirs().sort_stats("tottime").print_stats(_PRINTED_FUNCTIONS)
-    return f"{host.name}: {_PROFILED_CALLS} calls, forward and backward\n{text.getvalue().rstrip()}\n"

@@ -21,24 +21,26 @@ from bench.layers import (
     layer_problem,
     results_error,
 )
-from bench.memory import launches_row, peak_bytes, saved_bytes
+from bench.memory import peak_bytes, saved_bytes
 from bench.steps import Candidate, measured, too_far
-from bench.timing import in_words
+from bench.timing import without_time
 from goat_kernels.checks.problem import Problem
 
-Expected = dict[str, list[Tensor]]
+#: What a contender computes -> its results in float64.
+Expected = Callable[[str], list[Tensor]]
 
 
 def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     """Check every contender on the case's tensors, then time those that are right, beside one another.
 
-    With dropout, contenders draw masks of their own: they are checked without it, and what is timed has to differ.
+    With dropout, contenders draw masks of their own: they are checked without it.
     """
     first = layer_problem(case, settings.dtype, settings.device)
     # Of what the frozen layer reads in a step: the least that a rotation has to push out of the cache.
     problems = copies_of(first, first.x_TN.nbytes + first.weight_MN.nbytes + first.grad_y_TM.nbytes, settings)
     common = {**case.row(), **settings.dtypes(), "copies": len(problems)}
-    right, expected = {}, {}
+    expected = functools.cache(lambda computes: expected_results(computes, first))
+    right = {}
     for contender, layer, fields in checked_layers(case, settings, first, expected):
         if layer is not None:
             right[contender] = layer, fields
@@ -47,61 +49,37 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     if case.dropout_p:
         problems = [dropping(p, case.dropout_p) for p in problems]
         common["checked"] = "without dropout"
-    layers = {contender: _makes(contender, layer, problems) for contender, (layer, _) in right.items()}
-    for mode in case.modes:
-        candidates = (
-            _candidate(mode, contender, layers[contender], problems, expected[contender.computes], fields, settings)
-            for contender, (_, fields) in right.items()
-            if mode in contender.modes(case.modes)
-        )
-        for row in measured(candidates, len(problems), settings, f"{case}, {mode}"):
-            yield {**common, "mode": mode, **row}
-        gc.collect()  # graphs of autograd remember the streams that they ran on
-
-
-def _makes(contender: Contender, first: nn.Module, problems: list[Problem]) -> Callable[[int], nn.Module]:
-    """Copy -> the contender's module on it, made when first asked for; ``first`` is one that drops nothing."""
 
     @functools.cache
-    def layer(copy: int) -> nn.Module:
-        return first if copy == 0 and not problems[0].adapter.dropout_p else contender.make(problems[copy])
+    def layer_on(contender: Contender, copy: int) -> nn.Module:
+        # The module that was checked drops nothing.
+        return right[contender][0] if copy == 0 and not case.dropout_p else contender.make(problems[copy])
 
-    return layer
+    def candidate(contender: Contender, mode: str) -> Candidate:
+        def call(copy: int) -> Callable[[], object]:
+            return call_of(mode, layer_on(contender, copy), problems[copy].x_TN, problems[copy].grad_y_TM)
 
+        def error(_: int, results: Tensor | tuple[Tensor, ...]) -> float:
+            """Of the output of a forward, else of the gradients."""
+            output, *gradients = expected(contender.computes)
+            if isinstance(results, Tensor):
+                return results_error([results], case.E, [output])
+            return results_error(list(results), case.E, gradients)
 
-def _candidate(
-    mode: str,
-    contender: Contender,
-    layer: Callable[[int], nn.Module],
-    problems: list[Problem],
-    expected: list[Tensor],
-    checked: dict,
-    settings: BenchSettings,
-) -> Candidate:
-    E = problems[0].adapter.num_experts
+        return Candidate(
+            {"contender": contender.name, **right[contender][1]},
+            call,
+            None if case.dropout_p else error,
+            error_bound(settings.dtype),
+            graph=contender.graph,
+            ratios=contender.ratios_to,
+        )
 
-    def error(copy: int, results: Tensor | tuple[Tensor, ...]) -> float:
-        """Of the output of a forward, else of the gradients."""
-        if isinstance(results, Tensor):
-            return results_error([results], E, expected[:1])
-        return results_error(list(results), E, expected[1:])
-
-    def further(step) -> dict:
-        if contender.graph:  # which repeats what the eager one launches
-            return {}
-        return launches_row(functools.partial(step, 0), contender.backend, settings.device)
-
-    must_differ = problems[0].adapter.dropout_p > 0 and contender.computes != "frozen"
-    return Candidate(
-        {"contender": contender.name},
-        lambda copy: call_of(mode, layer(copy), problems[copy].x_TN, problems[copy].grad_y_TM),
-        error,
-        error_bound(settings.dtype),
-        must_differ=must_differ,
-        graph=contender.graph,
-        ratios=contender.ratios_to,
-        further=lambda step: {**(checked if must_differ else {}), **further(step)},
-    )
+    for mode in case.modes:
+        candidates = (candidate(contender, mode) for contender in right if mode in contender.modes(case.modes))
+        for row in measured(candidates, len(problems), settings):
+            yield {**common, "mode": mode, **row}
+        gc.collect()  # graphs of autograd remember the streams that they ran on
 
 
 def checked_layers(
@@ -113,7 +91,7 @@ def checked_layers(
         case: what is run.
         settings: of the run.
         p: its tensors, without dropout.
-        expected: filled with what is computed -> the results in float64.
+        expected: what such a contender computes -> its results in float64.
     """
     bound = error_bound(settings.dtype)
     if "compiled" not in settings.without:
@@ -131,12 +109,10 @@ def checked_layers(
             yield contender, None, {"skipped": reason}
             continue
         try:
-            if contender.computes not in expected:
-                expected[contender.computes] = expected_results(contender.computes, p)
             layer = contender.make(p)
-            error = layer_error(layer, p, expected[contender.computes])
+            error = layer_error(layer, p, expected(contender.computes))
         except Exception as failure:  # whatever a peer, a compiler or a driver raises is a result, and others follow
-            yield contender, None, {"failed": in_words(failure)}
+            yield contender, None, without_time(failure)
             continue
         if error <= bound:
             yield contender, layer, {"relative_error": error, "relative_error_bound": bound}
@@ -156,23 +132,18 @@ def memory_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     """Bytes that each eager contender saves for backward, and the peak of a forward and backward, results included."""
     p = layer_problem(case, settings.dtype, settings.device)
     common = {**case.row(), **settings.dtypes()}
-    for contender, layer, fields in checked_layers(case, settings, p, {}):
+    expected = functools.cache(lambda computes: expected_results(computes, p))
+    for contender, layer, fields in checked_layers(case, settings, p, expected):
         if layer is None:
             yield from ({**common, **row} for row in rows_without_time(contender, fields, ("both",)))
         elif not contender.graph:  # a graph's memory is reserved as long as it lives
             row = {**common, "mode": "both", "contender": contender.name}
             try:
-                yield {**row, **_memory(layer, p, settings.device), **fields}
+                step = call_of("both", layer, p.x_TN, p.grad_y_TM)
+                step()  # workspaces and constants that stay
+                not_counted = [*layer.parameters(), *layer.buffers(), p.x_TN]
+                row["saved_for_backward_bytes"] = saved_bytes(functools.partial(layer, p.x_TN), not_counted)
+                row["peak_mib"] = round(peak_bytes(step, settings.device) / 2**20, 3)
+                yield {**row, "x_bytes": p.x_TN.nbytes, **fields}
             except Exception as failure:
-                yield {**row, "failed": in_words(failure)}
-
-
-def _memory(layer: nn.Module, p: Problem, device: torch.device) -> dict:
-    step = call_of("both", layer, p.x_TN, p.grad_y_TM)
-    step()  # workspaces and constants that stay
-    of_layer = [*layer.parameters(), *layer.buffers(), p.x_TN]
-    return {
-        "saved_for_backward_bytes": saved_bytes(lambda: layer(p.x_TN), of_layer),
-        "x_bytes": p.x_TN.nbytes,
-        "peak_mib": round(peak_bytes(step, device) / 2**20, 3),
-    }
+                yield {**row, **without_time(failure)}

@@ -7,7 +7,7 @@ or GOAT with the residual as "fold" or "path"; that is what the check holds it t
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import FORMS, Case
-from bench.peers import ExpertLoop, UnslothLora, frozen_linear, peft_lora
 from bench.steps import worst
-from goat_kernels.backends import resolve_backend
+from goat_kernels.backends import why_not_auto
 from goat_kernels.checks.problem import Problem, make_problem
 from goat_kernels.linear import GoatLinear
 from goat_kernels.numerics import TOLERANCES, relative_error
@@ -66,8 +65,7 @@ class Contender:
         make: tensors -> module; its trainable parameters are A, B and the router, in this order.
         backend: "torch" or "triton" of ours.
         graph: whether a CUDA graph of it is replayed.
-        half: another contender than the one above it only where x has two bytes.
-        needs: a package without which it is skipped.
+        half: whether it differs from the contender above it only where x has two bytes.
     """
 
     name: str
@@ -77,7 +75,6 @@ class Contender:
     backend: str | None = None
     graph: bool = False
     half: bool = False
-    needs: str | None = None
 
     @property
     def knows_dropout(self) -> bool:
@@ -93,50 +90,89 @@ class Contender:
 
     def skipped_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None, or why it cannot be timed here."""
-        if (self.graph or self.kind == "unsloth") and device.type != "cuda":
-            return "CUDA graphs need a GPU" if self.graph else "it needs a GPU"
+        if self.graph and device.type != "cuda":
+            return "CUDA graphs need a GPU"
         if self.kind == "compiled" and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             return "torch.compile needs a C++ compiler on a CPU"
-        return why_not(self.needs, self.backend, device, dtype)
+        return why_not(self.backend, device, dtype)
 
     def modes(self, modes: tuple[str, ...]) -> tuple[str, ...]:
         """Those of ``modes`` that it can run: a compiled backward does not run twice on one forward."""
         return tuple(mode for mode in modes if self.kind != "compiled" or mode != "backward")
 
 
-def why_not(needs: str | None, backend: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None, or why something that needs a package and a backend of ours cannot be timed here."""
-    if needs is not None and importlib.util.find_spec(needs) is None:
-        return f"the package {needs} is not installed"
+def why_not(backend: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why what runs on a backend of ours, or on none, cannot be timed here."""
     if backend == "triton" and device.type != "cuda":
         return "the Triton kernels run on a GPU; in Triton's interpreter there is nothing to time"
-    try:
-        resolve_backend(backend or "torch", device, dtype)
-    except RuntimeError as error:
-        return str(error)
-    return None
+    return why_not_auto(backend or "torch", device, dtype)
 
 
-def _frozen(p: Problem) -> nn.Module:
-    return frozen_linear(p.weight_MN, p.bias_M)
+# --- the contenders -------------------------------------------------------------------------------------------------
 
 
-def _lora(p: Problem) -> nn.Module:
-    return peft_lora(_frozen(p), p.adapter.lora_A, p.adapter.lora_B, SCALING, p.adapter.dropout_p)
+def _frozen(p: Problem) -> nn.Linear:
+    """``nn.Linear`` around these very tensors, without gradients for them."""
+    M, N = p.weight_MN.shape
+    linear = nn.Linear(N, M, bias=p.bias_M is not None, device="meta")
+    linear.weight = nn.Parameter(p.weight_MN, requires_grad=False)
+    linear.bias = None if p.bias_M is None else nn.Parameter(p.bias_M, requires_grad=False)
+    return linear
 
 
-def _half_lora(p: Problem) -> nn.Module:
-    A, B = (matrix.to(p.x_TN.dtype) for matrix in p.adapter[:2])
-    return peft_lora(_frozen(p), A, B, SCALING, p.adapter.dropout_p)
+def _lora(p: Problem, *, half: bool = False) -> nn.Module:
+    """PEFT's own LoRA layer with copies of A and B, in float32 or (``half``) in x's dtype."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    A, B = (matrix.detach().clone().to(p.x_TN.dtype if half else matrix.dtype) for matrix in p.adapter[:2])
+    R = A.shape[0]
+    config = LoraConfig(r=R, lora_alpha=SCALING * R, lora_dropout=p.adapter.dropout_p, target_modules=["0"])
+    layer = inject_adapter_in_model(config, nn.Sequential(_frozen(p)))[0]
+    layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(A), nn.Parameter(B)
+    return layer
 
 
-def _loop(p: Problem) -> nn.Module:
-    lora_A, lora_B, router, *_ = p.adapter
-    return ExpertLoop(_frozen(folded(p)), lora_A, lora_B, router, SCALING, p.adapter.top_k)
+class ExpertLoop(nn.Module):
+    """What the public implementation does (``TopKMoELayer`` of GOAT-PEFT), in our words.
 
+    Softmax over all experts, ``topk``, weights renormalised; the first expert runs on all tokens to find the shape of
+    the result; then for each expert ``torch.where`` finds its tokens (which makes the host wait for the GPU), gathers
+    them, runs two small products and adds what comes out. The weight has W_res folded in. Adapter and router are
+    float32 and x is cast to that, as PEFT does.
 
-def _unsloth(p: Problem) -> nn.Module:
-    return UnslothLora(_frozen(p), p.adapter.lora_A, p.adapter.lora_B, SCALING)
+    Attributes:
+        loss: the last forward's balance loss, which the trainer adds to its own.
+    """
+
+    loss: Tensor | None = None
+
+    def __init__(self, p: Problem) -> None:
+        super().__init__()
+        lora_A, lora_B, router, *_ = p.adapter
+        self.base, self.top_k = _frozen(folded(p)), p.adapter.top_k
+        E = router.shape[0]
+        self.lora_A = nn.ParameterList(A.detach().clone() for A in lora_A.chunk(E, dim=0))
+        self.lora_B = nn.ParameterList(B.detach().contiguous().clone() for B in lora_B.chunk(E, dim=1))
+        self.router = nn.ParameterList([router.detach().clone()])  # after A and B among the parameters
+
+    def forward(self, x_TN: Tensor) -> Tensor:
+        base_TM = self.base(x_TN)
+        (router,) = self.router
+        x_TN = x_TN.to(router.dtype)
+        probs_TE = F.softmax(F.linear(x_TN, router), dim=-1)
+        weights_TK, experts_TK = torch.topk(probs_TE, self.top_k)
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        added_TM = torch.zeros_like(self._expert(0, x_TN))
+        for expert in range(len(self.lora_A)):
+            tokens, slots = torch.where(experts_TK == expert)
+            added_TM[tokens] += weights_TK[tokens, slots, None] * self._expert(expert, x_TN[tokens])
+        E = len(router)
+        share_E = F.one_hot(experts_TK, E).float().mean(dim=0).sum(dim=0)
+        self.loss = E * (share_E * probs_TE.mean(dim=0)).sum()
+        return (base_TM + added_TM).to(base_TM.dtype)
+
+    def _expert(self, index: int, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.lora_A[index]), self.lora_B[index]) * SCALING
 
 
 def goat_layer(p: Problem, form: str, backend: str) -> GoatLinear:
@@ -180,15 +216,16 @@ def _goat(form: str, backend: str, kind: str) -> Contender:
     return Contender(f"GOAT {form}, {backend}{suffix}", kind, form, make, backend=backend, graph=kind == "graph")
 
 
+_half_lora = functools.partial(_lora, half=True)
+
 CONTENDERS: tuple[Contender, ...] = (
     Contender(FROZEN, "frozen", "frozen", _frozen),
     Contender(f"{FROZEN}, CUDA graph", "frozen", "frozen", _frozen, graph=True),
-    Contender(LORA, "lora", "lora", _lora, needs="peft"),
-    Contender(HALF_LORA, "lora", "lora", _half_lora, half=True, needs="peft"),
-    Contender(f"{LORA}, CUDA graph", "lora", "lora", _lora, graph=True, needs="peft"),
-    Contender(f"{HALF_LORA}, CUDA graph", "lora", "lora", _half_lora, graph=True, half=True, needs="peft"),
-    Contender("Unsloth LoRA", "unsloth", "lora", _unsloth, needs="unsloth"),
-    Contender("expert loop", "loop", "fold", _loop),
+    Contender(LORA, "lora", "lora", _lora),
+    Contender(HALF_LORA, "lora", "lora", _half_lora, half=True),
+    Contender(f"{LORA}, CUDA graph", "lora", "lora", _lora, graph=True),
+    Contender(f"{HALF_LORA}, CUDA graph", "lora", "lora", _half_lora, graph=True, half=True),
+    Contender("expert loop", "loop", "fold", ExpertLoop),
     *(
         _goat(form, backend, kind)
         for backend, kind in (("torch", "torch"), ("torch", "compiled"), ("triton", "triton"), ("triton", "graph"))
@@ -233,12 +270,7 @@ def call_of(mode: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> Callable[
     # stream would have to wait for that one.
     x = x.detach().requires_grad_()
     if mode == "inference":
-
-        def infer() -> Tensor:
-            with torch.no_grad():
-                return layer(x)
-
-        return infer
+        return torch.no_grad()(lambda: layer(x))
     if mode == "forward":
         return lambda: layer(x)
     inputs = differentiated(layer, x)

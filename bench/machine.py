@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +21,10 @@ from bench.results import RESULTS_FOLDER
 from bench.timing import fastest_ms
 
 #: Packages whose version a result names, where they are installed.
-_PACKAGES = ("triton", "transformers", "peft", "liger-kernel", "unsloth")
+_PACKAGES = ("triton", "transformers", "peft")
 
 #: Says which commit a copy without git was made of.
 COMMIT_VARIABLE = "GOAT_KERNELS_COMMIT"
-
-#: Assumed where the system does not say, in bytes.
-_USUAL_CACHE_BYTES = 32 * 2**20
 
 
 def describe(device: torch.device) -> dict:
@@ -37,10 +36,8 @@ def describe(device: torch.device) -> dict:
         **commit(),
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
-        "gpu_multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count if cuda else None,
         "driver": driver.splitlines()[0] if driver else None,
         "cuda": torch.version.cuda if cuda else None,
-        "hip": torch.version.hip if cuda else None,
         "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -63,27 +60,18 @@ def commit() -> dict:
 def versions() -> dict[str, str]:
     """Package -> version, for what is installed of what matters."""
     found = {"goat_kernels": goat_kernels.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)}
 
 
 def processor_name() -> str:
     """The processor's name as the kernel gives it, with its family and model where the name alone says little."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", text, re.M))
+    fields = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M))
     name = fields.get("model name", "unknown processor")
     return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache."""
+    """Size of the last-level cache; 32 MiB where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [
@@ -91,7 +79,7 @@ def cache_bytes(device: torch.device) -> int:
         for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
         if re.fullmatch(r"\d+[KM]", size := path.read_text().strip())
     ]
-    return max(sizes, default=_USUAL_CACHE_BYTES)
+    return max(sizes, default=2**25)
 
 
 def _said(*command: str) -> str | None:
@@ -137,8 +125,9 @@ class Roofline:
         }
 
 
+@functools.cache
 def measure_roofline(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Roofline:
-    """Measure the ceilings.
+    """Measure the ceilings, once in a process.
 
     Args:
         device: where.
@@ -163,10 +152,5 @@ def _ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator
     yield "read", size_bytes, "gb_per_s", size_bytes / 1e6, lambda _: source.sum()
     yield "copy", size_bytes, "gb_per_s", 2 * size_bytes / 1e6, lambda _: target.copy_(source)
     for side in (32, 64) if quick else (4096, 8192, 16384) if cuda else (1024, 1536, 2048):
-        yield "product", side, "tflops", 2 * side**3 / 1e9, _product(side, device, dtype)
-
-
-def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[int], object]:
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    return lambda _: torch.mm(left, right, out=out)
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        yield "product", side, "tflops", 2 * side**3 / 1e9, lambda _, a=left, b=right: a @ b

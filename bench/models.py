@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,18 @@ from bench.cases import FORMS, BenchSettings, Case
 from bench.layers import BALANCE_COEFFICIENT, why_not
 from bench.memory import peak_bytes
 from bench.steps import Candidate, measured
-from bench.timing import in_words
-from goat_kernels.backends import BACKEND_NAMES, ENVIRONMENT_VARIABLE
+from bench.timing import without_time
+from goat_kernels.backends import ENVIRONMENT_VARIABLE
 from goat_kernels.numerics import TOLERANCES
 
 FROZEN_MODEL, LORA_MODEL = "frozen model", "PEFT LoRA"
 
-_NUM_EXPERTS, _TOP_K = Case.E, Case.K
-
-_LIGER = "liger_kernel"
+#: Method -> (form of GOAT's residual or None, backend).
+METHODS: dict[str, tuple[str | None, str]] = {
+    FROZEN_MODEL: (None, "torch"),
+    LORA_MODEL: (None, "torch"),
+    **{f"GOAT {form}, {backend}": (form, backend) for backend in ("triton", "torch") for form in FORMS},
+}
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,7 @@ class ModelCase:
     def row(self) -> dict:
         """The fields of a result that say which model it was."""
         of_model = {"model": self.name, **self.sizes, "batch": self.batch, "length": self.length}
-        return {**of_model, "R": self.rank, "E": _NUM_EXPERTS, "K": _TOP_K}
-
-    def rate(self, time_ms: float) -> dict:
-        """Tokens or images per second."""
-        unit = "tokens_per_s" if self.length else "images_per_s"
-        return {unit: self.batch * max(self.length, 1) / time_ms * 1e3}
+        return {**of_model, "R": self.rank, "E": Case.E, "K": Case.K}
 
 
 def _llama(hidden: int, layers: int, heads: int, vocabulary: int, batch: int, length: int, rank: int) -> ModelCase:
@@ -124,123 +122,65 @@ def _batch(case: ModelCase, settings: BenchSettings) -> dict[str, Tensor]:
     return {"pixel_values": pixels.to(settings.device, settings.dtype), "labels": labels.to(settings.device)}
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to train a model.
-
-    Attributes:
-        name: in results.
-        adapt: puts adapters into a pretrained one.
-        backend: of ours.
-        needs: a package without which it is skipped.
-    """
-
-    name: str
-    adapt: Callable[[nn.Module, ModelCase], nn.Module]
-    backend: str | None = None
-    needs: str = "transformers"
-
-    def skipped_reason(self, case: ModelCase, settings: BenchSettings) -> str | None:
-        if self.needs == _LIGER and (settings.device.type != "cuda" or case.name != "llama"):
-            return f"{_LIGER} has kernels for a Llama on a GPU"
-        return why_not(self.needs, self.backend, settings.device, settings.dtype)
-
-
-def _lora(model: nn.Module, case: ModelCase) -> nn.Module:
+def _adapted(model: nn.Module, name: str, case: ModelCase) -> nn.Module:
+    """``model`` with the adapters of the method called ``name``."""
+    if name == FROZEN_MODEL:
+        model.enable_input_require_grads()
+        return model
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=case.rank, target_modules="all-linear", init_lora_weights=False)
-    return get_peft_model(model, config)
+    from goat_kernels.peft import GoatConfig
 
-
-def _lora_with_liger(model: nn.Module, case: ModelCase) -> nn.Module:
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-    apply_liger_kernel_to_llama(rope=False, model=model)  # its rope is exchanged in models that are built already, too
-    return _lora(model, case)
-
-
-def _goat(residual: str) -> Callable[[nn.Module, ModelCase], nn.Module]:
-    def adapt(model: nn.Module, case: ModelCase) -> nn.Module:
-        from peft import get_peft_model
-
-        from goat_kernels.peft import GoatConfig
-
+    if name == LORA_MODEL:
+        config = LoraConfig(r=case.rank, target_modules="all-linear", init_lora_weights=False)
+    else:
         config = GoatConfig(
             r=case.rank,
-            num_experts=_NUM_EXPERTS,
-            top_k=_TOP_K,
+            num_experts=Case.E,
+            top_k=Case.K,
             target_modules="all-linear",
-            residual=residual,
+            residual=METHODS[name][0],
             balance_coefficient=BALANCE_COEFFICIENT,
             init_weights=False,
         )
-        return get_peft_model(model, config)
-
-    return adapt
+    return get_peft_model(model, config)
 
 
-def methods() -> tuple[Method, ...]:
-    """In the order in which they are built."""
-    return (
-        Method(FROZEN_MODEL, lambda model, case: model),
-        Method(LORA_MODEL, _lora),
-        *(
-            Method(f"GOAT {form}, {backend}", _goat(form), backend=backend)
-            for backend in BACKEND_NAMES
-            if backend != "auto"
-            for form in FORMS
-        ),
-        # Last: it exchanges classes of transformers, for every model that is built after it.
-        Method(f"{LORA_MODEL} with Liger-Kernel", _lora_with_liger, needs=_LIGER),
-    )
-
-
-@contextmanager
-def _backend(name: str | None) -> Iterator[None]:
-    """PEFT's layers pick their backend at every call: ``name`` inside the block, whatever the environment says."""
-    before = os.environ.pop(ENVIRONMENT_VARIABLE, None)
-    if name is not None:
-        os.environ[ENVIRONMENT_VARIABLE] = name
-    try:
-        yield
-    finally:
-        os.environ.pop(ENVIRONMENT_VARIABLE, None)
-        if before is not None:
-            os.environ[ENVIRONMENT_VARIABLE] = before
+def _on(backend: str):
+    """PEFT's layers choose their backend at every call: ``backend`` inside the block, whatever the environment says."""
+    return mock.patch.dict(os.environ, {ENVIRONMENT_VARIABLE: backend})
 
 
 def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
     """One row for each method: time of a step, tokens or images per second, peak memory of a step."""
     common = {**case.row(), "mode": "training step", **settings.dtypes()}
     batch, candidates = _batch(case, settings), []
-    for method in methods():
-        row = {**common, "contender": method.name}
-        reason = method.skipped_reason(case, settings)
+    for name, (_, backend) in METHODS.items():
+        row = {**common, "contender": name}
+        reason = why_not(backend, settings.device, settings.dtype)
         if reason is not None:
             yield {**row, "skipped": reason}
             continue
         try:
-            candidates.append(_candidate(row, method, case, batch, settings))
+            candidates.append(_candidate(row, case, batch, settings))
         except Exception as failure:  # whatever a peer or a driver raises is a result, and others follow
-            yield {**row, "failed": in_words(failure)}
-    for row in measured(candidates, 1, settings, case.name):
-        yield row | (case.rate(row["time_ms_p50"]) if "time_ms_p50" in row else {})
+            yield {**row, **without_time(failure)}
+    for row in measured(candidates, 1, settings):
+        if "time_ms_p50" in row:
+            unit = "tokens_per_s" if case.length else "images_per_s"
+            row[unit] = case.batch * max(case.length, 1) / row["time_ms_p50"] * 1e3
+        yield row
 
 
-def _candidate(
-    row: dict, method: Method, case: ModelCase, batch: dict[str, Tensor], settings: BenchSettings
-) -> Candidate:
+def _candidate(row: dict, case: ModelCase, batch: dict[str, Tensor], settings: BenchSettings) -> Candidate:
     """The method's model, whose step gives the loss from before its update."""
-    model = method.adapt(_build(case, settings), case).train()
-    if method.name == FROZEN_MODEL:
-        model.enable_input_require_grads()
+    residual, backend = METHODS[row["contender"]]
+    model = _adapted(_build(case, settings), row["contender"], case).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-6) if parameters else None
-    expected = _exact_loss(model, batch)
 
     def step() -> Tensor:
-        with _backend(method.backend):
+        with _on(backend):
             loss = model(**batch).loss
             loss.backward()
             if optimiser is not None:
@@ -248,22 +188,23 @@ def _candidate(
                 optimiser.zero_grad()
         return loss
 
-    def further(_) -> dict:
-        """Of a model that has made a step: the optimiser's state is there."""
+    def error(_: int, loss: Tensor) -> float:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
-            raise RuntimeError("a gradient is not finite")
-        return {
-            "trainable_parameters": sum(parameter.numel() for parameter in parameters),
-            "peak_mib": round(peak_bytes(step, settings.device) / 2**20, 3),
-        }
+            return float("nan")
+        return float((loss.double() - expected).abs() / expected.abs())
 
+    step()  # after which the optimiser's state is there
+    memory = {
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+        "peak_mib": round(peak_bytes(step, settings.device) / 2**20, 3),
+    }
+    expected = _exact_loss(model, batch)
     return Candidate(
-        row,
+        {**row, **memory},
         lambda copy: step,
-        lambda _, loss: float((loss.double() - expected).abs() / expected.abs()),
+        error,
         TOLERANCES[settings.dtype].relative,
-        ratios={"ratio": FROZEN_MODEL} | ({"lora_ratio": LORA_MODEL} if method.backend is not None else {}),
-        further=further,
+        ratios={"ratio": FROZEN_MODEL} | ({"lora_ratio": LORA_MODEL} if residual else {}),
     )
 
 
@@ -271,5 +212,5 @@ def _candidate(
 def _exact_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The loss of the same model in float64."""
     doubled = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-    with _backend("torch"):
+    with _on("torch"):
         return copy.deepcopy(model).double()(**doubled).loss

@@ -1,8 +1,7 @@
-"""Each pass alone: its time, its floor from the machine's ceilings, and what it asks memory for.
+"""Each pass alone: its time, and its floor from the machine's ceilings.
 
-The floor counts each tensor once: what a pass must read and write, whoever implements it. What our Triton kernels ask
-for, re-reads included, is beside it, from the plans that ``goat-kernels check --traffic`` proves. On a GPU a pass is a
-CUDA graph, so that its launches' host time drops out.
+The floor counts each tensor once: what a pass must read and write, whoever implements it. On a GPU a pass is a CUDA
+graph, so that its launches' host time drops out.
 
 Beside the passes stand the frozen layer's own products and, in Triton, y and dX as a whole in two orders: the adapter's
 share first and the base product onto it, which is the design's, and one matmul with the rank as more of its K.
@@ -10,7 +9,6 @@ share first and the base product onto it, which is the design's, and one matmul 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,7 +21,6 @@ from bench.timing import in_words
 from goat_kernels.backends import get_backend, why_not_auto
 from goat_kernels.checks.correctness import gradient_parts
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
-from goat_kernels.kernels.configs import Target, current_target, forced_target
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.passes import Routing
 
@@ -48,7 +45,10 @@ class Work:
 
 
 def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
-    """Of each pass and of the base products; ``lora_B_rides``: its gradient comes with the hidden gradient."""
+    """Of each pass, of the base products, and of y and dX as a whole.
+
+    ``lora_B_rides``: its gradient comes with the hidden gradient.
+    """
     T, N, M, R, E = case.T, case.N, case.M, case.R, case.E
     R0 = R if case.path else 0
     b, a = case.dtype.itemsize, case.adapter_dtype.itemsize
@@ -60,7 +60,7 @@ def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
     first, second, again = (of_B, 0, 0) if lora_B_rides else (0, of_B, T * M * b + hidden)
     product = 2 * T * N * M
     base = (T * (N + M) + M * N) * b
-    return {
+    work = {
         "prefill": Work(
             T * (N + M) * b + adapter_in + adapter_out + onto_bias + hidden + statistics,
             2 * T * ((R + E + R0) * N + (R + R0) * M),
@@ -76,6 +76,9 @@ def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
         BASE_BACKWARD: Work(base, product),
         BASE_BACKWARD + _ONTO: Work(base + T * N * b, product),
     }
+    work[WHOLE_FORWARD] = work["prefill"] + work[BASE_FORWARD + _ONTO]
+    work[WHOLE_BACKWARD] = work["input_prefill"] + work[BASE_BACKWARD + _ONTO]
+    return work
 
 
 def pass_calls(backend: str, p: Problem) -> dict[str, Callable[[], object]]:
@@ -138,37 +141,33 @@ def whole_calls(backend: str, p: Problem) -> dict[tuple[str, str], Callable[[], 
 # --- the check ------------------------------------------------------------------------------------------------------
 
 
-def expected_of(problem: Problem) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """Pass, or y or dX as a whole -> the parts of its results in float64."""
+def expected_of(problem: Problem) -> dict[str, list[Tensor]]:
+    """Pass, or y or dX as a whole -> its results in float64."""
     exact = problem.double()
     results = run_passes(get_backend("torch"), exact)
     expected = {name: parts_of(of_pass, exact) for name, of_pass in results.items()}
     y, grad_x = results["prefill"][0], results["input_prefill"]
-    expected[WHOLE_FORWARD] = [torch.addmm(y, exact.x_TN, exact.weight_MN.t())], []
-    expected[WHOLE_BACKWARD] = [torch.addmm(grad_x, exact.grad_y_TM, exact.weight_MN)], []
+    expected[WHOLE_FORWARD] = [torch.addmm(y, exact.x_TN, exact.weight_MN.t())]
+    expected[WHOLE_BACKWARD] = [torch.addmm(grad_x, exact.grad_y_TM, exact.weight_MN)]
     return expected
 
 
-def parts_of(results: object, problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
-    """(what a pass gives in x's precision, what of the router's in float32's), in one order for every backend."""
+def parts_of(results: object, problem: Problem) -> list[Tensor]:
+    """What a pass gives, in one order for every backend."""
     if isinstance(results, Tensor):
-        return [results], []
+        return [results]
     if hasattr(results, "partial_B"):
-        return gradient_parts(results, problem), []
+        return gradient_parts(results, problem)
     if isinstance(results[2], Routing):
         y, balance, routing = results
-        return [y, routing.weighted_TR], [balance, routing.gate_ET, routing.probs_ET, routing.load_E]
-    return list(results), []
+        return [y, balance, routing.weighted_TR, routing.gate_ET, routing.probs_ET, routing.load_E]
+    return list(results)
 
 
-def results_error(results: object, expected: tuple[list[Tensor], list[Tensor]], problem: Problem) -> float:
-    """The largest relative error; one of the router's counts as so many times more as float32 is more precise."""
-    bounds = [TOLERANCES[dtype].relative for dtype in (problem.x_TN.dtype, torch.float32)]
-    return worst(
-        relative_error(result, oracle) * bounds[0] / bound
-        for bound, *pair in zip(bounds, parts_of(results, problem), expected, strict=True)
-        for result, oracle in zip(*pair, strict=True)
-    )
+def results_error(results: object, expected: list[Tensor], problem: Problem) -> float:
+    """The largest relative error of what a pass, or y or dX as a whole, gives."""
+    pairs = zip(parts_of(results, problem), expected, strict=True)
+    return worst(relative_error(result, oracle) for result, oracle in pairs)
 
 
 # --- the suite ------------------------------------------------------------------------------------------------------
@@ -176,95 +175,60 @@ def results_error(results: object, expected: tuple[list[Tensor], list[Tensor]], 
 
 def kernel_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     """Every pass of every backend in every form, and the base products, beside one another."""
+    reasons = {name: why_not_auto(name, settings.device, settings.dtype) for name in ("triton", "torch")}
+    backends = [name for name, reason in reasons.items() if reason is None]
     for form in case.forms:
-        layer = case.layer(settings.dtype, form)
         common = {**case.row(), **settings.dtypes(), "residual": form}
-        yield from ({**common, **row} for row in _form_rows(layer, settings, f"{case}, {form}"))
+        if reasons["triton"] is not None:
+            yield {**common, "contender": "triton", "skipped": reasons["triton"]}
+        for row in _form_rows(case.layer(settings.dtype, form), backends, settings):
+            yield {**common, **row}
 
 
-def _form_rows(layer: LayerCase, settings: BenchSettings, label: str) -> Iterator[dict]:
+def _form_rows(layer: LayerCase, backends: list[str], settings: BenchSettings) -> Iterator[dict]:
     problem = make_problem(layer, settings.device)
     problems = copies_of(problem, min(problem.x_TN.nbytes, problem.grad_y_TM.nbytes), settings)
-    names = ["torch"]
-    reason = why_not_auto("triton", settings.device, layer.dtype)
-    if reason is None:
-        names.insert(0, "triton")
-    else:
-        yield {"contender": "triton", "skipped": reason}
-    candidates, rides = [], {}
-    expected = expected_of(problem)
-    for name in names:
+    expected, rides = expected_of(problem), {}
+    calls: list[dict[tuple[str, str], Callable[[], object]]] = [{} for _ in problems]  # of each copy
+    for name in backends:
         try:
-            calls = [pass_calls(name, p) for p in problems]
-            rides[name] = calls[0]["hidden_gradient"]().partial_B is not None
-            whole = [whole_calls(name, p) for p in problems] if name == "triton" else [{}]
+            of_backend = [pass_calls(name, p) for p in problems]
+            whole = [whole_calls(name, p) if name == "triton" else {} for p in problems]
+            rides[name] = of_backend[0]["hidden_gradient"]().partial_B is not None
         except Exception as failure:
             yield from ({"contender": name, "pass": one, "failed": in_words(failure)} for one in PASSES)
             continue
-        candidates += [_candidate(name, one, calls, expected[one], problem) for one in PASSES]
-        candidates += [
-            _candidate(*key, [{key[1]: of[key]} for of in whole], expected[key[1]], problem) for key in whole[0]
-        ]
-    base = [base_calls(p) for p in problems]
-    candidates += [_candidate("base", one, base, None, problem) for one in base[0]]
-    requested = requested_bytes(layer, current_target(settings.device)) if "triton" in names else {}
-    for row in measured(candidates, len(problems), settings, label):
+        for of_copy, passes, further in zip(calls, of_backend, whole, strict=True):
+            of_copy |= {(name, one): call for one, call in passes.items()} | further
+    for of_copy, p in zip(calls, problems, strict=True):
+        of_copy |= {("base", one): call for one, call in base_calls(p).items()}
+    candidates = [_candidate(key, calls, expected.get(key[1]), problem) for key in calls[0]]
+    work_of = {riding: pass_work(layer, lora_B_rides=riding) for riding in (True, False)}
+    for row in measured(candidates, len(problems), settings):
         row["copies"] = len(problems)
         if "time_ms_p50" in row:
-            work = _work(row["pass"], pass_work(layer, lora_B_rides=rides.get(row["contender"], False)))
-            row |= _against_floor(work, row["time_ms_p50"], settings)
-            if row["contender"] == "triton":
-                row["requested_bytes"] = requested[row["pass"]]
+            work = work_of[rides.get(row["contender"], False)][row["pass"]]
+            floor_ms = settings.roofline.floor_ms(work.moved_bytes, work.flops)
+            time_ms = row["time_ms_p50"]
+            row |= {
+                "floor_bytes": work.moved_bytes,
+                "flops": work.flops,
+                "gb_per_s": work.moved_bytes / time_ms / 1e6,
+                "tflops": work.flops / time_ms / 1e9,
+                "floor_ms": floor_ms,
+                "roofline_percent": 100 * floor_ms / time_ms,
+                **settings.roofline.row(),
+            }
         yield row
 
 
-def _candidate(name: str, what: str, calls: list[dict], expected: tuple | None, problem: Problem) -> Candidate:
-    """``calls``: of each copy; ``expected`` None: PyTorch's own product, which needs no check."""
+def _candidate(key: tuple[str, str], calls: list[dict], expected: list[Tensor] | None, problem: Problem) -> Candidate:
+    """``expected`` None: PyTorch's own product, which needs no check."""
     return Candidate(
-        {"contender": name, "pass": what},
-        lambda copy: calls[copy][what],
+        dict(zip(("contender", "pass"), key, strict=True)),
+        lambda copy: calls[copy][key],
         None if expected is None else lambda _, results: results_error(results, expected, problem),
         TOLERANCES[problem.x_TN.dtype].relative,
         graph=problem.x_TN.is_cuda,
-        ratios={"ratio": OURS} if what in (WHOLE_FORWARD, WHOLE_BACKWARD) else {},
+        ratios={"ratio": OURS} if key[1] in (WHOLE_FORWARD, WHOLE_BACKWARD) else {},
     )
-
-
-def _work(what: str, work: dict[str, Work]) -> Work:
-    parts = {
-        WHOLE_FORWARD: ("prefill", BASE_FORWARD + _ONTO),
-        WHOLE_BACKWARD: ("input_prefill", BASE_BACKWARD + _ONTO),
-    }.get(what, (what,))
-    return sum((work[part] for part in parts), Work(0, 0))
-
-
-def requested_bytes(case: LayerCase, target: Target) -> dict[str, int]:
-    """Pass -> bytes that the Triton kernels' programs load and store, re-reads included, by their plans.
-
-    ``target``: the GPU whose tiles are taken; none has to be here.
-    """
-    from goat_kernels.checks.traffic_plans import planned
-    from goat_kernels.kernels.launch import observed
-    from goat_kernels.kernels.passes import TritonPasses
-
-    moved = Counter()
-
-    def around(name: str):
-        return observed(lambda launch: moved.update({name: sum(sum(both) for both in planned(launch).values())}))
-
-    with forced_target(target):
-        run_passes(TritonPasses(), make_problem(case, "meta"), around=around)
-    return dict(moved)
-
-
-def _against_floor(work: Work, time_ms: float, settings: BenchSettings) -> dict:
-    floor_ms = settings.roofline.floor_ms(work.moved_bytes, work.flops)
-    return {
-        "floor_bytes": work.moved_bytes,
-        "flops": work.flops,
-        "gb_per_s": work.moved_bytes / time_ms / 1e6,
-        "tflops": work.flops / time_ms / 1e9,
-        "floor_ms": floor_ms,
-        "roofline_percent": 100 * floor_ms / time_ms,
-        **settings.roofline.row(),
-    }

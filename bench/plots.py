@@ -1,4 +1,4 @@
-"""Figures from rows of results: ratio to the frozen layer by shape, roofline, scaling curves, memory.
+"""Figures from rows of results: ratio to the frozen layer by shape, and as one size grows.
 
 A figure is a function that draws data onto a matplotlib figure; the PNG carries a digest of the data, by which a report
 that is out of date is found.
@@ -12,40 +12,28 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from bench.results import timed
-from bench.tables import adapters, by_shape, by_varied, commit_of, contenders, in_mode
+from bench.tables import adapters, by_shape, by_varied, commit_of, in_mode
 
 #: Colour-blind safe (Okabe and Ito). A contender has its colour in every figure, however it is launched.
 _COLOURS = {
     "frozen linear": "#999999",
-    "base": "#999999",
     "PEFT LoRA": "#0072B2",
     "PEFT LoRA, adapter in x's dtype": "#56B4E9",
-    "Unsloth LoRA": "#F0E442",
     "expert loop": "#E69F00",
     "GOAT fold, torch": "#009E73",
     "GOAT path, torch": "#CC79A7",
     "GOAT fold, triton": "#D55E00",
     "GOAT path, triton": "#000000",
-    "torch": "#009E73",
-    "triton": "#D55E00",
 }
 
 #: How it is launched -> marker.
 _MARKERS = {", compiled": "s", ", CUDA graph": "^", "": "o"}
-
-_PASS_MARKERS = "osD^vP*Xpd"
-
-#: Of axes of ratios, which are logarithmic.
-_RATIO_TICKS = (
-    *(0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8),
-    *(2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64),
-)
 
 #: Raised when a figure is drawn otherwise from the same data, so that those on disk count as out of date.
 _DRAWING = 3
@@ -87,7 +75,7 @@ def _of_suite(draw: Draw) -> Draw:
     """With a title that says what was measured on; ``draw`` gets the rows that have a time."""
 
     def figure(drawn: Figure, rows: list[dict]) -> None:
-        drawn.set_size_inches(10, 7 if draw is _memory else 5.5)
+        drawn.set_size_inches(10, 5.5)
         draw(drawn, timed(rows))
         row = max(rows, key=lambda row: row["date"])
         drawn.suptitle(f"{row['gpu'] or row['cpu']}, {row['date'][:10]}, {commit_of(row)}", fontsize=9)
@@ -101,25 +89,11 @@ def _style(name: str) -> dict:
     return {"color": _COLOURS.get(name.removesuffix(ending), "#777777"), "marker": _MARKERS[ending]}
 
 
-def _places(count: int, place: int, of: int) -> list[float]:
-    """x of the contender ``place`` of ``of`` in each of ``count`` groups."""
-    return [index + 0.8 * ((place + 0.5) / of - 0.5) for index in range(count)]
-
-
-def _shape_labels(axes, grouped: dict[tuple, dict]) -> None:
-    labels = [f"T={T}\n{N}->{M}\nR={R}" for T, N, M, R, _, _ in grouped]
-    axes.set_xticks(range(len(labels)), labels, fontsize=8 if len(labels) < 10 else 7)
-
-
-def _ratio_axis(axes, ratios: list[float]) -> None:
-    """Logarithmic, with the ticks that fit, from below 1 to above the highest."""
-    lowest, highest = min([*ratios, 1.0]) * 0.96, max([*ratios, 1.2]) * 1.05
+def _ratio_axis(axes) -> None:
+    """Logarithmic, with a line at the frozen layer's time."""
     axes.set_yscale("log")
-    axes.set_ylim(lowest, highest)
-    ticks = [tick for tick in _RATIO_TICKS if lowest <= tick <= highest]
-    while len(ticks) > 14:
-        ticks = [tick for index, tick in enumerate(ticks) if tick == 1 or index % 2 == ticks.index(1) % 2]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 6, 8)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.axhline(1, color="#999999", linewidth=1)
     axes.grid(True, axis="y", alpha=0.3)
@@ -129,45 +103,17 @@ def _layer(drawn: Figure, rows: list[dict]) -> None:
     rows = [row for row in in_mode(rows, "both") if "ratio_p50" in row]
     grouped, axes, handles, names = by_shape(rows), drawn.subplots(), [], adapters(rows)
     for place, name in enumerate(names):
-        at = _places(len(grouped), place, len(names))
-        found = [(x, of[name]) for x, of in zip(at, grouped.values(), strict=True) if name in of]
-        middle = [row["ratio_p50"] for _, row in found]
-        below = [row["ratio_p50"] - row["ratio_p20"] for _, row in found]
-        above = [row["ratio_p80"] - row["ratio_p50"] for _, row in found]
-        style = {"linestyle": "none", "markersize": 5, "capsize": 2, **_style(name)}
-        handles.append(axes.errorbar([x for x, _ in found], middle, yerr=[below, above], label=name, **style))
+        at = 0.8 * ((place + 0.5) / len(names) - 0.5)
+        found = [(index + at, of[name]) for index, of in enumerate(grouped.values()) if name in of]
+        low, middle, high = (np.array([row[f"ratio_p{p}"] for _, row in found]) for p in (20, 50, 80))
+        style = {"linestyle": "none", "markersize": 5, "capsize": 2, "label": name, **_style(name)}
+        handles.append(axes.errorbar([x for x, _ in found], middle, yerr=[middle - low, high - middle], **style))
     for index in range(1, len(grouped)):
         axes.axvline(index - 0.5, color="#dddddd", linewidth=0.8)
-    _shape_labels(axes, grouped)
+    labels = [f"T={T}\n{N}->{M}\nR={R}" for T, N, M, R, _, _ in grouped]
+    axes.set_xticks(range(len(labels)), labels, fontsize=8 if len(labels) < 10 else 7)
     axes.set(ylabel="time / frozen nn.Linear, p50 with p20-p80", title="Forward and backward of one layer")
-    _ratio_axis(axes, [row[f"ratio_p{p}"] for row in rows if row["contender"] in names for p in (20, 80)])
-    legend(drawn, handles)
-
-
-def _kernels(drawn: Figure, rows: list[dict]) -> None:
-    axes, first = drawn.subplots(), rows[0]
-    intensity = [row["flops"] / row["floor_bytes"] for row in rows]
-    bandwidth, peak = max(first["machine_read_gb_per_s"], first["machine_copy_gb_per_s"]), first["machine_tflops"]
-    ridge = 1e3 * peak / bandwidth
-    line = sorted({0.5 * min(*intensity, ridge), ridge, 1.5 * max(*intensity, ridge)})
-    axes.plot(line, [min(peak, x * bandwidth / 1e3) for x in line], color="#000000", linewidth=1.2)
-    passes = dict(zip(dict.fromkeys(row["pass"] for row in rows), _PASS_MARKERS, strict=False))
-    plain = {"linestyle": "none", "markersize": 6, "markeredgewidth": 0}
-    for row, x in zip(rows, intensity, strict=True):
-        colour = _style(row["contender"])["color"]
-        axes.plot([x], [row["tflops"]], alpha=0.75, color=colour, marker=passes.get(row["pass"], "o"), **plain)
-    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s", title="Each pass alone, under the measured roofline")
-    axes.set_xlabel("operations per byte that the pass must move, each tensor once")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("")
-    axes.grid(True, which="both", alpha=0.2)
-    handles = [Line2D([], [], color="#000000", linewidth=1.2, label="roofline")]
-    for name in contenders(rows):
-        handles.append(Line2D([], [], marker="o", color=_style(name)["color"], label=name, **plain))
-    for name, marker in passes.items():
-        handles.append(Line2D([], [], marker=marker, color="#777777", label=name.replace("_", " "), **plain))
+    _ratio_axis(axes)
     legend(drawn, handles)
 
 
@@ -183,37 +129,13 @@ def _scaling(drawn: Figure, rows: list[dict]) -> None:
                 (handles[name],) = axes.plot(*zip(*found, strict=True), markersize=4, label=name, **_style(name))
         axes.set(xscale="log", xlabel=f"{letter} (= M)" if letter == "N" else letter)
         axes.set_xticks([value for value, _ in of_letter], [str(value) for value, _ in of_letter], fontsize=7)
-    ratios = [row["ratio_p50"] for row in rows if "ratio_p50" in row and row["contender"] in names]
-    for axes in all_axes:
-        _ratio_axis(axes, ratios)
+        _ratio_axis(axes)
     all_axes[0].set_ylabel("time / frozen nn.Linear, forward and backward")
     legend(drawn, list(handles.values()))
-
-
-def _memory(drawn: Figure, rows: list[dict]) -> None:
-    grouped, names, handles = by_shape(rows), contenders(rows), []
-    both = drawn.subplots(2, 1, sharex=True)
-    for axes, field, scale, title in (
-        (both[0], "saved_for_backward_bytes", 2**20, "saved for backward beside x and the parameters"),
-        (both[1], "peak_mib", 1, "peak of a forward and backward, results included"),
-    ):
-        handles.clear()
-        for place, name in enumerate(names):
-            values = [of[name][field] / scale if name in of else 0 for of in grouped.values()]
-            style = {"width": 0.8 / len(names), "color": _style(name)["color"], "label": name}
-            handles.append(axes.bar(_places(len(grouped), place, len(names)), values, **style))
-        axes.set_ylabel("MiB")
-        axes.set_title(title, fontsize=10)
-        axes.grid(True, axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-    _shape_labels(both[1], grouped)
-    legend(drawn, handles)
 
 
 #: Suite -> what draws its figure.
 FIGURES: dict[str, Draw] = {
     "layer": _of_suite(_layer),
-    "kernels": _of_suite(_kernels),
     "scaling": _of_suite(_scaling),
-    "memory": _of_suite(_memory),
 }

@@ -20,48 +20,11 @@ from bench.plots import FIGURES, Draw, digest, digest_in, png
 from bench.quality import report as quality
 from bench.results import RESULTS_FOLDER, newest, read_folder, timed
 from bench.suites import SUITES
-from bench.tables import TABLES, layer_summary, provenance, summary_table
+from bench.tables import layer_summary, provenance, summary_table
 
 #: Pages with blocks, and the folder of the figures, in a checkout.
 PAGES = (Path("README.md"), Path("docs/benchmarks.md"), Path("docs/quality.md"))
 FIGURES_FOLDER = Path("docs/figures")
-
-#: Suite -> the heading of its section, and a line of explanation.
-_SECTIONS = {
-    "roofline": (
-        "What the machine reaches",
-        "The ceilings that the floors are made of: the fastest of eleven rounds each.",
-    ),
-    "layer": ("One layer", ""),
-    "host": (
-        "Host time",
-        "What one call of a layer in bfloat16 costs the host; the last column says where it ran. Without a GPU the "
-        "Triton contenders\nrun with a driver that launches nothing, the others at sizes at which arithmetic does not "
-        'count. On a GPU the queue is empty when\na sample of 20 calls begins, and nothing is waited for. "Without '
-        'plans" chooses tiles and looks kernels up at every call, as the first\ntwo calls of a shape do '
-        "([kernels.md](kernels.md#host-time)).",
-    ),
-    "kernels": (
-        "Each pass alone",
-        '"base" is the frozen layer\'s own product, into a new tensor and onto one that is there.',
-    ),
-    "memory": (
-        "Memory",
-        "Of a forward and backward. The peak counts what the step hands out, the gradients among it, not weights and "
-        "inputs.",
-    ),
-    "scaling": ("As one size grows", ""),
-    "model": (
-        "Training steps of whole models",
-        "Forward, loss, backward and AdamW. Random weights; R on every linear layer but the head; the frozen model is "
-        "its forward and the\ngradient of its embeddings.",
-    ),
-    "tuning": (
-        "Tiles near the table's",
-        "For each kernel, all its launches in a forward and backward: the table's tile and the fastest one step away "
-        "from it.",
-    ),
-}
 
 _BLOCK = re.compile(r"(<!-- (bench|quality):(\S+)(?: (\w+))? -->\n).*?(<!-- /\2 -->)", re.S)
 
@@ -74,13 +37,14 @@ def _summary(rows: list[dict], device: str) -> str:
 def _sections(rows: list[dict], device: str) -> str:
     """Empty where there are no results."""
     parts = []
-    for suite, (title, explanation) in _SECTIONS.items():
-        of_suite = newest(rows, suite, device)
+    for name, suite in SUITES.items():
+        of_suite = newest(rows, name, device)
         if not timed(of_suite):
             continue
-        figure = f"![{SUITES[suite].summary}](figures/{_figure_name(suite, device)})" if suite in FIGURES else ""
-        heading = f"### {title}" + ("" if device == "cpu" else " on a GPU")
-        parts += [heading, explanation, figure, TABLES[suite](of_suite), provenance(of_suite)]
+        parts += [f"### {suite.title}" + ("" if device == "cpu" else " on a GPU"), suite.explanation]
+        if name in FIGURES:
+            parts.append(f"![{suite.title}, over the frozen layer](figures/{_figure_name(name, device)})")
+        parts += [suite.table(of_suite), provenance(of_suite)]
     if parts and device == "cuda":
         parts.insert(0, "## On a GPU")
     return "\n\n".join(filter(None, parts))
@@ -131,8 +95,5 @@ def write(root: Path) -> list[Path]:
     stale, texts, drawn = out_of_date(root), pages(root), figures(root)
     (root / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
     for path in stale:
-        if path in texts:
-            (root / path).write_text(texts[path], encoding="utf-8")
-        else:
-            (root / path).write_bytes(png(*drawn[path]))
+        (root / path).write_bytes(texts[path].encode() if path in texts else png(*drawn[path]))
     return stale

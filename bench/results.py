@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from goat_kernels.command_errors import CommandError
+
 #: Where a checkout keeps them; those of ``bench.quality`` are in a folder ``quality`` in there.
 RESULTS_FOLDER = Path("bench/results")
 
@@ -31,10 +33,6 @@ _SAME_RUN = (*MACHINE_FIELDS, "commit", "versions", "cases", "dtype")
 
 #: Significant digits of a number.
 _DIGITS = 6
-
-
-class ResultsError(ValueError):
-    """A file that does not hold results; the message names it, the line and what is wrong."""
 
 
 def append(path: Path, row: dict) -> None:
@@ -71,7 +69,7 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of one file; a last line that an interrupted run did not finish is left out, with a warning.
 
     Raises:
-        ResultsError: a line that is not a result.
+        CommandError: a line that is not a result.
     """
     rows, text = [], path.read_text(encoding="utf-8", errors="replace")
     lines = text.splitlines()
@@ -82,9 +80,9 @@ def read_rows(path: Path) -> list[dict]:
             if number == len(lines) and not text.endswith("\n"):
                 warnings.warn(f"{path}, line {number}: incomplete, and left out", stacklevel=2)
                 break
-            raise ResultsError(f"{path}, line {number}: {error}") from None
+            raise CommandError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict) or not {"suite", "task"} & row.keys():
-            raise ResultsError(f"{path}, line {number}: not a result of goat-kernels bench")
+            raise CommandError(f"{path}, line {number}: not a result of goat-kernels bench")
         rows.append(row)
     return rows
 
@@ -108,8 +106,8 @@ def newest(rows: Iterable[dict], suite: str, device: str) -> list[dict]:
     """
     fitting = [r for r in rows if (r["suite"], r["device"], r["cases"]) == (suite, device, "standard")]
     fitting.sort(key=lambda row: row["date"])
-    machine = _of(fitting[-1], MACHINE_FIELDS) if fitting else ()
-    return list({key_of(row): row for row in fitting if _of(row, MACHINE_FIELDS) == machine}.values())
+    machine = part_of(fitting[-1], MACHINE_FIELDS) if fitting else ()
+    return list({part_of(row, KEY_FIELDS): row for row in fitting if part_of(row, MACHINE_FIELDS) == machine}.values())
 
 
 def timed(rows: Iterable[dict]) -> list[dict]:
@@ -126,19 +124,10 @@ def finished_cases(rows: Iterable[dict], suite: str, run: dict) -> set[tuple]:
         run: the fields of the run that goes on; rows of another machine, commit or dtype do not count.
     """
     of_suite = [row for row in rows if row["suite"] == suite and "skipped" not in row]
-    cases = [case_of(row) for row in of_suite if _of(row, _SAME_RUN) == _of(run, _SAME_RUN)]
+    cases = [part_of(row, CASE_FIELDS) for row in of_suite if part_of(row, _SAME_RUN) == part_of(run, _SAME_RUN)]
     return set(cases) - set(cases[-1:])
 
 
-def case_of(row: dict) -> tuple:
-    """Which case of its suite a row, or what ``Case.row`` gives, belongs to."""
-    return _of(row, CASE_FIELDS)
-
-
-def key_of(row: dict) -> tuple:
-    """Equal for two measurements of the same thing."""
-    return _of(row, KEY_FIELDS)
-
-
-def _of(row: dict, fields: tuple[str, ...]) -> tuple:
+def part_of(row: dict, fields: tuple[str, ...]) -> tuple:
+    """The values of some fields; None for one that a row does not have."""
     return tuple(row.get(name) for name in fields)

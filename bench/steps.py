@@ -26,19 +26,26 @@ _WARMING_CALLS = 3
 
 
 @dataclass(frozen=True)
-class Captured:
-    """A step whose every run is a call on each copy; ``results`` of copy i are what that call wrote."""
+class Step:
+    """What is timed.
 
-    graph: torch.cuda.CUDAGraph
+    Attributes:
+        calls: one for each copy of the inputs.
+        graph: None, or a CUDA graph of all of them, one after the other.
+        results: what the calls of the graph write.
+    """
+
     calls: tuple[Callable[[], object], ...]
-    results: tuple[object, ...]
+    graph: torch.cuda.CUDAGraph | None = None
+    results: tuple[object, ...] = ()
 
     @property
     def calls_at_once(self) -> int:
-        return len(self.calls)
+        """How many calls running it makes."""
+        return 1 if self.graph is None else len(self.calls)
 
-    def __call__(self, copy: int) -> None:
-        self.graph.replay()
+    def __call__(self, copy: int) -> object:
+        return self.calls[copy]() if self.graph is None else self.graph.replay()
 
 
 @functools.cache
@@ -47,11 +54,13 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def captured(make: Callable[[int], Callable[[], object]], copies: int) -> Captured:
-    """One CUDA graph of what ``make(0)``, ..., ``make(copies - 1)`` return.
+def step_of(make: Callable[[int], Callable[[], object]], copies: int, *, graph: bool) -> Step:
+    """What ``make(0)``, ..., ``make(copies - 1)`` return, as calls or (``graph``) as one CUDA graph.
 
     ``make`` runs on the stream of the capture, so that a backward is captured on the stream of its forward.
     """
+    if not graph:
+        return Step(tuple(make(copy) for copy in range(copies)))
     gc.collect()  # graphs of autograd that ran on another stream would be waited for, which a capture refuses
     stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
@@ -61,17 +70,17 @@ def captured(make: Callable[[int], Callable[[], object]], copies: int) -> Captur
             for _ in range(_WARMING_CALLS):
                 call()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()
+        cuda_graph = torch.cuda.CUDAGraph()
+        cuda_graph.capture_begin()
         try:
             results = tuple(_detached(call()) for call in calls)
         except BaseException:
             with contextlib.suppress(Exception):  # the first error says more than that the capture is invalid
-                graph.capture_end()
+                cuda_graph.capture_end()
             raise
-        graph.capture_end()
+        cuda_graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    return Captured(graph, calls, results)
+    return Step(calls, cuda_graph, results)
 
 
 def _detached(results: object) -> object:
@@ -79,29 +88,13 @@ def _detached(results: object) -> object:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, results)
 
 
-@dataclass(frozen=True)
-class Eager:
-    """A step that calls what was made for a copy."""
-
-    calls: tuple[Callable[[], object], ...]
-
-    def __call__(self, copy: int) -> object:
-        return self.calls[copy]()
-
-
-def step_of(make: Callable[[int], Callable[[], object]], copies: int, *, graph: bool) -> Captured | Eager:
-    """``make(copy)`` returns what is timed on that copy; ``graph``: replayed, so that the host's time drops out."""
-    return captured(make, copies) if graph else Eager(tuple(make(copy) for copy in range(copies)))
-
-
-def worst_error(step: Captured | Eager, error: Callable[[int, object], float]) -> float:
+def worst_error(step: Step, error: Callable[[int, object], float]) -> float:
     """Run the step on every copy; the largest ``error(copy, what it gave)``; NaN where one is."""
-    if isinstance(step, Captured):
+    results = (_detached(call()) for call in step.calls)
+    if step.graph is not None:
         step(0)
         torch.cuda.synchronize()
         results = step.results
-    else:
-        results = (_detached(call()) for call in step.calls)
     return worst(error(copy, result) for copy, result in enumerate(results))
 
 
@@ -122,68 +115,57 @@ class Candidate:
         make: copy -> the call that is timed on that copy of the inputs.
         error: (copy, what a call gave) -> its relative error against float64; None where there is nothing to check.
         bound: on the error.
-        must_differ: the error has to be above the bound: with dropout, a contender that drops nothing is wrong.
         graph: whether a CUDA graph of it is replayed.
         ratios: quantity -> contender, of the same fields otherwise, that its time is divided by.
-        further: its step -> further fields of its row, once it has been found right.
     """
 
     row: dict
     make: Callable[[int], Callable[[], object]]
     error: Callable[[int, object], float] | None = None
     bound: float = 0.0
-    must_differ: bool = False
     graph: bool = False
     ratios: Mapping[str, str] = field(default_factory=dict)
-    further: Callable[[Captured | Eager], dict] = lambda step: {}
 
     def key(self, contender: str | None = None) -> tuple:
         """What it is called among the candidates; or what ``contender`` in its place would be."""
         return contender or self.row["contender"], self.row.get("pass")
 
 
-def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettings, label: str) -> Iterator[dict]:
+def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettings) -> Iterator[dict]:
     """Check every candidate on every copy of the inputs, then time those that are right beside one another.
 
     One that is wrong, or raises, is a row that says so, and the others go on.
     """
-    ready: dict[tuple, tuple[Candidate, Captured | Eager, dict]] = {}
+    ready: dict[tuple, tuple[Candidate, Step, dict]] = {}
     for candidate in candidates:
         try:
             step = step_of(candidate.make, copies, graph=candidate.graph)
-            fields, failure = _checked(candidate, step)
-            if failure is None:
-                fields |= candidate.further(step)
-        except Exception as error:  # what a peer, a compiler or a driver refuses is a result, and others follow
-            failure = in_words(error)
-        if failure is not None:
-            yield {**candidate.row, "failed": failure}
-            continue
-        ready[candidate.key()] = candidate, step, fields
+            fields = _checked(candidate, step)
+        except Exception as failure:  # what a peer, a compiler or a driver refuses is a result, and others follow
+            fields = {"failed": in_words(failure)}
+        if "failed" in fields:
+            yield {**candidate.row, **fields}
+        else:
+            ready[candidate.key()] = candidate, step, fields
     samples = time_interleaved(
         {key: step for key, (_, step, _) in ready.items()},
         device=settings.device,
         copies=copies,
         rounds=settings.rounds,
-        label=label,
     )
     for key, (candidate, _, fields) in ready.items():
         row = timing_row(key, samples, {quantity: candidate.key(base) for quantity, base in candidate.ratios.items()})
-        to = {f"{quantity}_to": base for quantity, base in candidate.ratios.items() if f"{quantity}_p50" in row}
-        yield {**candidate.row, **row, **to, **fields}
+        yield {**candidate.row, **row, **fields}
 
 
-def _checked(candidate: Candidate, step: Captured | Eager) -> tuple[dict, str | None]:
-    """(fields of its row, None), or why it gets no time."""
+def _checked(candidate: Candidate, step: Step) -> dict:
+    """Its errors, or why it gets no time, as fields of its row."""
     if candidate.error is None:
-        return {}, None
+        return {}
     error, bound = worst_error(step, candidate.error), candidate.bound
-    if candidate.must_differ:
-        return {}, None if error > bound else (
-            f"with dropout it is {error:.1e} away from what it computes without: it drops nothing; not timed"
-        )
-    fields = {"relative_error": error, "relative_error_bound": bound}
-    return fields, None if error <= bound else too_far(error, bound)
+    if not error <= bound:
+        return {"failed": too_far(error, bound)}
+    return {"relative_error": error, "relative_error_bound": bound}
 
 
 def too_far(error: float, bound: float) -> str:

@@ -1,4 +1,4 @@
-"""The suites by name. Adding one is adding an entry to ``SUITES``."""
+"""The suites by name, in the order of their sections in docs/benchmarks.md. Adding one is adding an entry."""
 
 from __future__ import annotations
 
@@ -8,32 +8,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from tqdm.auto import tqdm
 
-from bench.cases import (
-    BenchSettings,
-    Case,
-    host_cases,
-    kernel_cases,
-    layer_cases,
-    memory_cases,
-    scaling_cases,
-    tuning_cases,
-)
+from bench import cases, tables
+from bench.cases import BenchSettings, Case
 from bench.host import host_rows
 from bench.layer_suites import layer_rows, memory_rows
 from bench.machine import describe
 from bench.models import model_cases, model_layers, model_rows
 from bench.passes import kernel_rows
-from bench.results import case_of, finished_cases
-from bench.timing import in_words, tracked
+from bench.results import CASE_FIELDS, finished_cases, part_of
+from bench.timing import in_words
 from bench.tuning import tuning_rows
 from goat_kernels.backends import why_not_auto
 from goat_kernels.checks.ahead import compile_ahead
 from goat_kernels.checks.problem import Problem, make_problem
-
-
-def _itself(case: Case) -> tuple[Case, ...]:
-    return (case,)
 
 
 @dataclass(frozen=True)
@@ -41,20 +30,24 @@ class Suite:
     """One suite.
 
     Attributes:
-        summary: what it measures, in a figure's description.
-        cases: (device type, quick) -> what it runs, one after the other.
+        title: the heading of its section.
+        table: its rows -> its tables in Markdown.
         rows: (case, settings) -> its rows.
-        layers: case -> the layers whose kernels it launches, which are compiled ahead; None compiles nothing.
+        cases: (device type, quick) -> what it runs, one after the other.
+        layers: case -> the layers whose kernels it launches, which are compiled ahead.
         shaped: whether --shape stands in for its cases.
         without: kinds of contenders that it leaves out: a compiled layer takes seconds for each shape.
+        explanation: under the heading.
     """
 
-    summary: str
-    cases: Callable[..., Sequence]
+    title: str
+    table: Callable[[list[dict]], str]
     rows: Callable[[object, BenchSettings], Iterator[dict]]
-    layers: Callable[[object], Sequence[Case]] | None = _itself
+    cases: Callable[..., Sequence]
+    layers: Callable[[object], Sequence[Case]] = lambda case: (case,)
     shaped: bool = True
     without: frozenset[str] = frozenset()
+    explanation: str = ""
 
 
 def _roofline_rows(case: None, settings: BenchSettings) -> Iterator[dict]:
@@ -62,80 +55,114 @@ def _roofline_rows(case: None, settings: BenchSettings) -> Iterator[dict]:
         yield {**row, **settings.dtypes(), **settings.roofline.row()}
 
 
-_COMPILED = frozenset({"compiled"})
-
 SUITES: dict[str, Suite] = {
     "roofline": Suite(
-        "how fast this machine reads, copies and multiplies",
-        lambda device, quick: (None,),
+        "What the machine reaches",
+        tables.roofline_table,
         _roofline_rows,
-        layers=None,
+        lambda device, quick: (None,),
+        layers=lambda case: (),
         shaped=False,
+        explanation="The ceilings that the floors are made of: the fastest of eleven rounds each.",
     ),
-    "kernels": Suite("each pass alone, against the machine's roofline", kernel_cases, kernel_rows),
-    "layer": Suite("forward, backward, both; ratio to the frozen nn.Linear", layer_cases, layer_rows),
-    "host": Suite("what a call of the layer costs the host", host_cases, host_rows),
-    "memory": Suite("bytes saved for backward, and the peak", memory_cases, memory_rows, without=_COMPILED),
+    "layer": Suite("One layer", tables.layer_tables, layer_rows, cases.layer_cases),
+    "host": Suite(
+        "Host time",
+        tables.host_table,
+        host_rows,
+        cases.host_cases,
+        explanation="What one call of a layer in bfloat16 costs the host; the last column says where it ran. Without a "
+        "GPU the Triton contenders\nrun with a driver that launches nothing, the others at sizes at which arithmetic "
+        "does not count. On a GPU the queue is empty when\na sample of 20 calls begins, and nothing is waited for. "
+        '"Without plans" chooses tiles and looks kernels up at every call, as the first\ntwo calls of a shape do '
+        "([kernels.md](kernels.md#host-time)).",
+    ),
+    "kernels": Suite(
+        "Each pass alone",
+        tables.kernels_table,
+        kernel_rows,
+        cases.kernel_cases,
+        explanation='"base" is the frozen layer\'s own product, into a new tensor and onto one that is there.',
+    ),
+    "memory": Suite(
+        "Memory",
+        tables.memory_table,
+        memory_rows,
+        cases.memory_cases,
+        without=frozenset({"compiled"}),
+        explanation="Of a forward and backward. The peak counts what the step hands out, the gradients among it, not "
+        "weights and inputs.",
+    ),
     "scaling": Suite(
-        "cost as T, N, R, E and K grow, each alone", scaling_cases, layer_rows, shaped=False, without=_COMPILED
+        "As one size grows",
+        tables.scaling_table,
+        layer_rows,
+        cases.scaling_cases,
+        shaped=False,
+        without=frozenset({"compiled"}),
     ),
     "model": Suite(
-        "training steps of a Llama and a ViT with random weights",
-        model_cases,
+        "Training steps of whole models",
+        tables.model_table,
         model_rows,
+        model_cases,
         layers=model_layers,
         shaped=False,
+        explanation="Forward, loss, backward and AdamW. Random weights; R on every linear layer but the head; the "
+        "frozen model is its forward and the\ngradient of its embeddings.",
     ),
-    "tuning": Suite("each step away from the table's tiles", tuning_cases, tuning_rows),
+    "tuning": Suite(
+        "Tiles near the table's",
+        tables.tuning_table,
+        tuning_rows,
+        cases.tuning_cases,
+        explanation="For each kernel, all its launches in a forward and backward: the table's tile and the fastest "
+        "one step away from it.",
+    ),
 }
 
 
-def run_suite(name: str, settings: BenchSettings, report: Callable[[dict], None], before: Sequence[dict] = ()) -> None:
-    """Run a suite and hand every row to ``report`` as soon as it is there.
+def suite_rows(name: str, settings: BenchSettings, before: Sequence[dict] = ()) -> Iterator[dict]:
+    """Run a suite: every row as soon as it is there.
 
     A case that raises becomes a row that says so, and the next one runs. Cases that ``before``, the rows of a run that
     stopped, has whole are left out.
     """
     suite, common = SUITES[name], {"cases": settings.cases, **describe(settings.device)}
-    cases = suite.cases(settings.device.type, quick=settings.quick)
-    if settings.shapes and suite.shaped:
-        cases = settings.shapes
     finished = finished_cases(before, name, {**common, **settings.dtypes()})
-    cases = [case for case in cases if case is None or case_of(case.row()) not in finished]
+    asked = settings.shapes if suite.shaped else ()
+    asked = asked or suite.cases(settings.device.type, quick=settings.quick)
+    to_run = [case for case in asked if case is None or part_of(case.row(), CASE_FIELDS) not in finished]
     of_suite = dataclasses.replace(settings, without=settings.without | suite.without)
-    if suite.layers is not None and why_not_auto("triton", settings.device, settings.dtype) is None:
+    if why_not_auto("triton", settings.device, settings.dtype) is None:
         try:
-            layers = (layer for case in cases for layer in suite.layers(case))
+            layers = (layer for case in to_run for layer in suite.layers(case))
             compile_ahead(problems_of(layers, settings.dtype), settings.device)
         except Exception as failure:  # what does not compile is met again when it is launched
             warnings.warn(f"compiling ahead: {in_words(failure)}", stacklevel=2)
     skipped = set()
-    for case in tracked(cases, name, "case"):
+    for case in tqdm(to_run, desc=name, unit="case", leave=False, delay=1):
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
-        for row in _rows_until_it_raises(suite, case, of_suite):
-            if "skipped" in row:
-                if (row["contender"], row["skipped"]) in skipped:
-                    continue  # once is enough
-                skipped.add((row["contender"], row["skipped"]))
-            report({"suite": name, **row, **common})
+        try:
+            for row in suite.rows(case, of_suite):
+                reason = (row["contender"], row.get("skipped"))
+                if "skipped" not in row or reason not in skipped:  # once is enough
+                    yield {"suite": name, **row, **common}
+                skipped.add(reason)
+        except Exception as failure:
+            of_case = {} if case is None else {**case.row(), **settings.dtypes()}
+            raised = {"contender": "the rest of this case", "failed": in_words(failure)}
+            yield {"suite": name, **of_case, **raised, **common}
 
 
-def _rows_until_it_raises(suite: Suite, case: object, settings: BenchSettings) -> Iterator[dict]:
-    try:
-        yield from suite.rows(case, settings)
-    except Exception as failure:
-        of_case = {} if case is None else {**case.row(), **settings.dtypes()}
-        yield {**of_case, "contender": "the rest of this case", "failed": in_words(failure)}
-
-
-def problems_of(cases: Iterable[Case], dtype: torch.dtype) -> Iterator[Problem]:
-    """What to compile for ``cases``, on "meta".
+def problems_of(layers: Iterable[Case], dtype: torch.dtype) -> Iterator[Problem]:
+    """What to compile for ``layers``, on "meta".
 
     The checks' layers have one scaling with "fold" and one per expert with "path"; the benchmarks' have one in either
     form, so that "path" has both kernels.
     """
-    for case in cases:
+    for case in layers:
         for form in case.forms:
             problem = make_problem(case.layer(dtype, form), "meta")
             yield problem

@@ -90,8 +90,8 @@ def _frozen_ms(of_shape: dict[str, dict]) -> str:
 
 
 def layer_tables(rows: list[dict]) -> str:
-    """Of every mode that was measured, and the launches where they were counted."""
-    parts = [
+    """Of every mode that was measured."""
+    return "\n\n".join(
         f"{title}\n\n{layer_table(rows, mode, dropout=dropout)}"
         for mode, dropout, title in (
             ("both", False, "Forward and backward:"),
@@ -101,10 +101,7 @@ def layer_tables(rows: list[dict]) -> str:
             ("both", True, "Forward and backward with dropout of x:"),
         )
         if in_mode(rows, mode, dropout=dropout)
-    ]
-    if any("kernel_launches" in row for row in rows):
-        parts.append(f"Kernels that one call launches:\n\n{launches_table(rows)}")
-    return "\n\n".join(parts)
+    )
 
 
 def layer_table(rows: list[dict], mode: str, *, dropout: bool = False) -> str:
@@ -127,26 +124,6 @@ def layer_table(rows: list[dict], mode: str, *, dropout: bool = False) -> str:
         ratios += [_median(of_shape.get(name), quantity) for name, quantity, _ in over_lora]
         lines.append([*_shape(key), _frozen_ms(of_shape), *ratios])
     return markdown(head, lines)
-
-
-def launches_table(rows: list[dict]) -> str:
-    """Kernels that a call of each contender launches, those of ours in brackets, where they were counted."""
-    counted = [row for row in timed(rows) if "kernel_launches" in row and "dropout_p" not in row]
-    names = contenders(counted)
-    lines = [
-        [mode, *_shape(key), *(launches_cell(of_shape.get(name)) for name in names)]
-        for mode in dict.fromkeys(row["mode"] for row in counted)
-        for key, of_shape in by_shape(in_mode(counted, mode)).items()
-    ]
-    return markdown(["mode", *_SHAPE, *names], lines)
-
-
-def launches_cell(row: dict | None) -> str:
-    """As "7 (5 of ours)"; "-" where nothing was counted."""
-    everybody, ours = ((row or {}).get(f"{whose}_launches") for whose in ("kernel", "triton"))
-    if everybody is None:
-        return "-" if ours is None else f"{ours} of ours"
-    return f"{everybody}" if ours is None else f"{everybody} ({ours} of ours)"
 
 
 def summary_table(rows: list[dict], backend: str) -> str:
@@ -286,7 +263,8 @@ def host_table(rows: list[dict]) -> str:
     for key, of_mode in calls.items():
         both = of_mode.get("both")
         times = [number(1e3 * of_mode[m]["time_ms_p50"]) if m in of_mode else "-" for m in TRAINING_MODES]
-        lines.append([*_shape(key), key[4], *times, _median(both, "lora_ratio"), launches_cell(both), key[5]])
+        launches = f"{both['triton_launches']} of ours" if both and "triton_launches" in both else "-"
+        lines.append([*_shape(key), key[4], *times, _median(both, "lora_ratio"), launches, key[5]])
     head = [*_SHAPE, "contender", "forward, us", "backward, us", "both, us", "both / PEFT LoRA", "launches", "how"]
     return markdown(head, lines)
 
@@ -300,16 +278,3 @@ def not_timed(rows: list[dict]) -> list[str]:
                 at = "" if word == "skipped" else f" ({', '.join(f'{k}={row[k]}' for k in 'TNMR' if k in row)})"
                 lines.append(f"{word}: {row['contender']}{at}: {row[word]}")
     return list(dict.fromkeys(lines))
-
-
-#: Suite -> its tables, one below the other.
-TABLES: dict[str, Callable[[list[dict]], str]] = {
-    "roofline": roofline_table,
-    "kernels": kernels_table,
-    "layer": layer_tables,
-    "host": host_table,
-    "memory": memory_table,
-    "scaling": scaling_table,
-    "model": model_table,
-    "tuning": tuning_table,
-}

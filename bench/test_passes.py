@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.layers import call_of, goat_layer
-from bench.passes import base_calls, pass_calls
+from bench.passes import PASSES, base_calls, pass_calls
 from goat_kernels.backends import why_not_auto
 from goat_kernels.checks.problem import LayerCase, make_problem
 
@@ -19,7 +19,6 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 SIZES = {"T": 4096, "N": 1024, "M": 1024} if GPU else {"T": 256, "N": 128, "M": 192, "R": 16}
 BACKENDS = [name for name in ("torch", "triton") if why_not_auto(name, DEVICE, DTYPE) is None]
-PASSES = ("prefill", "hidden_gradient", "weight_gradients", "input_prefill")
 
 
 def problem(form: str):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 Step = Callable[[int], object]
 
@@ -55,11 +53,10 @@ def timing_row(name: object, samples: Mapping[object, Samples], ratios: Mapping[
     own = samples[name]
     if own.failed is not None:
         return {"failed": own.failed}
-    values = {"time_ms": own.time_ms}
+    values, row = {"time_ms": own.time_ms}, {"rounds": len(own.time_ms), "calls_per_sample": own.calls}
     for quantity, base in ratios.items():
         if base in samples and samples[base].failed is None:
             values[quantity] = [ms / of for ms, of in zip(own.time_ms, samples[base].time_ms, strict=True)]
-    row = {"rounds": len(own.time_ms), "calls_per_sample": own.calls}
     return row | {f"{name}_p{p}": float(np.percentile(of, p)) for name, of in values.items() for p in (20, 50, 80)}
 
 
@@ -75,7 +72,6 @@ def time_interleaved(
     copies: int,
     rounds: int,
     warmup: int = 3,
-    label: str = "",
 ) -> dict[object, Samples]:
     """Time every contender once per round, in an order that rotates from round to round.
 
@@ -87,11 +83,10 @@ def time_interleaved(
         copies: numbers that a step may be called with: 0..copies-1.
         rounds: how many rounds are timed.
         warmup: rounds before that, the first through all copies; the number of calls is found in them too.
-        label: of the progress.
     """
     samples = {name: Samples(calls=copies) for name in steps}
     with no_collection():
-        for round_, name in rotating(steps, range(-warmup, rounds), label):
+        for round_, name in rotating(steps, range(-warmup, rounds)):
             step, own = steps[name], samples[name]
             if own.failed is not None:
                 continue
@@ -107,10 +102,10 @@ def time_interleaved(
     return samples
 
 
-def rotating(names: Iterable, rounds: Iterable[int], label: str) -> Iterator[tuple[int, object]]:
+def rotating(names: Iterable, rounds: Iterable[int]) -> Iterator[tuple[int, object]]:
     """(round, name) of every name once a round, in an order that rotates."""
     names = list(names)
-    for round_ in tracked(rounds, label, "round") if names else ():
+    for round_ in rounds if names else ():
         start = round_ % len(names)
         yield from ((round_, name) for name in names[start:] + names[:start])
 
@@ -150,15 +145,11 @@ def sample_ms(step: Step, device: torch.device, copies: int, calls: int, first: 
 
 
 def fastest_ms(step: Step, device: torch.device, rounds: int) -> float:
-    """The fastest round of one step on its own: for the machine's ceilings, which have nobody beside them.
-
-    Raises:
-        RuntimeError: the step raised.
-    """
-    samples = time_interleaved({"": step}, device=device, copies=1, rounds=rounds)[""]
-    if samples.failed is not None:
-        raise RuntimeError(samples.failed)
-    return min(samples.time_ms)
+    """The fastest round of one step on its own: for the machine's ceilings, which have nobody beside them."""
+    calls = 1
+    for _ in range(2):  # the first call of all warms up
+        calls = _calls_to_fill(step, sample_ms(step, device, 1, calls), device)
+    return min(sample_ms(step, device, 1, calls) for _ in range(rounds))
 
 
 @contextmanager
@@ -174,11 +165,13 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def tracked(items: Iterable, label: str, unit: str) -> Iterator:
-    """``items`` with a progress bar on a terminal, and a line every 15 seconds elsewhere."""
-    return tqdm(items, desc=label, unit=unit, leave=False, mininterval=0.1 if sys.stderr.isatty() else 15, delay=1)
-
-
 def in_words(failure: BaseException) -> str:
     """What was raised, on one line."""
     return f"raised {type(failure).__name__}: {' '.join(str(failure).split())[:_MOST_CHARACTERS]}".removesuffix(": ")
+
+
+def without_time(failure: Exception) -> dict:
+    """What a row has in place of a time: "skipped" where a package is not installed, "failed" otherwise."""
+    if isinstance(failure, ModuleNotFoundError):
+        return {"skipped": f"the package {failure.name} is not installed"}
+    return {"failed": in_words(failure)}

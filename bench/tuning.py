@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,7 +21,7 @@ from bench.steps import too_far, worst
 from bench.timing import in_words
 from goat_kernels.backends import why_not_auto
 from goat_kernels.checks.ahead import compile_ahead
-from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
+from goat_kernels.checks.problem import LayerCase, make_problem, run_passes
 from goat_kernels.kernels.configs import (
     RANKED,
     Choice,
@@ -40,13 +40,12 @@ from goat_kernels.numerics import TOLERANCES
 
 @dataclass(frozen=True)
 class Measurement:
-    """A candidate's time: infinite where it cannot run (``skipped`` says why) or is wrong (``failed`` does)."""
+    """A candidate's time: infinite where ``reason`` is not empty, which is the field "skipped" or "failed" of a row."""
 
     choice: Choice
     tile: Tile
     time_ms: float = float("inf")
-    skipped: str | None = None
-    failed: str | None = None
+    reason: dict[str, str] = field(default_factory=dict)
 
 
 def device_time_ms(launch: Launch) -> float:
@@ -149,34 +148,29 @@ def measure(
     if device.type == "cuda":
         pairs = [(choice.kernel, tile) for choice, of_choice in tiles.items() for tile in of_choice]
         compile_ahead([make_problem(layer, "meta")], device, pairs)
-    expected = {name: expected for name, expected in expected_of(problem).items() if name in PASSES}
-    for choice, of_choice in tiles.items():
-        for tile in of_choice:
-            yield _measurement(problem, expected, choice, tile, time_ms)
+    expected = {name: of_pass for name, of_pass in expected_of(problem).items() if name in PASSES}
+    for choice, tile in ((choice, tile) for choice, of_choice in tiles.items() for tile in of_choice):
+        times: list[float] = []
 
+        def observe(launch: Launch, choice: Choice = choice, tile: Tile = tile, times: list[float] = times) -> None:
+            launch.run()
+            if launch.name == choice.kernel.partition(".")[0] and launch.tile == tile:
+                times.append(time_ms(launch))
 
-def _measurement(
-    problem: Problem, expected: dict[str, tuple], choice: Choice, tile: Tile, time_ms: Callable[[Launch], float]
-) -> Measurement:
-    kernel, times = choice.kernel.partition(".")[0], []
-    bound = TOLERANCES[problem.x_TN.dtype].relative
-
-    def observe(launch: Launch) -> None:
-        launch.run()
-        if launch.name == kernel and launch.tile == tile:
-            times.append(time_ms(launch))
-
-    try:
-        with forced_tile(choice.kernel, tile), observed(observe):
-            results = run_passes(TritonPasses(), problem)
-        error = worst(results_error(results[name], of_pass, problem) for name, of_pass in expected.items())
-    except Exception as failure:  # it does not compile, or needs more than a program has: what a search is for
-        return Measurement(choice, tile, skipped=in_words(failure))
-    if not error <= bound:
-        return Measurement(choice, tile, failed=too_far(error, bound))
-    if not times:
-        return Measurement(choice, tile, skipped="with this tile the pass takes another form")
-    return Measurement(choice, tile, sum(times))
+        try:
+            with forced_tile(choice.kernel, tile), observed(observe):
+                results = run_passes(TritonPasses(), problem)
+            error = worst(results_error(results[name], of_pass, problem) for name, of_pass in expected.items())
+        except Exception as failure:  # it does not compile, or needs more than a program has: what a search is for
+            yield Measurement(choice, tile, reason={"skipped": in_words(failure)})
+            continue
+        bound = TOLERANCES[layer.dtype].relative
+        if not error <= bound:
+            yield Measurement(choice, tile, reason={"failed": too_far(error, bound)})
+        elif not times:
+            yield Measurement(choice, tile, reason={"skipped": "with this tile the pass takes another form"})
+        else:
+            yield Measurement(choice, tile, sum(times))
 
 
 def tune(
@@ -195,7 +189,7 @@ def tune(
         time_ms: times one launch.
         limit: at most so many candidates a kernel; None tries all.
     """
-    best: dict[tuple, list[Tile]] = {}
+    best: dict[tuple, set[Tile]] = {}
     for layer in layers:
         fastest: dict[Choice, Measurement] = {}
         tiles = {choice: candidates(choice, limit) for choice in choices_of(layer, device)}
@@ -205,12 +199,18 @@ def tune(
                 fastest[one.choice] = one
         for choice, one in fastest.items():
             key = (choice.kernel, choice.width, choice.columns, choice.target.family)
-            best.setdefault(key, []).append(one.tile)
-    entries = []
-    for (kernel, width, columns, family), tiles in best.items():
-        tall_to_low = sorted(set(tiles), key=lambda tile: -tile.rows)
-        entries.append(Entry(kernel, width, columns, tuple(tall_to_low), family, min_columns=columns // 2 + 1))
-    return entries
+            best.setdefault(key, set()).add(one.tile)
+    return [
+        Entry(
+            kernel,
+            width,
+            columns,
+            tuple(sorted(tiles, key=lambda tile: -tile.rows)),
+            family,
+            min_columns=columns // 2 + 1,
+        )
+        for (kernel, width, columns, family), tiles in best.items()
+    ]
 
 
 # --- the suite ------------------------------------------------------------------------------------------------------
@@ -235,14 +235,13 @@ def tile_rows(
     table: dict[str, Measurement] = {}
     for one in measure(layer, device, {choice: neighbours(choice) for choice in first.values()}, time_ms):
         of_table = table.setdefault(one.choice.kernel, one)
-        if of_table.skipped is not None:
+        if "skipped" in of_table.reason:
             continue  # the kernel's tile was asked for, and the pass took another form
-        row = {"pass": one.choice.kernel, "contender": words_of(one.tile), "is_in_table": one is of_table}
-        reason = {name: why for name in ("skipped", "failed") if (why := getattr(one, name)) is not None}
-        if not reason:
-            row |= {"time_ms_p50": one.time_ms, "ratio_to": words_of(of_table.tile)}
-            row |= {"ratio_p50": one.time_ms / of_table.time_ms} if of_table.failed is None else {}
-        yield row | reason
+        row = {"pass": one.choice.kernel, "contender": words_of(one.tile), "is_in_table": one is of_table, **one.reason}
+        if not one.reason:
+            row["time_ms_p50"] = one.time_ms
+            row |= {} if of_table.reason else {"ratio_p50": one.time_ms / of_table.time_ms}
+        yield row
 
 
 def words_of(tile: Tile) -> str:

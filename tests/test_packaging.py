@@ -41,9 +41,7 @@ ALLOWED = {
 #: Packages that are asked for where they are imported, and that no extra installs.
 OPTIONAL = {
     "deepspeed": "imported where it has partitioned a parameter, so it is there",
-    "liger_kernel": "a contender of the benchmarks, left out where it is missing",
     "onnx": "a test that skips without it",
-    "unsloth": "a contender of the benchmarks, left out where it is missing",
 }
 
 FIRST_PARTY = {"goat_kernels", "bench", "tests"}

@@ -28,10 +28,9 @@ from bench.layers import (
 )
 from bench.machine import Roofline
 from bench.memory import peak_bytes, saved_bytes
-from bench.passes import BASE_BACKWARD, BASE_FORWARD, pass_work, requested_bytes
+from bench.passes import BASE_BACKWARD, BASE_FORWARD, pass_work
 from goat_kernels.checks.problem import LayerCase, Problem
 from goat_kernels.forward_backward import Layer
-from goat_kernels.kernels.configs import KNOWN_TARGETS
 from goat_kernels.linear import GoatLinear
 from goat_kernels.operators import backward_operator, flattened, forward_operator
 from goat_kernels.passes import Adapter
@@ -92,7 +91,7 @@ def test_a_contender_that_raises_is_out_and_the_others_go_on():
 
 
 def test_ceilings_are_the_fastest_round_and_passes_the_median(monkeypatch):
-    times = iter([9.0, 9.0, 9.0, 3.0, 1.0, 2.0])
+    times = iter([9.0, 9.0, 3.0, 1.0, 2.0])
     monkeypatch.setattr(timing, "sample_ms", lambda *_: next(times))
     assert timing.fastest_ms(int, CPU, rounds=3) == 1.0
 
@@ -216,16 +215,6 @@ def test_the_operations_of_the_passes_add_up_to_those_of_the_operators(path):
     assert forward.get_total_flops() == work["prefill"].flops + work[BASE_FORWARD].flops
     of_backward = ("hidden_gradient", "weight_gradients", "input_prefill", BASE_BACKWARD)
     assert backward.get_total_flops() == sum(work[name].flops for name in of_backward)
-
-
-@pytest.mark.parametrize("path", [False, True], ids=["fold", "path"])
-def test_no_kernel_asks_for_less_than_its_floor(path):
-    case = LayerCase(8192, 4096, 4096, 32, path=path)
-    requested, work = requested_bytes(case, KNOWN_TARGETS["sm_90"]), pass_work(case, lora_B_rides=False)
-    assert set(requested) == set(work) - {name for name in work if name.startswith(BASE_FORWARD)}
-    for name, asked in requested.items():
-        assert asked > 0.95 * work[name].moved_bytes, name  # a packed adapter is half of a float32 one
-        assert asked < 4 * work[name].moved_bytes, name
 
 
 def test_a_riding_gradient_is_counted_with_the_pass_that_it_rides_in():
