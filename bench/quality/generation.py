@@ -28,22 +28,6 @@ from goat_kernels.finetuning.models import BaseModel, base_model
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.pretraining import digest, pretrained
 
-#: The Llama's sizes.
-_LLAMA = {
-    "vocab_size": 1024,
-    "hidden_size": 128,
-    "intermediate_size": 344,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-}
-_QUICK_LLAMA = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-
 #: Files of Python's library and steps of its pretraining.
 _PRETRAINING, _QUICK_PRETRAINING = (500, 800), (4, 2)
 _LEARNING_RATE = 2e-3
@@ -144,13 +128,14 @@ def _questions(blocks: Tensor) -> list[Question]:
 
 def _pretrained(quick: bool) -> Path:
     """The folder of the Llama and its tokenizer."""
-    (files, steps), sizes = (_QUICK_PRETRAINING, _QUICK_LLAMA) if quick else (_PRETRAINING, _LLAMA)
+    files, steps = _QUICK_PRETRAINING if quick else _PRETRAINING
+    vocabulary = 300 if quick else 1024
     source = [text for _, text in texts("python", "*.py", files)]
     # Byte pairs learned from Python alone; any other text is spelled with them, down to single bytes.
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=sizes["vocab_size"],
+        vocab_size=vocabulary,
         special_tokens=["<end>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -159,7 +144,11 @@ def _pretrained(quick: bool) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<end>", pad_token="<end>")
     blocks = pack("Python's library", source, tokenizer, _BLOCK)
     config = LlamaConfig(
-        **sizes,
+        vocab_size=vocabulary,
+        hidden_size=32 if quick else 128,
+        intermediate_size=64 if quick else 344,
+        num_hidden_layers=1 if quick else 4,
+        num_attention_heads=2 if quick else 4,
         max_position_embeddings=_BLOCK,
         tie_word_embeddings=True,
         pad_token_id=None,

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -121,26 +121,20 @@ def minilm() -> Path:
     return Path(found.origin).parent / "model"
 
 
-_KEPT = TemporaryDirectory()
+_QUICK_FOLDER = TemporaryDirectory()
 
 
 @functools.cache
-def _quick_encoder() -> Path:
-    """A tiny encoder with random weights, and a tokenizer of words, for tests: the package is not needed."""
-    folder = Path(_KEPT.name)
-    known = {word for function in functions(_QUICK_FILES) for word in re.findall(r"\w+", function.summary.lower())}
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(known)[:500]]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+def _quick_encoder() -> str:
+    """A tiny encoder with random weights, and a tokenizer of its own, for tests: the package is not needed."""
+    pieces = BertWordPieceTokenizer()
+    summaries = [function.summary for function in functions(_QUICK_FILES)]
+    pieces.train_from_iterator(summaries, vocab_size=500, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(pieces.to_str()), pad_token="[PAD]")
+    tokenizer.save_pretrained(_QUICK_FOLDER.name)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
     )
-    BertModel(config).save_pretrained(folder)
-    return folder
+    BertModel(config).save_pretrained(_QUICK_FOLDER.name)
+    return _QUICK_FOLDER.name

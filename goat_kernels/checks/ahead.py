@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -24,15 +22,17 @@ def compile_ahead(
     Args:
         problems: on "meta": their tensors need no values.
         device: a GPU.
-        tiles: (kernel, tile) to compile with, each in turn, in place of the tiles that would be taken. What a tile
-            does not fit is met again where it is launched, as is whatever else does not compile.
+        tiles: (kernel, tile) to compile with, each in turn, in place of the tiles that would be taken. Errors are
+            left to the launches: a tile that does not fit raises again there.
     """
+    import triton
+
     from goat_kernels.kernels.passes import TritonPasses
 
     with (
         forced_target(current_target(device)),
         ThreadPoolExecutor() as pool,
-        compiled_together(pool),
+        triton.AsyncCompileMode(pool, ignore_errors=True),
         observed(_compile),
     ):
         for problem in problems:
@@ -43,35 +43,6 @@ def compile_ahead(
                     run_passes(TritonPasses(), problem)
 
 
-@contextlib.contextmanager
-def compiled_together(pool: ThreadPoolExecutor) -> Iterator[None]:
-    """Triton's own way to compile on several processors, whatever its version calls the options.
-
-    Errors are left to the launches; a Triton without this way compiles one kernel after the other.
-    """
-    import triton
-
-    mode = getattr(triton, "AsyncCompileMode", None)
-    if mode is None:
-        yield
-        return
-    ignoring = {"ignore_errors": True} if "ignore_errors" in inspect.signature(mode).parameters else {}
-    block = mode(pool, **ignoring)
-    block.__enter__()
-    try:
-        yield
-    finally:
-        try:
-            block.__exit__(None, None, None)  # waits for what is being compiled
-        except Exception as failure:
-            warnings.warn(f"compiling ahead raised {type(failure).__name__}: {failure}", stacklevel=3)
-
-
 def _compile(launch: Launch) -> None:
-    launch.kernel.warmup(
-        **launch.arguments,
-        **launch.constants,
-        grid=launch.grid,
-        num_warps=launch.tile.warps,
-        num_stages=launch.tile.stages,
-    )
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
+    launch.kernel.warmup(**launch.arguments, **launch.constants, grid=launch.grid, **options)

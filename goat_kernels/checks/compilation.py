@@ -7,16 +7,16 @@ interpret (``goat-kernels check --compile`` sees to it).
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import itertools
-import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -25,29 +25,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from goat_kernels.checks.problem import LayerCase, make_problem, run_passes
+from goat_kernels.checks.problem import LayerCase, make_problem, name_of, run_passes
 from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.kernels.tiles import Tile
 
-_COMPILER_TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
 #: What a matrix instruction looks like in PTX or in AMD's assembly, the best first.
 _MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
-
-_TRITON_TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int32: "i32",
-}
 
 
 @dataclass(frozen=True)
@@ -119,37 +104,35 @@ def source_of(launch: Launch) -> ASTSource:
     """The kernel with the types and properties that Triton would specialise it on for this launch's arguments."""
     fn = launch.kernel
     unspecialised = set(fn.do_not_specialize or ())
-    signature, constants, attributes = {}, dict(launch.constants), {}
+    signature, constants, aligned = {}, dict(launch.constants), []
     for position, name in enumerate(fn.arg_names):
-        if name in launch.constants:
+        value = launch.arguments.get(name)
+        if name in constants:
             signature[name] = "constexpr"
-            continue
-        value = launch.arguments[name]
-        aligned = False
-        if isinstance(value, Tensor):
-            signature[name], aligned = "*" + _TRITON_TYPES[value.dtype], True
-        elif value is None or (isinstance(value, int) and value == 1 and name not in unspecialised):
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + name_of(value.dtype).replace("float", "fp").replace("bfp", "bf").replace("int", "i")
+            aligned.append(position)
+        elif value is None or (value == 1 and isinstance(value, int) and name not in unspecialised):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0 and name not in unspecialised
+            if value % 16 == 0 and name not in unspecialised:
+                aligned.append(position)
         else:
             signature[name] = "fp32"
-        if aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn, signature, constants, attributes)
+    return ASTSource(fn, signature, constants, {(position,): [["tt.divisibility", 16]] for position in aligned})
 
 
 def compile_case(case: Case) -> Compiled:
     """Compile one launch; raises what the compiler raises."""
     launch = record(case.layer, case.target, case.tf32)[case.index]
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
-    compiled = triton.compile(source_of(launch), target=_COMPILER_TARGETS[case.target], options=options)
-    is_amd = "amdgcn" in compiled.asm
-    text = compiled.asm["amdgcn" if is_amd else "ptx"]
+    is_amd = case.target.startswith("gfx")
+    target = GPUTarget("hip", case.target, 64) if is_amd else GPUTarget("cuda", int(case.target[3:]), 32)
+    compiled = triton.compile(source_of(launch), target=target, options=options)
+    text, shared = compiled.asm["amdgcn" if is_amd else "ptx"], compiled.metadata.shared
     registers, spilled, loops = _amd_resources(text) if is_amd else _nvidia_resources(compiled.asm["cubin"])
-    shared, target = compiled.metadata.shared, KNOWN_TARGETS[case.target]
-    found = [name for name in _MATRIX_INSTRUCTIONS if name in text]
+    multiplies = "PRECISION" in launch.constants and launch.constants.get("WITH_PREFILL", True)
     return Compiled(
         kernel=launch.name,
         target=case.target,
@@ -159,15 +142,11 @@ def compile_case(case: Case) -> Compiled:
         spilled_bytes=spilled,
         shared_bytes=shared,
         occupancy=_occupancy(registers, shared, launch.tile.warps, case.target),
-        matrix_instruction=found[0] if found else "",
+        matrix_instruction=next((name for name in _MATRIX_INSTRUCTIONS if name in text), ""),
         loops=loops,
-        multiplies_halves=_multiplies(launch) and case.layer.dtype.itemsize == 2,
-        limit_shared_bytes=target.shared_bytes,
+        multiplies_halves=multiplies and case.layer.dtype.itemsize == 2,
+        limit_shared_bytes=KNOWN_TARGETS[case.target].shared_bytes,
     )
-
-
-def _multiplies(launch: Launch) -> bool:
-    return "PRECISION" in launch.constants and launch.constants.get("WITH_PREFILL", True)
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int, tuple[int, ...]]:
@@ -200,30 +179,24 @@ def _cuobjdump(option: str, path: Path) -> str:
 
 
 def _amd_resources(assembly: str) -> tuple[int, int, tuple[int, ...]]:
-    """(vector registers, bytes of private memory, instructions of the loops): what is spilled, in 4-byte registers, or
-    kept in scratch."""
-    values = {
-        name: int(re.search(rf"\.{name}:?\s+(\d+)", assembly).group(1))
-        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    }
-    spilled = max(4 * values["vgpr_spill_count"], values["private_segment_fixed_size"])
-    return values["vgpr_count"], spilled, _amd_loops(assembly)
+    """(vector registers, bytes of private memory, instructions of the loops) from AMD's assembly.
 
-
-def _amd_loops(assembly: str) -> tuple[int, ...]:
-    """From a label ``.LBB0_2:`` and ``s_cbranch_vccnz .LBB0_2`` behind it."""
+    The bytes are those of spilled registers, 4 each, or those kept in scratch. A loop is a label ``.LBB0_2:`` with a
+    branch ``s_cbranch_vccnz .LBB0_2`` behind it.
+    """
+    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    registers, spilled, private = (int(re.search(rf"\.{name}:?\s+(\d+)", assembly).group(1)) for name in names)
     labels: dict[str, int] = {}
     instructions, loops = 0, []
     for line in assembly.splitlines():
-        label = re.match(r"(\.LBB\w+):", line)
-        if label:
+        if label := re.match(r"(\.LBB\w+):", line):
             labels[label.group(1)] = instructions
         elif re.match(r"\s+[a-z]+_\w+", line):
             instructions += 1
             branch = re.search(r"_branch\w* (\.LBB\w+)", line)
             if branch and branch.group(1) in labels:
                 loops.append(instructions - labels[branch.group(1)])
-    return tuple(loops)
+    return registers, max(4 * spilled, private), tuple(loops)
 
 
 def _occupancy(registers: int, shared_bytes: int, warps: int, target: str) -> float:
@@ -272,12 +245,12 @@ def layers(*, everything: bool) -> Iterator[LayerCase]:
     yield square(8192, R=1, E=1, K=1)
 
 
-def cases(*, everything: bool, targets: Iterable[str] = tuple(KNOWN_TARGETS)) -> list[Case]:
-    """The launches to compile on each target: one for each tile and dtype of a kernel, or with ``everything`` one for
-    each distinct set of constants and argument types.
+def cases(*, everything: bool) -> list[Case]:
+    """The launches to compile on each known target: one for each tile and dtype of a kernel, or with ``everything``
+    one for each distinct set of constants and argument types.
     """
     found: dict[tuple, Case] = {}
-    for target, layer in itertools.product(targets, layers(everything=everything)):
+    for target, layer in itertools.product(KNOWN_TARGETS, layers(everything=everything)):
         for tf32 in (False, True) if everything and layer.dtype == torch.float32 else (False,):
             for index, launch in enumerate(record(layer, target, tf32)):
                 source = source_of(launch)
@@ -288,28 +261,19 @@ def cases(*, everything: bool, targets: Iterable[str] = tuple(KNOWN_TARGETS)) ->
     return list(found.values())
 
 
-def compile_all(chosen: Iterable[Case], report: Callable[[Case, Compiled | Exception], None]) -> None:
-    """Compile cases on all processors.
-
-    Args:
-        chosen: of :func:`cases`.
-        report: called with each case as it is done, in no order, and with what came of it: the compiler's account, or
-            the error that it raised.
-    """
-
-    def collect(processes: int | None, waiting: Iterable[Case]) -> list[Case]:
-        """Compile and report; those that a crashed compiler took down with it are returned."""
-        crashed = []
-        with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(compile_case, case): case for case in waiting}
-            for done in concurrent.futures.as_completed(futures):
-                result = done.exception() or done.result()
-                if isinstance(result, BrokenProcessPool):
-                    crashed.append(futures[done])
-                else:
-                    report(futures[done], result)
-        return crashed
-
-    for case in collect(None, chosen):  # each for itself
-        if collect(1, [case]):
-            report(case, RuntimeError("the compiler crashed"))
+def compile_all(chosen: Iterable[Case]) -> Iterator[tuple[Case, Compiled | BaseException]]:
+    """Compile cases of :func:`cases` on all processors; each as it is done with the compiler's account or its error."""
+    crashed: list[Case] = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(compile_case, case): case for case in chosen}
+        for done in as_completed(futures):
+            result = done.exception() or done.result()
+            if isinstance(result, BrokenProcessPool):  # this case crashed the compiler, or another one did
+                crashed.append(futures[done])
+            else:
+                yield futures[done], result
+    for case in crashed:  # each in a process of its own
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            error = (done := pool.submit(compile_case, case)).exception()
+            crash = RuntimeError("the compiler crashed") if isinstance(error, BrokenProcessPool) else None
+            yield case, crash or error or done.result()

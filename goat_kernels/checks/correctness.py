@@ -3,15 +3,15 @@
 A pass is handed what the passes before it give in float64, rounded to its dtypes, and its results are compared with
 those of the torch passes in float64 on the same rounded inputs: an error belongs to one pass. The whole layer is
 compared with the oracle, ``goat_kernels/reference.py``. Beside each error stands that of the torch backend in the same
-dtype; both are held to ``goat_kernels.numerics.TOLERANCES``.
+dtype; both are held to ``goat_kernels.numerics.TOLERANCES``. ``check_replay`` repeats a layer's calls.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from goat_kernels.backends import get_backend
 from goat_kernels.backends.torch_backend import TorchHiddenGradient, TorchPasses
-from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, make_problem
+from goat_kernels.checks.problem import LayerCase, Problem, doubled, dropout_masks, imitated, make_problem
 from goat_kernels.dropout import draw_seed
 from goat_kernels.functional import goat_linear
-from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, forced_target
+from goat_kernels.kernels.configs import forced_target
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.passes import Passes, Routing
@@ -40,66 +40,11 @@ DTYPES: tuple[tuple[torch.dtype, torch.dtype], ...] = (
 _DROPOUT_P = 0.2
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One line of the table, for one case.
-
-    Attributes:
-        case: the layer.
-        what: a pass, or a result of the whole layer.
-        kernels: "fused" or "staged" where there are two ways to a pass, for the one taken; else "".
-        error: relative error against float64 of the backend that is checked; NaN where anything is.
-        torch_error: the torch backend's, or None where that is the one that is checked.
-        bound: on both.
-        lora_error: that of the arithmetic of PEFT's LoRA with float32 adapters; for results of a half-precision layer.
-    """
-
-    case: LayerCase
-    what: str
-    kernels: str
-    error: float
-    torch_error: float | None
-    bound: float
-    lora_error: float | None = None
-
-    @property
-    def label(self) -> str:
-        """In the table: what, and which kernels."""
-        return self.what + (f" ({self.kernels})" if self.kernels else "")
-
-    @property
-    def passed(self) -> bool:
-        return all(error <= self.bound for error in (self.error, self.torch_error) if error is not None)
-
-
-@dataclass(frozen=True)
-class CaseGroup:
+class CaseGroup(NamedTuple):
     """Cases of one shape and dtypes, in several forms: a block of the table."""
 
     title: str
     cases: tuple[LayerCase, ...]
-
-
-def groups(*, interpreted: bool, dtypes: tuple[torch.dtype, ...]) -> list[CaseGroup]:
-    """What to check, in order.
-
-    Args:
-        interpreted: sizes for the interpreter, in which a GPU with few multiprocessors is imitated, so that they take
-            the same kernels; else sizes of real use.
-        dtypes: of x.
-    """
-    return [
-        CaseGroup(
-            title,
-            tuple(
-                LayerCase(**sizes, dtype=dtype, adapter_dtype=adapter_dtype, path=path, dropout_p=dropout_p)
-                for path, dropout_p in forms
-            ),
-        )
-        for dtype, adapter_dtype in DTYPES
-        if dtype in dtypes
-        for title, sizes, forms in (_interpreted(dtype, adapter_dtype) if interpreted else _REAL)
-    ]
 
 
 #: (with a frozen pair or without, dropout)
@@ -114,89 +59,115 @@ _REAL = (
 )
 
 
-def _imitated(multiprocessors: int) -> Target:
-    return dataclasses.replace(KNOWN_TARGETS["sm_90"], multiprocessors=multiprocessors)
+def groups(*, interpreted: bool, dtypes: tuple[torch.dtype, ...]) -> list[CaseGroup]:
+    """What to check, in order.
+
+    Args:
+        interpreted: sizes for the interpreter, in which a GPU with few multiprocessors is imitated, so that they take
+            the same kernels; else sizes of real use.
+        dtypes: of x.
+    """
+    found = []
+    for dtype, adapter_dtype in DTYPES:
+        if dtype in dtypes:
+            for title, sizes, forms in _interpreted(dtype, adapter_dtype) if interpreted else _REAL:
+                layer = LayerCase(**sizes, dtype=dtype, adapter_dtype=adapter_dtype)
+                found.append(CaseGroup(title, tuple(replace(layer, path=path, dropout_p=p) for path, p in forms)))
+    return found
 
 
 def _interpreted(dtype: torch.dtype, adapter_dtype: torch.dtype) -> Iterator[tuple[str, dict, tuple]]:
     """(title, sizes, forms): multiples of nothing, so that every mask is met, and two steps of each kernel's loops."""
     N, M = (136, 72) if dtype.itemsize == 2 else (40, 36)
-    yield "many tokens", {"T": 66, "N": N, "M": M, "R": 12, "E": 4, "target": _imitated(2)}, _ALL_FORMS
+    yield "many tokens", {"T": 66, "N": N, "M": M, "R": 12, "E": 4, "target": imitated(2)}, _ALL_FORMS
     if dtype.itemsize == 2 and adapter_dtype == dtype:
         return  # what an adapter in x's dtype changes has been seen
     # Three slots, or so many multiprocessors, lead to the staged kernels.
-    sizes = {"T": 66, "N": N // 2 + 4, "M": 36, "R": 20, "E": 4, "K": 3, "target": _imitated(24)}
+    sizes = {"T": 66, "N": N // 2 + 4, "M": 36, "R": 20, "E": 4, "K": 3, "target": imitated(24)}
     yield "in stages", sizes, ((False, 0.0), (True, _DROPOUT_P))
-    yield "few tokens", {"T": 5, "N": N, "M": M, "R": 12, "E": 4, "target": _imitated(2)}, _WITHOUT_DROPOUT
+    yield "few tokens", {"T": 5, "N": N, "M": M, "R": 12, "E": 4, "target": imitated(2)}, _WITHOUT_DROPOUT
 
 
-def compare(case: LayerCase, backend: str, device: torch.device) -> list[Comparison]:
+def compare(case: LayerCase, backend: str, device: torch.device) -> list[dict]:
     """Run one case.
 
     Args:
         case: the layer.
         backend: "triton", or "torch", which then has nothing beside it.
         device: where it runs.
+
+    Returns:
+        One row for each pass and for each result of the whole layer:
+
+        what: the pass or result.
+        kernels: "fused" or "staged" where there are two ways to a pass, for the one taken; else None.
+        error: relative error of the backend against float64; NaN where anything is.
+        torch_error: the torch backend's, or None where that is the one that is checked.
+        lora_error: that of the arithmetic of PEFT's LoRA with float32 adapters; for results of a half-precision layer.
+        bound: on ``error`` and ``torch_error``.
+        passed: whether both are within it.
     """
     problem = make_problem(case, device)
-    names = list(dict.fromkeys((backend, "torch")))
+    with forced_target(case.target):
+        routing, gradient = _pass_inputs(problem)
+        exact = Routing(*map(doubled, routing)), [*map(doubled, gradient)]
+        expected, _ = _run_passes(TorchPasses(), problem.double(), *exact)
+        torch.manual_seed(0)
+        masks = dropout_masks(problem, draw_seed(device)) if case.dropout_p else None
+        expected |= _as_lists(run_layer(goat_reference, problem.double(), dropout_masks=masks))
+        results = {}
+        for name in dict.fromkeys(("torch", backend)):  # the kernels that are kept are those of ``backend``
+            results[name], kernels = _run_passes(get_backend(name), problem, routing, gradient)
+            torch.manual_seed(0)  # the layer draws the seed that the oracle's masks come from
+            layer = run_layer(goat_linear, problem, dropout_p=case.dropout_p, training=True, backend=name)
+            results[name] |= _as_lists(layer)
+        if case.dtype.itemsize == 2 and case.adapter_dtype == torch.float32:
+            results["lora"] = _as_lists(run_layer(_goat_as_lora, problem, dropout_masks=masks))
+    fused = {"prefill": "fused_forward", "hidden gradient": "fused_hidden_gradient"}
     rows = []
-    with forced_target(case.target) if case.target is not None else contextlib.nullcontext():
-        inputs = _pass_inputs(problem)
-        of_lora = _lora_errors(problem)
-        for errors in (
-            [_pass_errors(name, problem, inputs) for name in names],
-            [_layer_errors(name, problem) for name in names],
-        ):
-            for what, (kernels, error, bound) in errors[0].items():
-                torch_error = errors[1][what][1] if len(names) == 2 else None
-                rows.append(Comparison(case, what, kernels, error, torch_error, bound, of_lora.get(what)))
+    for what, oracles in expected.items():
+        # Router and gate work in float32, whatever x is.
+        dtype = torch.float32 if what in ("gate and balance loss", "balance loss") else case.dtype
+        bound = TOLERANCES[dtype].relative
+        errors = {name: _largest_error(found[what], oracles) for name, found in results.items() if what in found}
+        way = ("fused" if fused[what] in kernels else "staged") if kernels and what in fused else None
+        rows.append(
+            {
+                "what": what,
+                "kernels": way,
+                "error": errors[backend],
+                "torch_error": errors["torch"] if backend != "torch" else None,
+                "lora_error": errors.get("lora"),
+                "bound": bound,
+                "passed": all(errors[name] <= bound for name in ("torch", backend)),
+            }
+        )
     return rows
+
+
+def _as_lists(results: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    return {what: [result] for what, result in results.items()}
+
+
+def _largest_error(results: list[Tensor], oracles: list[Tensor]) -> float:
+    oracles = oracles * (len(results) // len(oracles))  # several ways to the same results
+    errors = [relative_error(result, oracle) for result, oracle in zip(results, oracles, strict=True)]
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
 # --- the passes ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _PassInputs:
-    """What the passes after the first are handed, in the dtypes of a run; the gradient as its three parts."""
-
-    routing: Routing
-    hidden_TR: Tensor
-    logits_ET: Tensor
-    residual_TR0: Tensor | None
-
-    def double(self) -> _PassInputs:
-        routing = Routing(*map(doubled, self.routing))
-        return _PassInputs(routing, *map(doubled, (self.hidden_TR, self.logits_ET, self.residual_TR0)))
-
-    def gradient(self, backend: str):
-        """In the backend's own layout."""
-        if backend == "triton":
-            from goat_kernels.kernels.hidden_gradient import TritonHiddenGradient  # imports Triton
-
-            return TritonHiddenGradient(self.hidden_TR, self.logits_ET, self.residual_TR0, partial_B=None)
-        parts = [self.hidden_TR, self.logits_ET.t().to(self.hidden_TR.dtype)]
-        if self.residual_TR0 is not None:
-            parts.append(self.residual_TR0)
-        return TorchHiddenGradient(torch.cat(parts, dim=1), self.logits_ET)
-
-
-def _pass_inputs(problem: Problem) -> _PassInputs:
+def _pass_inputs(problem: Problem) -> tuple[Routing, list[Tensor]]:
+    """What the passes after the first are handed, in the dtypes of a run: a routing, and a gradient's parts."""
     exact, oracle, compute = problem.double(), TorchPasses(), problem.x_TN.dtype
-    _, _, routing = oracle.prefill(exact.x_TN, exact.adapter, exact.bias_M, None)
-    weighted_TR, *statistics, _ = routing
+    _, _, (weighted_TR, *statistics, _) = oracle.prefill(exact.x_TN, exact.adapter, exact.bias_M, None)
     routing = Routing(weighted_TR.to(compute), *(value.float() for value in statistics), problem.x_TN.new_empty(0))
-    parts = gradient_parts(
-        oracle.hidden_gradient(
-            exact.grad_y_TM, exact.grad_balance, exact.adapter, Routing(*map(doubled, routing)), with_residual=True
-        ),
-        problem,
+    gradient = oracle.hidden_gradient(
+        exact.grad_y_TM, exact.grad_balance, exact.adapter, Routing(*map(doubled, routing)), with_residual=True
     )
-    hidden_TR, logits_ET, *residual = parts
-    return _PassInputs(
-        routing, hidden_TR.to(compute), logits_ET.float().contiguous(), residual[0].to(compute) if residual else None
-    )
+    hidden_TR, logits_ET, *residual = gradient_parts(gradient, problem)
+    return routing, [hidden_TR.to(compute), logits_ET.float().contiguous(), *(part.to(compute) for part in residual)]
 
 
 def gradient_parts(gradient, problem: Problem) -> list[Tensor]:
@@ -209,88 +180,50 @@ def gradient_parts(gradient, problem: Problem) -> list[Tensor]:
     return [hidden_TR, gradient.logits_ET, *([residual_TR0] if residual_TR0.shape[1] else [])]
 
 
-def _run_passes(backend: str, problem: Problem, inputs: _PassInputs, passes: Passes) -> Iterator[tuple]:
-    """(name, which kernels, results) of each pass."""
-    adapter, gradient = problem.adapter, inputs.gradient(backend)
-    with _kernels() as kernels:
-        y_TM, balance, own = passes.prefill(problem.x_TN, adapter, problem.bias_M, None)
-    yield "prefill", _way(kernels), [y_TM, own.weighted_TR]
-    yield "gate and balance loss", "", [balance, own.gate_ET, own.probs_ET, own.load_E]
-    routing = inputs.routing._replace(packed=own.packed)
-    with _kernels() as kernels:
-        own_gradient = passes.hidden_gradient(
-            problem.grad_y_TM, problem.grad_balance, adapter, routing, with_residual=True, needs_B=True
-        )
-    yield "hidden gradient", _way(kernels), gradient_parts(own_gradient, problem)
+def _run_passes(
+    passes: Passes, problem: Problem, routing: Routing, parts: list[Tensor]
+) -> tuple[dict[str, list[Tensor]], set[str]]:
+    """(pass -> its results, the kernels that were launched), of passes that get what ``_pass_inputs`` returns."""
+    x_TN, grad_y_TM, adapter, kernels = problem.x_TN, problem.grad_y_TM, problem.adapter, set()
+
+    def observe(launch: Launch) -> None:
+        kernels.add(launch.name)
+        launch.run()
 
     def weight_gradients(gradient) -> tuple[Tensor, Tensor, Tensor]:
         needs = dict.fromkeys(("needs_A", "needs_B", "needs_router"), True)
-        return passes.weight_gradients(problem.x_TN, problem.grad_y_TM, adapter, routing, gradient, **needs)
-
-    grad_A, grad_B, grad_router = weight_gradients(gradient)
-    of_B, of_x = [grad_B], [grad_A, grad_router]
-    if own_gradient.partial_B is not None:  # sums of it rode in the hidden gradient's read of dY
-        grad_A, grad_B, grad_router = weight_gradients(gradient._replace(partial_B=own_gradient.partial_B))
-        of_B, of_x = [*of_B, grad_B], [*of_x, grad_A, grad_router]
-    yield "lora_B gradient", "", of_B
-    yield "lora_A and router gradient", "", of_x
-    yield "input gradient", "", [passes.input_prefill(adapter, routing, gradient)]
-
-
-@contextlib.contextmanager
-def _kernels() -> Iterator[set[str]]:
-    """The names of the kernels that are launched inside the block."""
-    names = set()
-
-    def observe(launch: Launch) -> None:
-        names.add(launch.name)
-        launch.run()
+        return passes.weight_gradients(x_TN, grad_y_TM, adapter, routing, gradient, **needs)
 
     with observed(observe):
-        yield names
-
-
-def _way(kernels: set[str]) -> str:
-    if not kernels:
-        return ""
-    return "fused" if kernels & {"fused_forward", "fused_hidden_gradient"} else "staged"
-
-
-def _pass_errors(backend: str, problem: Problem, inputs: _PassInputs) -> dict[str, tuple[str, float, float]]:
-    """Pass -> (which kernels, the largest error of its results, bound)."""
-    results = _run_passes(backend, problem, inputs, get_backend(backend))
-    expected = _run_passes("torch", problem.double(), inputs.double(), TorchPasses())
-    errors = {}
-    for (what, kernels, tensors), (_, _, oracles) in zip(results, expected, strict=True):
-        # Router and gate work in float32, whatever x is.
-        dtype = torch.float32 if what == "gate and balance loss" else problem.x_TN.dtype
-        errors[what] = (kernels, _largest_error(tensors, oracles), TOLERANCES[dtype].relative)
-    return errors
-
-
-def _largest_error(results: list[Tensor], oracles: list[Tensor]) -> float:
-    oracles = oracles * (len(results) // len(oracles))  # several ways to the same results
-    errors = [relative_error(result, oracle) for result, oracle in zip(results, oracles, strict=True)]
-    return max(errors, key=lambda error: float("inf") if error != error else error)
+        y_TM, balance, own = passes.prefill(x_TN, adapter, problem.bias_M, None)
+        routing = routing._replace(packed=own.packed)
+        own_gradient = passes.hidden_gradient(
+            grad_y_TM, problem.grad_balance, adapter, routing, with_residual=True, needs_B=True
+        )
+        hidden_TR, logits_ET, *residual = parts
+        if isinstance(own_gradient, TorchHiddenGradient):
+            columns = [hidden_TR, logits_ET.t().to(hidden_TR.dtype), *residual]
+            gradient = TorchHiddenGradient(torch.cat(columns, dim=1), logits_ET)
+        else:
+            gradient = type(own_gradient)(hidden_TR, logits_ET, residual[0] if residual else None, partial_B=None)
+        grad_A, grad_B, grad_router = weight_gradients(gradient)
+        of_B, of_x = [grad_B], [grad_A, grad_router]
+        if own_gradient.partial_B is not None:  # sums of it rode in the hidden gradient's read of dY
+            grad_A, grad_B, grad_router = weight_gradients(gradient._replace(partial_B=own_gradient.partial_B))
+            of_B, of_x = [*of_B, grad_B], [*of_x, grad_A, grad_router]
+        grad_x = passes.input_prefill(adapter, routing, gradient)
+    results = {
+        "prefill": [y_TM, own.weighted_TR],
+        "gate and balance loss": [balance, own.gate_ET, own.probs_ET, own.load_E],
+        "hidden gradient": gradient_parts(own_gradient, problem),
+        "lora_B gradient": of_B,
+        "lora_A and router gradient": of_x,
+        "input gradient": [grad_x],
+    }
+    return results, kernels
 
 
 # --- the whole layer ----------------------------------------------------------------------------------------------
-
-
-def _oracle(problem: Problem) -> tuple[dict[str, Tensor], Tensor | None]:
-    """(results of the layer in float64, dropout masks)."""
-    torch.manual_seed(0)
-    masks = dropout_masks(problem, draw_seed(problem.x_TN.device)) if problem.adapter.dropout_p else None
-    return run_layer(goat_reference, problem.double(), dropout_masks=masks), masks
-
-
-def _lora_errors(problem: Problem) -> dict[str, float]:
-    """Result of the layer -> error in PEFT's arithmetic; empty where that is not another than float32's."""
-    if problem.x_TN.dtype.itemsize != 2 or problem.adapter.lora_A.dtype != torch.float32:
-        return {}
-    expected, masks = _oracle(problem)
-    results = run_layer(_goat_as_lora, problem, dropout_masks=masks)
-    return {what: relative_error(results[what], expected[what]) for what in expected}
 
 
 def _goat_as_lora(
@@ -305,16 +238,6 @@ def _goat_as_lora(
     masks = None if dropout_masks is None else dropout_masks.float()
     in_float32 = goat_reference(x.float(), nothing, dropout_masks=masks, **adapter)
     return in_float32._replace(output=(F.linear(x, weight, bias) + in_float32.output).to(x.dtype))
-
-
-def _layer_errors(backend: str, problem: Problem) -> dict[str, tuple[str, float, float]]:
-    """Result of the layer -> ("", error, bound)."""
-    expected, _ = _oracle(problem)
-    torch.manual_seed(0)  # the layer draws the seed that the oracle's masks come from
-    results = run_layer(goat_linear, problem, dropout_p=problem.adapter.dropout_p, training=True, backend=backend)
-    bounds = {"balance loss": TOLERANCES[torch.float32].relative}
-    bound = TOLERANCES[problem.x_TN.dtype].relative
-    return {what: ("", relative_error(results[what], expected[what]), bounds.get(what, bound)) for what in expected}
 
 
 def run_layer(function: Callable, problem: Problem, **options) -> dict[str, Tensor]:
@@ -343,3 +266,56 @@ def run_layer(function: Callable, problem: Problem, **options) -> dict[str, Tens
     )
     results = {"output": result.output.detach(), "balance loss": result.balance_loss.detach()}
     return results | {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+
+
+# --- replay -------------------------------------------------------------------------------------------------------
+
+#: Forward and backward of one layer, so many times: the first two run the passes.
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of ``STEPS`` equal steps of a layer.
+
+    Attributes:
+        is_on: whether GOAT_KERNELS_REPLAY leaves replay on.
+        calls, replayed: calls into the backend, one for a forward and one for a backward; how many were replayed.
+        identical: whether every step gave the bits of the first.
+        refusals: why calls without a plan have none.
+    """
+
+    is_on: bool
+    calls: int
+    replayed: int
+    identical: bool
+    refusals: tuple[str, ...]
+
+    def fault(self) -> str | None:
+        """None, or what is wrong with it."""
+        if not self.identical:
+            return "a repeated step gives other bits than the first"
+        if self.is_on and not self.replayed:
+            return f"it is on, and no call was replayed: {', '.join(self.refusals) or 'launches are observed'}"
+        return None
+
+
+def check_replay(case: LayerCase, device: torch.device) -> Replay:
+    """``STEPS`` equal steps of the layer ``case`` on the Triton backend."""
+    from goat_kernels.kernels.replay import Plans  # imports Triton
+
+    passes, problem = get_backend("triton"), make_problem(case, device)
+    before, passes.plans = passes.plans, Plans()  # what ran before does not count, and nothing is left behind
+    try:
+        with forced_target(case.target):
+            first, *others = (run_layer(goat_linear, problem, backend="triton") for _ in range(STEPS))
+        plans = passes.plans
+    finally:
+        passes.plans = before
+    identical = all(torch.equal(_bits(first[name]), _bits(other[name])) for other in others for name in first)
+    return Replay(plans.is_on, plans.calls, plans.replayed, identical, tuple(dict.fromkeys(plans.refusals())))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes: one NaN equals another."""
+    return tensor.reshape(-1).view(torch.uint8)

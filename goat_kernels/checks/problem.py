@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from goat_kernels.dropout import expert_slots, keep_masks, keep_scale
-from goat_kernels.kernels.configs import Target
+from goat_kernels.kernels.configs import KNOWN_TARGETS, Target
 from goat_kernels.passes import Adapter, Passes
 from goat_kernels.reference import select_top_k
 
@@ -67,6 +67,14 @@ class LayerCase:
 
     def __str__(self) -> str:
         return f"{self.dtypes}; {self.form}; {self.sizes}"
+
+
+def imitated(multiprocessors: int) -> Target:
+    """An H200 with fewer multiprocessors, so that a small T takes the kernels that a large T takes on a whole one.
+
+    Two are filled by 128 tokens in tiles of 64, the tallest; forty are not, so that stages run.
+    """
+    return replace(KNOWN_TARGETS["sm_90"], multiprocessors=multiprocessors)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import platform
 import time
@@ -16,9 +15,8 @@ import goat_kernels
 from goat_kernels.backends import ENVIRONMENT_VARIABLE, available_backends, resolve_backend, why_not_auto
 from goat_kernels.checks import correctness, traffic
 from goat_kernels.checks.ahead import compile_ahead
-from goat_kernels.checks.correctness import Comparison
+from goat_kernels.checks.correctness import STEPS, check_replay
 from goat_kernels.checks.problem import LayerCase, make_problem, name_of
-from goat_kernels.checks.replay import STEPS, check_replay
 from goat_kernels.checks.traffic import Moved, StreamPasses
 from goat_kernels.command_errors import CommandError
 
@@ -56,12 +54,10 @@ def report_correctness(dtypes: Sequence[torch.dtype], *, interpreted: bool) -> F
         interpreted: whether Triton interprets kernels in this process.
     """
     start, versions = time.perf_counter(), _versions()
-    device = torch.device("cuda" if torch.cuda.is_available() and not interpreted else "cpu")
+    on_gpu = torch.cuda.is_available() and not interpreted
+    device = torch.device("cuda" if on_gpu else "cpu")
     without_triton = None if interpreted else why_not_auto("triton", device, torch.float32)
     backend = "triton" if without_triton is None else "torch"
-    machine = "Triton's interpreter" if interpreted else "CPU"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "PyTorch sees none")
     for dtype in dtypes:
@@ -73,38 +69,40 @@ def report_correctness(dtypes: Sequence[torch.dtype], *, interpreted: bool) -> F
     if without_triton is not None:
         print(f"The torch backend alone is checked, because triton cannot run: {without_triton}")
     # Without a GPU the torch backend alone would take the real sizes too, but slowly.
-    groups = correctness.groups(interpreted=device.type == "cpu", dtypes=tuple(dtypes))
-    if device.type == "cuda" and backend == "triton":
+    groups = correctness.groups(interpreted=not on_gpu, dtypes=tuple(dtypes))
+    if on_gpu and backend == "triton":
         compile_ahead((make_problem(case, "meta") for group in groups for case in group.cases), device)
         print(f"Kernels compiled in {time.perf_counter() - start:.0f} s; Triton keeps them for the next time.")
-    compared: list[Comparison] = []
-    raised: dict[LayerCase, str] = {}
+    machine = torch.cuda.get_device_name() if on_gpu else "Triton's interpreter" if interpreted else "CPU"
+    common = {"check": "correctness", "backend": backend, "machine": machine, **versions}
+    rows, failures, ran = [], [], []
     for group in groups:
-        of_forms = []
+        compared: dict[LayerCase, list[dict]] = {}
         for case in group.cases:
             try:
-                of_forms.append(correctness.compare(case, backend, device))
+                compared[case] = correctness.compare(case, backend, device)
             except Exception as error:  # whatever a driver or a compiler raises here is a result, and others follow
-                raised[case] = f"raised {type(error).__name__}: {_one_line(error)}"
-        _print_group(group, of_forms)
-        compared += [row for of_form in of_forms for row in of_form]
-    failures = [f"{case}: {message}" for case, message in raised.items()]
-    failures += [f"{row.label}: {_errors(row)} above {row.bound:.0e}; {row.case}" for row in compared if not row.passed]
-    ran = [case for group in groups for case in group.cases if case not in raised]
+                what = f"raised {type(error).__name__}: {_one_line(error)}"
+                failures.append(f"{case}: {what}")
+                rows.append({**common, **_of_case(case), "what": what, "passed": False})
+        _print_group(group, compared)
+        ran += compared
+        for case, of_case in compared.items():
+            rows += [{**common, **_of_case(case), **row} for row in of_case]
+            wrong = [row for row in of_case if not row["passed"]]
+            failures += [f"{_label([row])}: {_errors(row)} above {row['bound']:.0e}; {case}" for row in wrong]
     if backend == "triton" and ran:
         failures += _report_replay(ran[0], device)
-    passed = sum(row.passed for row in compared)
-    print(f"\n{passed} of {len(compared)} within bounds, {time.perf_counter() - start:.0f} s")
-    common = {"check": "correctness", "backend": backend, "machine": machine, **versions}
-    rows = [{**common, **_comparison_row(row)} for row in compared]
-    rows += [{**common, **_of_case(case), "what": what, "passed": False} for case, what in raised.items()]
-    return rows, failures
+    passed = sum(row["passed"] for row in rows)
+    print(f"\n{passed} of {len(rows)} within bounds, {time.perf_counter() - start:.0f} s")
+    # JSON has no NaN.
+    return [{name: None if value != value else value for name, value in row.items()} for row in rows], failures
 
 
 def _what_auto_picks(device: torch.device, dtype: torch.dtype) -> str:
     try:
         picked = resolve_backend("auto", device, dtype)
-    except (RuntimeError, ValueError) as error:  # the environment names a backend that is not to be had
+    except (RuntimeError, ValueError) as error:  # the environment names a backend that is not available
         raise CommandError(str(error)) from error
     reasons = {name: why_not_auto(name, device, dtype) for name in available_backends()}
     because = [f"{name} is passed over, because {reason}" for name, reason in reasons.items() if reason is not None]
@@ -113,36 +111,29 @@ def _what_auto_picks(device: torch.device, dtype: torch.dtype) -> str:
     return "; ".join([f"auto picks {picked} for {name_of(dtype)}", *because])
 
 
-def _print_group(group: correctness.CaseGroup, of_forms: Sequence[Sequence[Comparison]]) -> None:
+def _print_group(group: correctness.CaseGroup, compared: dict[LayerCase, list[dict]]) -> None:
     """One line for each pass and result, one column for each form that ran."""
-    first = group.cases[0]
-    compared = " (torch's)" if of_forms and of_forms[0][0].torch_error is not None else ""
-    if of_forms and of_forms[0][-1].lora_error is not None:
-        compared += ", | that of PEFT's float32-adapter LoRA arithmetic"
-    print(f"\n{first.dtypes}; {group.title}: {first.sizes}; relative error{compared}")
-    print(" " * 36 + "".join(f"{rows[0].case.form:31}" for rows in of_forms) + "bound")
-    for rows in zip(*of_forms, strict=True):
-        kernels = ", ".join(dict.fromkeys(row.kernels for row in rows if row.kernels))
-        label = dataclasses.replace(rows[0], kernels=kernels).label
-        verdict = "pass" if all(row.passed for row in rows) else "FAIL"
-        print(f"  {label:34}{''.join(f'{_errors(row):31}' for row in rows)}{rows[0].bound:<8.0e}{verdict}", flush=True)
+    first, last_row = group.cases[0], next((rows[-1] for rows in compared.values()), {})
+    beside = " (torch's)" if last_row.get("torch_error") is not None else ""
+    if last_row.get("lora_error") is not None:
+        beside += ", | that of PEFT's float32-adapter LoRA arithmetic"
+    print(f"\n{first.dtypes}; {group.title}: {first.sizes}; relative error{beside}")
+    print(" " * 36 + "".join(f"{case.form:31}" for case in compared) + "bound")
+    for rows in zip(*compared.values(), strict=True):
+        verdict = "pass" if all(row["passed"] for row in rows) else "FAIL"
+        errors = "".join(f"{_errors(row):31}" for row in rows)
+        print(f"  {_label(rows):34}{errors}{rows[0]['bound']:<8.0e}{verdict}", flush=True)
 
 
-def _errors(row: Comparison) -> str:
-    torch_error = "" if row.torch_error is None else f" ({row.torch_error:.1e})"
-    return f"{row.error:.1e}{torch_error}" + ("" if row.lora_error is None else f" | {row.lora_error:.1e}")
+def _label(rows: Sequence[dict]) -> str:
+    """What the rows of one line are of, and which kernels ran."""
+    kernels = ", ".join(dict.fromkeys(row["kernels"] for row in rows if row["kernels"]))
+    return rows[0]["what"] + (f" ({kernels})" if kernels else "")
 
 
-def _comparison_row(row: Comparison) -> dict:
-    errors = {name: getattr(row, name) for name in ("error", "torch_error", "lora_error")}
-    return {
-        **_of_case(row.case),
-        "what": row.what,
-        "kernels": row.kernels or None,
-        **{name: None if error is None or math.isnan(error) else error for name, error in errors.items()},
-        "bound": row.bound,
-        "passed": row.passed,
-    }
+def _errors(row: dict) -> str:
+    torch_error = "" if row["torch_error"] is None else f" ({row['torch_error']:.1e})"
+    return f"{row['error']:.1e}{torch_error}" + ("" if row["lora_error"] is None else f" | {row['lora_error']:.1e}")
 
 
 def _report_replay(case: LayerCase, device: torch.device) -> list[str]:
@@ -224,7 +215,7 @@ def _print_real(layer: LayerCase, moved: Sequence[Moved]) -> None:
 
 def report_compilation(everything: bool) -> Findings:
     """What each kernel takes of GPUs that are not here, in the order in which they are done."""
-    from goat_kernels.checks.compilation import Case, Compiled, cases, compile_all  # imports Triton
+    from goat_kernels.checks.compilation import cases, compile_all  # imports Triton
 
     start, common = time.perf_counter(), {"check": "compilation", **_versions()}
     chosen = cases(everything=everything)
@@ -233,15 +224,13 @@ def report_compilation(everything: bool) -> Findings:
         f"{'kernel':24} {'target':8}{'x':9}{'tile':26}{'registers':>9}{'spilled':>8}{'shared':>8}{'occupancy':>10}  "
         f"{'matrix instruction':19}{'instructions of its loops'}"
     )
-    rows: list[dict] = []
-    failures: list[str] = []
-
-    def report(case: Case, result: Compiled | Exception) -> None:
+    rows, failures = [], []
+    for case, result in compile_all(chosen):
         row = {**common, "target": case.target, **_of_case(case.layer)}
-        if isinstance(result, Exception):
+        if isinstance(result, BaseException):
             failures.append(f"{case}: {type(result).__name__}: {_one_line(result)}")
             rows.append({**row, "fault": _one_line(result)})
-            return
+            continue
         fault, tile = result.fault(), result.tile
         if fault is not None:
             failures.append(f"{result.kernel} on {case.target}: {fault}; {result.layer}, {tile}")
@@ -257,7 +246,5 @@ def report_compilation(everything: bool) -> Findings:
         fields = ("kernel", "registers", "spilled_bytes", "shared_bytes", "occupancy", "matrix_instruction", "loops")
         tiles = {f"tile_{name}": value for name, value in dataclasses.asdict(tile).items()}
         rows.append({**row, **{name: getattr(result, name) for name in fields}, **tiles, "fault": fault})
-
-    compile_all(chosen, report)
     print(f"\n{len(rows)} compiled, {len(failures)} faults, {time.perf_counter() - start:.0f} s")
     return rows, failures

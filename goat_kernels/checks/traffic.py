@@ -9,17 +9,17 @@ Over a layer, ``DESIGNED_PASSES`` says how often the fused form goes through eac
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 
-from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
+from goat_kernels.checks.problem import LayerCase, imitated, make_problem, run_passes
 from goat_kernels.checks.traffic_plans import planned, pointer_kinds
-from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, forced_target
+from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 
 #: The most that scalars may be of a launch's bytes.
@@ -104,15 +104,7 @@ class StreamPasses:
 # --- the layers ---------------------------------------------------------------------------------------------------
 
 
-def _imitated(multiprocessors: int) -> Target:
-    """An H200 with fewer multiprocessors, so that a small T takes the kernels that a large T takes on a whole one.
-
-    Two are filled by 128 tokens in tiles of 64, the tallest; forty are not, so that stages run.
-    """
-    return dataclasses.replace(KNOWN_TARGETS["sm_90"], multiprocessors=multiprocessors)
-
-
-_SIZES = {"T": 128, "N": 256, "M": 384, "target": _imitated(2)}
+_SIZES = {"T": 128, "N": 256, "M": 384, "target": imitated(2)}
 
 #: What ``goat-kernels check --traffic`` counts.
 CASES: tuple[TrafficCase, ...] = (
@@ -123,17 +115,17 @@ CASES: tuple[TrafficCase, ...] = (
     TrafficCase("fused, adapter in x's dtype", LayerCase(**_SIZES, adapter_dtype=torch.bfloat16)),
     TrafficCase("fused, float32", LayerCase(**_SIZES, dtype=torch.float32)),
     TrafficCase("fused, lora_B rides", LayerCase(**_SIZES, R=8)),
-    TrafficCase("fused, unaligned", LayerCase(T=75, N=200, M=328, R=24, E=6, K=3, target=_imitated(2))),
-    TrafficCase("fused, unaligned, lora_B rides", LayerCase(T=75, N=200, M=150, R=12, E=6, target=_imitated(2))),
-    TrafficCase("fused, splits of T", LayerCase(T=520, N=64, M=64, target=_imitated(12))),
-    TrafficCase("staged: few programs", LayerCase(T=128, N=256, M=384, target=_imitated(40)), fused=False),
-    TrafficCase("staged: large R", LayerCase(T=66, N=72, M=80, R=256, target=_imitated(2)), fused=False),
+    TrafficCase("fused, unaligned", LayerCase(T=75, N=200, M=328, R=24, E=6, K=3, target=imitated(2))),
+    TrafficCase("fused, unaligned, lora_B rides", LayerCase(T=75, N=200, M=150, R=12, E=6, target=imitated(2))),
+    TrafficCase("fused, splits of T", LayerCase(T=520, N=64, M=64, target=imitated(12))),
+    TrafficCase("staged: few programs", LayerCase(T=128, N=256, M=384, target=imitated(40)), fused=False),
+    TrafficCase("staged: large R", LayerCase(T=66, N=72, M=80, R=256, target=imitated(2)), fused=False),
     TrafficCase(
         "staged: both slots' columns, dropout",
-        LayerCase(T=66, N=72, M=80, R=72, path=False, dropout_p=0.1, target=_imitated(2)),
+        LayerCase(T=66, N=72, M=80, R=72, path=False, dropout_p=0.1, target=imitated(2)),
         fused=False,
     ),
-    TrafficCase("decoding", LayerCase(T=16, N=512, M=384, target=_imitated(16)), fused=False),
+    TrafficCase("decoding", LayerCase(T=16, N=512, M=384, target=imitated(16)), fused=False),
 )
 
 #: Layers of a real size, whose bytes follow from the plans: the sizes of docs/design.md.
@@ -142,21 +134,6 @@ REAL_CASES: tuple[LayerCase, ...] = tuple(
     for N, M, R in ((4096, 4096, 32), (5120, 13824, 128), (13824, 5120, 128))
     for path in (False, True)
 )
-
-
-def count_layer(case: LayerCase, run: Callable[[Launch], None] = Launch.run) -> list[Moved]:
-    """Run one forward and backward of the layer in the interpreter, and return what each launch moved.
-
-    Args:
-        case: the layer.
-        run: runs a launch.
-    """
-    return _layer(case, make_problem(case, "cpu"), lambda launch: count(launch, run))
-
-
-def plan_layer(case: LayerCase) -> list[Moved]:
-    """What :func:`count_layer` would count, by the plans: nothing runs, and the sizes may be real."""
-    return _layer(case, make_problem(case, "meta"), planned)
 
 
 #: Pass -> (direction, the wide tensor it reads, the one it writes).
@@ -168,40 +145,45 @@ _STREAMS = {
 }
 
 
-def _layer(case: LayerCase, problem: Problem, moved_by: Callable[[Launch], dict[str, tuple[int, int]]]) -> list[Moved]:
+def count_layer(case: LayerCase, run: Callable[[Launch], None] = Launch.run) -> list[Moved]:
+    """Run one forward and backward of the layer in the interpreter, and return what each launch moved.
+
+    Args:
+        case: the layer.
+        run: runs a launch.
+    """
+    return _layer(case, "cpu", lambda launch: count(launch, run))
+
+
+def plan_layer(case: LayerCase) -> list[Moved]:
+    """What :func:`count_layer` would count, by the plans: nothing runs, and the sizes may be real."""
+    return _layer(case, "meta", planned)
+
+
+def _layer(case: LayerCase, device: str, moved_by: Callable[[Launch], dict[str, tuple[int, int]]]) -> list[Moved]:
+    """One row for each kind that a launch moved, or should have."""
     from goat_kernels.kernels.passes import TritonPasses  # imports Triton
 
     rows: list[Moved] = []
 
-    def counted(name: str) -> contextlib.AbstractContextManager:
-        return observed(lambda launch: rows.extend(_moved(*_STREAMS[name], launch, moved_by(launch))))
+    def counted(name: str) -> AbstractContextManager:
+        direction, reads, writes = _STREAMS[name]
 
-    with forced_target(case.target) if case.target else contextlib.nullcontext():
-        run_passes(TritonPasses(), problem, around=counted)
+        def observe(launch: Launch) -> None:
+            moved, plan, once = moved_by(launch), planned(launch), Counter()
+            for argument, kind in pointer_kinds(launch).items():
+                once[kind] += launch.arguments[argument].nbytes
+            for kind in dict.fromkeys([*plan, *moved]):
+                both, due = moved.get(kind, (0, 0)), plan.get(kind, None if kind == "scalars" else (0, 0))
+                if any(both) or any(due or ()):
+                    what, total = {"in": reads, "out": writes}.get(kind, kind), sum(map(sum, moved.values()))
+                    rows.append(Moved(direction, launch.name, what, *both, due, once[kind], total))
+
+        return observed(observe)
+
+    with forced_target(case.target):
+        run_passes(TritonPasses(), make_problem(case, device), around=counted)
     return rows
-
-
-def _moved(
-    direction: str, reads: str, writes: str, launch: Launch, moved: dict[str, tuple[int, int]]
-) -> Iterator[Moved]:
-    """One row for each kind that the launch moved, or should have."""
-    plan, once = planned(launch), Counter()
-    for name, kind in pointer_kinds(launch).items():
-        once[kind] += launch.arguments[name].numel() * launch.arguments[name].element_size()
-    for kind in dict.fromkeys([*plan, *moved]):
-        read_bytes, written_bytes = moved.get(kind, (0, 0))
-        if not (any(plan.get(kind, ())) or read_bytes or written_bytes):
-            continue
-        yield Moved(
-            direction=direction,
-            kernel=launch.name,
-            what={"in": reads, "out": writes}.get(kind, kind),
-            read_bytes=read_bytes,
-            written_bytes=written_bytes,
-            planned=plan.get(kind, None if kind == "scalars" else (0, 0)),
-            once_bytes=once[kind],
-            launch_bytes=sum(sum(both) for both in moved.values()),
-        )
 
 
 def stream_passes(case: TrafficCase, rows: list[Moved]) -> list[StreamPasses]:
@@ -220,9 +202,14 @@ def stream_passes(case: TrafficCase, rows: list[Moved]) -> list[StreamPasses]:
 
 
 def count(launch: Launch, run: Callable[[Launch], None] = Launch.run) -> dict[str, tuple[int, int]]:
-    """Run one launch on CPU tensors; kind -> (bytes read, bytes written), "outside" for addresses of no argument."""
-    memory = list(_memory(launch))
-    loads, stores = Counter(), Counter()
+    """Run one launch on CPU tensors; kind -> (bytes read, bytes written), "outside" for addresses of no argument.
+
+    Loads and stores without a mask reach the interpreter's same two methods, with a mask of ones. No kernel uses
+    atomics.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    memory, loads, stores = list(_memory(launch)), Counter(), Counter()
 
     def add(moved: Counter, pointers, mask) -> None:
         width = pointers.get_element_ty().primitive_bitwidth // 8
@@ -231,11 +218,19 @@ def count(launch: Launch, run: Callable[[Launch], None] = Launch.run) -> dict[st
             inside = (active >= start) & (active < stop)
             moved[kind] += int(inside.sum()) * width
             active = active[~inside]
-            if not active.size:
-                return
         moved["outside"] += active.size * width
 
-    with _accesses(lambda *access: add(loads, *access), lambda *access: add(stores, *access)):
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counted_load(self, pointers, mask, *rest):
+        add(loads, pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self, pointers, value, mask, *rest):
+        add(stores, pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    with mock.patch.multiple(InterpreterBuilder, create_masked_load=counted_load, create_masked_store=counted_store):
         run(launch)
     return {kind: (loads[kind], stores[kind]) for kind in sorted({*loads, *stores}) if loads[kind] or stores[kind]}
 
@@ -250,28 +245,3 @@ def _memory(launch: Launch) -> Iterator[tuple[str, int, int]]:
             # The tensor is the first split's; the others follow in the same buffer.
             buffer = tensor.untyped_storage()
             yield kind, buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes()
-
-
-@contextlib.contextmanager
-def _accesses(loaded: Callable, stored: Callable) -> Iterator[None]:
-    """Hand ``(pointers, mask)`` of every load and store of the interpreter to ``loaded`` and ``stored``.
-
-    Unmasked ones reach the same two methods, with a mask of ones. No kernel uses atomics.
-    """
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def observed_load(self, pointers, mask, *rest):
-        loaded(pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def observed_store(self, pointers, value, mask, *rest):
-        stored(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = observed_load, observed_store
-    try:
-        yield
-    finally:
-        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store

@@ -158,7 +158,7 @@ def _add_splits(v) -> dict:
     return {"gradient": (_FLOAT * read, written)}
 
 
-#: Kernel -> (its plan, the kinds of its pointer arguments where they are others than in ``_KINDS``).
+#: Kernel -> (its plan, the kinds of its pointer arguments where they are others than in ``_POINTERS``).
 PLANS: dict[str, tuple[Callable[[SimpleNamespace], dict], dict[str, str]]] = {
     "pack_adapter": (_pack_adapter, {"out_ptr": "adapter"}),
     "fused_forward": (_fused_forward, {}),
@@ -173,19 +173,17 @@ PLANS: dict[str, tuple[Callable[[SimpleNamespace], dict], dict[str, str]]] = {
     "add_splits": (_add_splits, {}),
 }
 
-#: Pointer arguments by name.
-_KINDS = {
-    **dict.fromkeys(("x_ptr", "grad_y_ptr"), "in"),
-    **dict.fromkeys(("y_ptr",), "out"),
-    **dict.fromkeys(("onto_ptr",), "onto"),
-    **dict.fromkeys(("A_ptr", "A0_ptr", "B_ptr", "B0_ptr", "router_ptr"), "adapter"),
-    **dict.fromkeys(("W_ptr", "V_ptr", "W1_ptr", "W2_ptr"), "adapter"),
-    **dict.fromkeys(("weighted_ptr", "hidden_ptr", "residual_ptr", "logits_ptr", "raw_ptr"), "hidden"),
-    **dict.fromkeys(("gate_ptr", "probs_ptr", "partial_ptr"), "hidden"),
-    **dict.fromkeys(("out_B_ptr", "out_A_ptr", "out_router_ptr", "partial_B_ptr", "partial_A_ptr"), "gradient"),
-    **dict.fromkeys(("scaling_E_ptr", "seed_ptr", "load_ptr", "load_E_ptr"), "scalars"),
-    **dict.fromkeys(("balance_ptr", "grad_balance_ptr"), "scalars"),
+#: Kind -> pointer arguments, without "_ptr".
+_POINTERS = {
+    "in": "x grad_y",
+    "out": "y",
+    "onto": "onto",
+    "adapter": "A A0 B B0 router W V W1 W2",
+    "hidden": "weighted hidden residual logits raw gate probs partial",
+    "gradient": "out_B out_A out_router partial_B partial_A",
+    "scalars": "scaling_E seed load load_E balance grad_balance",
 }
+_KINDS = {f"{name}_ptr": kind for kind, names in _POINTERS.items() for name in names.split()}
 
 
 def planned(launch: Launch) -> dict[str, tuple[int, int]]:

@@ -228,8 +228,8 @@ def _overridden(change: Callable[[_Overrides], _Overrides]) -> Iterator[None]:
         _overrides = previous
 
 
-def forced_target(target: Target) -> contextlib.AbstractContextManager[None]:
-    """Choose tiles as if ``target`` were the GPU: for compiling and counting without it."""
+def forced_target(target: Target | None) -> contextlib.AbstractContextManager[None]:
+    """Choose tiles as if ``target`` were the GPU, for compiling and counting without it; None is the one at hand."""
     return _overridden(lambda overrides: replace(overrides, target=target))
 
 

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,6 @@ from bench import (
 )
 from bench.cases import kernel_cases, layer_cases, memory_cases, scaling_cases
 from bench.layers import FROZEN, HALF_LORA, KINDS, LORA, error_bound
-from goat_kernels.checks.ahead import compiled_together
 from goat_kernels.checks.problem import LayerCase, make_problem
 from goat_kernels.cli import bench, main
 from goat_kernels.linear import GoatLinear
@@ -119,35 +117,6 @@ def test_kernels_are_compiled_ahead_for_either_kind_of_scaling():
     kinds = [(p.adapter.residual_rank, p.adapter.scaling_E is None) for p in problems]
     assert kinds == [(0, True), (SMALL.R, False), (SMALL.R, True)]
     assert all(p.x_TN.is_meta and p.adapter.lora_A.is_meta for p in problems)
-
-
-@pytest.mark.parametrize("version", ["with ignore_errors", "without", "none"])
-def test_compiling_ahead_takes_whatever_this_triton_has(version, monkeypatch):
-    import triton
-
-    opened = []
-
-    class Mode:
-        def __init__(self, pool, **options):
-            opened.append(options)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *raised):
-            if version == "without":
-                raise RuntimeError("one of the kernels")
-
-    class ModeWithOption(Mode):
-        def __init__(self, pool, ignore_errors=False):
-            super().__init__(pool, ignore_errors=ignore_errors)
-
-    modes = {"with ignore_errors": ModeWithOption, "without": Mode}
-    monkeypatch.setattr(triton, "AsyncCompileMode", modes.get(version), raising=False)
-    warns = pytest.warns(UserWarning, match="one of the kernels") if version == "without" else nullcontext()
-    with warns, compiled_together(None):
-        pass
-    assert opened == {"with ignore_errors": [{"ignore_errors": True}], "without": [{}], "none": []}[version]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter has no pools of compilers")

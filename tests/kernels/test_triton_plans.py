@@ -20,7 +20,7 @@ from goat_problems import Outcome, Problem, assert_outcomes_identical, evaluate,
 from triton_cases import FOUR_PROCESSORS, MANY_PROCESSORS, ONE_PROCESSOR, goat_on, matmul_precision, onto_base_output
 
 from goat_kernels import forward_backward as operators
-from goat_kernels.checks import replay as check_module
+from goat_kernels.checks import correctness as check_module
 from goat_kernels.checks.problem import LayerCase
 from goat_kernels.kernels import passes as passes_module
 from goat_kernels.kernels import replay as plans_module
