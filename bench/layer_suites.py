@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from bench.layers import (
     CONTENDERS,
     Contender,
     call_of,
-    dropping,
     error_bound,
     expected_results,
     layer_error,
@@ -47,7 +47,7 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
         else:
             yield from ({**common, **row} for row in rows_without_time(contender, fields, case.modes))
     if case.dropout_p:
-        problems = [dropping(p, case.dropout_p) for p in problems]
+        problems = [dataclasses.replace(p, adapter=p.adapter._replace(dropout_p=case.dropout_p)) for p in problems]
         common["checked"] = "without dropout"
 
     @functools.cache

@@ -49,11 +49,6 @@ def folded(p: Problem) -> Problem:
     return dataclasses.replace(p, weight_MN=weight_MN, adapter=adapter)
 
 
-def dropping(p: Problem, dropout_p: float) -> Problem:
-    """The same tensors, of which layers are made that drop."""
-    return dataclasses.replace(p, adapter=p.adapter._replace(dropout_p=dropout_p))
-
-
 @dataclass(frozen=True)
 class Contender:
     """One way to compute the layer.
