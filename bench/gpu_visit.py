@@ -86,17 +86,16 @@ def run(command: Sequence[str], limit_s: float, log: TextIO) -> int | None:
 
 
 def headlines(results: Path) -> list[str]:
-    """The layer beside the frozen one and LoRA, the tiles, and how many rows say that something failed."""
+    """The layer beside the frozen one and LoRA, and how many rows say that something failed."""
     if not results.exists():
         return ["no results"]
     from bench.results import KEY_FIELDS, part_of, read_rows, timed
-    from bench.tables import summary_table, tuning_table
+    from bench.tables import summary_table
 
     rows = list({part_of(row, KEY_FIELDS): row for row in read_rows(results)}.values())
-    layer, tuning = (timed(row for row in rows if row["suite"] == name) for name in ("layer", "tuning"))
-    tables = [summary_table(layer, "triton")] if layer else []
-    tables += [tuning_table(tuning)] if tuning else []
-    return [*tables, f"{sum('failed' in row for row in rows)} rows say that something failed"]
+    layer = timed(row for row in rows if row["suite"] == "layer")
+    table = summary_table(layer, "triton") if layer else "no layer was timed"
+    return [table, f"{sum('failed' in row for row in rows)} rows say that something failed"]
 
 
 def main(arguments: list[str] | None = None) -> int:
