@@ -45,8 +45,6 @@ from goat_kernels.numerics import TOLERANCES
 #: Calls one after the other, with fewer launches than fit a GPU's queue of 1024.
 CALLS = 20
 
-_WARMING_ROUNDS = 3
-
 #: Where a call costs the host alone: the arithmetic takes well under a microsecond.
 _SMALL = Case(T=2, N=16, M=16, R=8)
 
@@ -168,10 +166,8 @@ def _ready(contender: Contender, case: Case, settings: BenchSettings, *, is_dry:
         how = "a driver that launches nothing; base products of 2 x 16 by 16 x 16"
         patches = (_small_products,)
     else:
-        error, bound = (
-            layer_error(layer, p, expected_results(contender.computes, p)),
-            TOLERANCES[settings.dtype].relative,
-        )
+        bound = TOLERANCES[settings.dtype].relative
+        error = layer_error(layer, p, expected_results(contender.computes, p))
         if not error <= bound:
             raise RuntimeError(too_far(error, bound))
     of_call = contender, layer, p.x_TN, p.grad_y_TM, how
@@ -185,7 +181,7 @@ def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:
     calls = 2 if settings.quick else CALLS
     times: dict[str, list[list[float]]] = {host.name: [] for host in hosts}
     with no_collection():
-        for round_, host in rotating(hosts, range(-_WARMING_ROUNDS, settings.rounds)):
+        for round_, host in rotating(hosts, range(-3, settings.rounds)):  # three warm up
             with host.patched():
                 sample = host.sample_ms(calls)
             if round_ >= 0:

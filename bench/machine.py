@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -30,7 +30,10 @@ COMMIT_VARIABLE = "GOAT_KERNELS_COMMIT"
 def describe(device: torch.device) -> dict:
     """The fields that every row of a run has in common; no paths and no host names."""
     cuda = device.type == "cuda"
-    packages = {name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)}
+    packages = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

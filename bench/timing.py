@@ -147,14 +147,12 @@ def fastest_ms(step: Step, device: torch.device, rounds: int) -> float:
 @contextmanager
 def no_collection() -> Iterator[None]:
     """No garbage collection inside a sample."""
-    was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        gc.enable()
 
 
 def in_words(failure: BaseException) -> str:
