@@ -10,8 +10,8 @@ suites.py             the suites by name: from cases to rows
 cases.py              settings of a run, and which shapes a suite runs
 timing.py, steps.py   interleaved rounds, device events, rotation through copies of the inputs; CUDA graphs; the loop
 machine.py            what a result was measured on; read and copy bandwidth, matmul rate
-memory.py             bytes saved for backward, the allocator's peak, the number of launches
-layers.py, peers.py   the layer's contenders on shared tensors and the check of each; other people's layers
+memory.py             bytes saved for backward, the allocator's peak, launches of our kernels
+layers.py             the layer's contenders on shared tensors and the check of each
 layer_suites.py       layer, scaling, memory
 passes.py, extra_k.py kernels: each pass alone, its floor; the design's rival, a matmul with the rank as more of its K
 host.py               host; dry_driver.py is a driver that launches nothing, for machines without a GPU

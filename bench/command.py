@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     if output.is_dir():
         raise CommandError(f"--output {str(output)!r} is a folder; it needs the name of a file")
     before = read_rows(output) if arguments.resume and output.exists() else []
-    kept, failed, said = arguments.output is not None or not settings.quick, False, set()
+    kept, failed = arguments.output is not None or not settings.quick, False
     where = f"results go to {output}" if kept else "--quick keeps no results without --output"
     print(f"{machine['gpu'] or machine['cpu']}, {settings.dtypes()['dtype']}; {where}", flush=True)
     for suite in suites:
@@ -110,9 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
             if kept:
                 append(output, row)
         failed |= any("failed" in row for row in rows)
-        lines = [line for line in not_timed(rows) if line not in said]
-        said.update(lines)
-        print("\n".join([f"\n{suite}\n", *lines]))
+        print("\n".join([f"\n{suite}\n", *not_timed(rows)]))
         if timed(rows):  # of a run that goes on: what it measured before too
             of_both = [*(row for row in before if row["suite"] == suite), *rows]
             print(f"\n{SUITES[suite].table(of_both)}", flush=True)

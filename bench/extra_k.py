@@ -21,9 +21,6 @@ from goat_kernels.passes import Passes
 #: (rows, columns, K step, warps, stages) by bytes of an element: the usual tiles of a large half-precision product.
 _TILES = {2: (128, 256, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
 
-#: Row blocks whose programs follow each other, so that they find the weight's columns in the cache.
-_GROUP = 8
-
 
 @triton.jit
 def matmul_with_extra_k(
@@ -48,7 +45,8 @@ def matmul_with_extra_k(
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y = [x | hidden] [W; extra] + bias. Grid: (ceil(T / BT) * ceil(M / BM),), in groups of GROUP row blocks.
+    """y = [x | hidden] [W; extra] + bias. Grid: (ceil(T / BT) * ceil(M / BM),), in groups of GROUP row blocks,
+    whose programs follow each other and find the weight's columns in the cache.
 
     Reads
         x_ptr       compute [T, N], contiguous; W_ptr compute [N, M] by strides
@@ -115,7 +113,7 @@ def extra_k(x_TN: Tensor, W_NM: Tensor, hidden_TC: Tensor, extra_CM: Tensor, bia
             *W_NM.stride(),
             *extra_CM.stride(),
             C=C,
-            GROUP=_GROUP,
+            GROUP=8,
             BT=rows,
             BM=columns,
             BN=step,

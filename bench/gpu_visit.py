@@ -120,10 +120,10 @@ def headlines(results: Path) -> list[str]:
     """The layer beside the frozen one and LoRA; the tiles; the passes furthest from the roofline; failures."""
     if not results.exists():
         return ["no results"]
-    from bench.results import key_of, read_rows, timed
+    from bench.results import read_rows, timed
     from bench.tables import summary_table, tuning_table
 
-    rows = list({key_of(row): row for row in read_rows(results)}.values())
+    rows = read_rows(results)
     layer, tuning, passes = (timed(r for r in rows if r["suite"] == name) for name in ("layer", "tuning", "kernels"))
     lines = []
     if layer:

@@ -31,7 +31,6 @@ from bench.layers import (
     Contender,
     call_of,
     differentiated,
-    error_bound,
     expected_results,
     layer_error,
     layer_problem,
@@ -41,11 +40,10 @@ from bench.memory import triton_launches
 from bench.steps import too_far
 from bench.timing import Samples, no_collection, rotating, timing_row, without_time
 from goat_kernels.backends import get_backend
+from goat_kernels.numerics import TOLERANCES
 
 #: Calls one after the other, with fewer launches than fit a GPU's queue of 1024.
 CALLS = 20
-
-_WARMING_ROUNDS = 3
 
 #: Where a call costs the host alone: the arithmetic takes well under a microsecond.
 _SMALL = Case(T=2, N=16, M=16, R=8)
@@ -152,16 +150,15 @@ def _rows(case: Case, settings: BenchSettings, *, dry: bool) -> Iterator[dict]:
             yield {"contender": contender.name, "skipped": reason}
             continue
         try:
-            hosts += _ready(contender, case, settings, is_dry=is_dry, is_small=dry and not is_dry)
+            hosts += _ready(contender, case, settings, is_dry=is_dry)
         except Exception as failure:
             yield from ({"contender": contender.name, "mode": m, **without_time(failure)} for m in TRAINING_MODES)
     yield from _timed_rows(hosts, settings)
 
 
-def _ready(
-    contender: Contender, case: Case, settings: BenchSettings, *, is_dry: bool, is_small: bool
-) -> Iterator[_Host]:
+def _ready(contender: Contender, case: Case, settings: BenchSettings, *, is_dry: bool) -> Iterator[_Host]:
     """The contender, checked where it computes anything; the Triton backend's without plans too."""
+    is_small = not is_dry and settings.device.type == "cpu"
     p = layer_problem(_SMALL if is_small else case, settings.dtype, settings.device)
     layer, how = contender.make(p), f"on the CPU at {_SMALL}" if is_small else "on the GPU, not waited for"
     patches = ()
@@ -169,7 +166,8 @@ def _ready(
         how = "a driver that launches nothing; base products of 2 x 16 by 16 x 16"
         patches = (_small_products,)
     else:
-        error, bound = layer_error(layer, p, expected_results(contender.computes, p)), error_bound(settings.dtype)
+        bound = TOLERANCES[settings.dtype].relative
+        error = layer_error(layer, p, expected_results(contender.computes, p))
         if not error <= bound:
             raise RuntimeError(too_far(error, bound))
     of_call = contender, layer, p.x_TN, p.grad_y_TM, how
@@ -183,7 +181,7 @@ def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:
     calls = 2 if settings.quick else CALLS
     times: dict[str, list[list[float]]] = {host.name: [] for host in hosts}
     with no_collection():
-        for round_, host in rotating(hosts, range(-_WARMING_ROUNDS, settings.rounds)):
+        for round_, host in rotating(hosts, range(-3, settings.rounds)):  # three warm up
             with host.patched():
                 sample = host.sample_ms(calls)
             if round_ >= 0:

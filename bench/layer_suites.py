@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Iterator
@@ -14,8 +15,6 @@ from bench.layers import (
     CONTENDERS,
     Contender,
     call_of,
-    dropping,
-    error_bound,
     expected_results,
     layer_error,
     layer_problem,
@@ -25,6 +24,10 @@ from bench.memory import peak_bytes, saved_bytes
 from bench.steps import Candidate, measured, too_far
 from bench.timing import without_time
 from goat_kernels.checks.problem import Problem
+from goat_kernels.numerics import TOLERANCES
+
+#: Does not run twice on one forward.
+COMPILED_BACKWARD = ("compiled", "backward")
 
 #: What a contender computes -> its results in float64.
 Expected = Callable[[str], list[Tensor]]
@@ -47,7 +50,7 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
         else:
             yield from ({**common, **row} for row in rows_without_time(contender, fields, case.modes))
     if case.dropout_p:
-        problems = [dropping(p, case.dropout_p) for p in problems]
+        problems = [dataclasses.replace(p, adapter=p.adapter._replace(dropout_p=case.dropout_p)) for p in problems]
         common["checked"] = "without dropout"
 
     @functools.cache
@@ -70,13 +73,13 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
             {"contender": contender.name, **right[contender][1]},
             call,
             None if case.dropout_p else error,
-            error_bound(settings.dtype),
+            TOLERANCES[settings.dtype].relative,
             graph=contender.graph,
             ratios=contender.ratios_to,
         )
 
     for mode in case.modes:
-        candidates = (candidate(contender, mode) for contender in right if mode in contender.modes(case.modes))
+        candidates = (candidate(contender, mode) for contender in right if (contender.kind, mode) != COMPILED_BACKWARD)
         for row in measured(candidates, len(problems), settings):
             yield {**common, "mode": mode, **row}
         gc.collect()  # graphs of autograd remember the streams that they ran on
@@ -93,7 +96,7 @@ def checked_layers(
         p: its tensors, without dropout.
         expected: what such a contender computes -> its results in float64.
     """
-    bound = error_bound(settings.dtype)
+    bound = TOLERANCES[settings.dtype].relative
     if "compiled" not in settings.without:
         torch._dynamo.reset()  # a further shape would otherwise have it compile for symbolic sizes
     for contender in CONTENDERS:
@@ -125,7 +128,7 @@ def rows_without_time(contender: Contender, reason: dict, modes: tuple[str, ...]
     if "skipped" in reason:
         yield {"contender": contender.name, **reason}
     else:
-        yield from ({"contender": contender.name, "mode": mode, **reason} for mode in contender.modes(modes))
+        yield from ({"contender": contender.name, "mode": mode, **reason} for mode in modes)
 
 
 def memory_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:

@@ -21,7 +21,7 @@ from bench.steps import worst
 from goat_kernels.backends import why_not_auto
 from goat_kernels.checks.problem import Problem, make_problem
 from goat_kernels.linear import GoatLinear
-from goat_kernels.numerics import TOLERANCES, relative_error
+from goat_kernels.numerics import relative_error
 from goat_kernels.reference import goat_reference
 
 #: s, of every contender.
@@ -47,11 +47,6 @@ def folded(p: Problem) -> Problem:
     weight_MN = (p.weight_MN.double() - correction_MN).to(p.weight_MN.dtype)
     adapter = p.adapter._replace(residual_A=None, residual_B=None)
     return dataclasses.replace(p, weight_MN=weight_MN, adapter=adapter)
-
-
-def dropping(p: Problem, dropout_p: float) -> Problem:
-    """The same tensors, of which layers are made that drop."""
-    return dataclasses.replace(p, adapter=p.adapter._replace(dropout_p=dropout_p))
 
 
 @dataclass(frozen=True)
@@ -95,10 +90,6 @@ class Contender:
         if self.kind == "compiled" and device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             return "torch.compile needs a C++ compiler on a CPU"
         return why_not(self.backend, device, dtype)
-
-    def modes(self, modes: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of ``modes`` that it can run: a compiled backward does not run twice on one forward."""
-        return tuple(mode for mode in modes if self.kind != "compiled" or mode != "backward")
 
 
 def why_not(backend: str | None, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -320,8 +311,3 @@ def results_error(results: list[Tensor], E: int, expected: list[Tensor]) -> floa
         of_A, of_B = first[-2 * E : -E], first[-E:]
         results = [*first[: -2 * E], torch.cat(of_A), torch.cat(of_B, dim=1), router]
     return worst(relative_error(result, oracle) for result, oracle in zip(results, expected, strict=True))
-
-
-def error_bound(dtype: torch.dtype) -> float:
-    """On every contender's error."""
-    return TOLERANCES[dtype].relative

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -30,6 +30,10 @@ COMMIT_VARIABLE = "GOAT_KERNELS_COMMIT"
 def describe(device: torch.device) -> dict:
     """The fields that every row of a run has in common; no paths and no host names."""
     cuda = device.type == "cuda"
+    packages = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -40,7 +44,12 @@ def describe(device: torch.device) -> dict:
         "cuda": torch.version.cuda if cuda else None,
         "cpu": processor_name(),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": {
+            "goat_kernels": goat_kernels.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **packages,
+        },
     }
 
 
@@ -55,12 +64,6 @@ def commit() -> dict:
         return {"commit": os.environ.get(COMMIT_VARIABLE) or None, "commit_is_dirty": None}
     changes = _said("git", "status", "--porcelain", "--", ":(top)", f":(top,exclude){RESULTS_FOLDER}")
     return {"commit": head, "commit_is_dirty": None if changes is None else bool(changes)}
-
-
-def versions() -> dict[str, str]:
-    """Package -> version, for what is installed of what matters."""
-    found = {"goat_kernels": goat_kernels.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    return found | {name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)}
 
 
 def processor_name() -> str:

@@ -57,38 +57,28 @@ class ModelCase:
         return {**of_model, "R": self.rank, "E": Case.E, "K": Case.K}
 
 
-def _llama(hidden: int, layers: int, heads: int, vocabulary: int, batch: int, length: int, rank: int) -> ModelCase:
-    sizes = {
+def _model(
+    name: str, hidden: int, wide: int, layers: int, heads: int, batch: int, length: int, rank: int, **sizes: int
+) -> ModelCase:
+    common = {
         "hidden_size": hidden,
-        "intermediate_size": 8 * hidden // 3 // 16 * 16,
+        "intermediate_size": wide,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": length,
     }
-    return ModelCase("llama", sizes, batch, length, rank)
-
-
-def _vit(hidden: int, layers: int, heads: int, image: int, patch: int, batch: int, rank: int) -> ModelCase:
-    sizes = {
-        "hidden_size": hidden,
-        "intermediate_size": 4 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "image_size": image,
-        "patch_size": patch,
-    }
-    return ModelCase("vit", sizes, batch, 0, rank)
+    return ModelCase(name, common | sizes, batch, length, rank)
 
 
 def model_cases(device: str, *, quick: bool) -> tuple[ModelCase, ...]:
     """On a GPU eight layers of a Llama of 2048 and a ViT-B/32; on a CPU small ones of the same build."""
     if quick:
-        return (_llama(32, 1, 2, 64, 2, 8, 8), _vit(32, 1, 2, 16, 8, 2, 8))
+        llama = _model("llama", 32, 80, 1, 2, batch=2, length=8, rank=8, vocab_size=64)
+        return llama, _model("vit", 32, 128, 1, 2, batch=2, length=0, rank=8, image_size=16, patch_size=8)
     if device == "cuda":
-        return (_llama(2048, 8, 16, 32000, 4, 2048, 32), _vit(768, 12, 12, 224, 32, 64, 8))
-    return (_llama(256, 4, 4, 1024, 4, 128, 32), _vit(192, 4, 3, 64, 8, 16, 8))
+        llama = _model("llama", 2048, 5456, 8, 16, batch=4, length=2048, rank=32, vocab_size=32000)
+        return llama, _model("vit", 768, 3072, 12, 12, batch=64, length=0, rank=8, image_size=224, patch_size=32)
+    llama = _model("llama", 256, 672, 4, 4, batch=4, length=128, rank=32, vocab_size=1024)
+    return llama, _model("vit", 192, 768, 4, 3, batch=16, length=0, rank=8, image_size=64, patch_size=8)
 
 
 def model_layers(case: ModelCase) -> tuple[Case, ...]:

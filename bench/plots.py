@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from bench.results import timed
 from bench.tables import adapters, by_shape, by_varied, commit_of, in_mode
 
 #: Colour-blind safe (Okabe and Ito). A contender has its colour in every figure, however it is launched.
@@ -71,16 +70,11 @@ def legend(drawn: Figure, handles: list) -> None:
     drawn.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
-def _of_suite(draw: Draw) -> Draw:
-    """With a title that says what was measured on; ``draw`` gets the rows that have a time."""
-
-    def figure(drawn: Figure, rows: list[dict]) -> None:
-        drawn.set_size_inches(10, 5.5)
-        draw(drawn, timed(rows))
-        row = max(rows, key=lambda row: row["date"])
-        drawn.suptitle(f"{row['gpu'] or row['cpu']}, {row['date'][:10]}, {commit_of(row)}", fontsize=9)
-
-    return figure
+def _title(drawn: Figure, rows: list[dict]) -> None:
+    """What was measured on."""
+    drawn.set_size_inches(10, 5.5)
+    row = max(rows, key=lambda row: row["date"])
+    drawn.suptitle(f"{row['gpu'] or row['cpu']}, {row['date'][:10]}, {commit_of(row)}", fontsize=9)
 
 
 def _style(name: str) -> dict:
@@ -100,6 +94,7 @@ def _ratio_axis(axes) -> None:
 
 
 def _layer(drawn: Figure, rows: list[dict]) -> None:
+    _title(drawn, rows)
     rows = [row for row in in_mode(rows, "both") if "ratio_p50" in row]
     grouped, axes, handles, names = by_shape(rows), drawn.subplots(), [], adapters(rows)
     for place, name in enumerate(names):
@@ -118,6 +113,7 @@ def _layer(drawn: Figure, rows: list[dict]) -> None:
 
 
 def _scaling(drawn: Figure, rows: list[dict]) -> None:
+    _title(drawn, rows)
     names, varied, handles = adapters(rows), by_varied(rows), {}
     letters = dict.fromkeys(letter for letter, _ in varied)
     all_axes = drawn.subplots(1, len(letters), sharey=True, squeeze=False)[0]
@@ -134,8 +130,8 @@ def _scaling(drawn: Figure, rows: list[dict]) -> None:
     legend(drawn, list(handles.values()))
 
 
-#: Suite -> what draws its figure.
+#: Suite -> what draws its figure of its rows.
 FIGURES: dict[str, Draw] = {
-    "layer": _of_suite(_layer),
-    "scaling": _of_suite(_scaling),
+    "layer": _layer,
+    "scaling": _scaling,
 }

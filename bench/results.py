@@ -31,9 +31,6 @@ KEY_FIELDS = (
 #: Fields that have to agree for a run to go on where another one stopped.
 _SAME_RUN = (*MACHINE_FIELDS, "commit", "versions", "cases", "dtype")
 
-#: Significant digits of a number.
-_DIGITS = 6
-
 
 def append(path: Path, row: dict) -> None:
     """Write one row at the end of ``path``, at once; several processes may do so at the same time.
@@ -57,7 +54,7 @@ def append(path: Path, row: dict) -> None:
 
 def _clean(value):
     if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {name: _clean(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -21,9 +21,6 @@ from torch.utils._pytree import tree_map
 from bench.cases import BenchSettings
 from bench.timing import in_words, time_interleaved, timing_row
 
-#: Calls on each copy before the capture, which must not compile, fill caches or find workspaces.
-_WARMING_CALLS = 3
-
 
 @dataclass(frozen=True)
 class Step:
@@ -67,7 +64,7 @@ def step_of(make: Callable[[int], Callable[[], object]], copies: int, *, graph: 
     with torch.cuda.stream(stream):
         calls = tuple(make(copy) for copy in range(copies))
         for call in calls:
-            for _ in range(_WARMING_CALLS):
+            for _ in range(3):  # the capture must not compile, fill caches or find workspaces
                 call()
         torch.cuda.synchronize()
         cuda_graph = torch.cuda.CUDAGraph()

@@ -50,16 +50,11 @@ class Suite:
     explanation: str = ""
 
 
-def _roofline_rows(case: None, settings: BenchSettings) -> Iterator[dict]:
-    for row in settings.roofline.measured:
-        yield {**row, **settings.dtypes(), **settings.roofline.row()}
-
-
 SUITES: dict[str, Suite] = {
     "roofline": Suite(
         "What the machine reaches",
         tables.roofline_table,
-        _roofline_rows,
+        lambda case, settings: ({**row, **settings.dtypes()} for row in settings.roofline.measured),
         lambda device, quick: (None,),
         layers=lambda case: (),
         shaped=False,

@@ -29,9 +29,6 @@ MAX_CALLS = 256
 #: Copies of the inputs together are this many times the last-level cache; and no more copies than that.
 CACHE_TIMES, MAX_COPIES = 2, 16
 
-#: A compiler's message goes on for pages.
-_MOST_CHARACTERS = 300
-
 
 @dataclass
 class Samples:
@@ -111,14 +108,9 @@ def rotating(names: Iterable, rounds: Iterable[int]) -> Iterator[tuple[int, obje
 
 
 def _calls_to_fill(step: Step, elapsed_ms: float, device: torch.device) -> int:
-    at_once = _calls_at_once(step)
+    at_once = getattr(step, "calls_at_once", 1)
     wanted = min(MAX_CALLS, max(1, math.ceil(MIN_SAMPLE_MS[device.type] / max(elapsed_ms, 1e-6))))
     return at_once * math.ceil(wanted / at_once)
-
-
-def _calls_at_once(step: Step) -> int:
-    """A captured step makes one call on every copy at once."""
-    return getattr(step, "calls_at_once", 1)
 
 
 def sample_ms(step: Step, device: torch.device, copies: int, calls: int, first: int = 0) -> float:
@@ -126,7 +118,7 @@ def sample_ms(step: Step, device: torch.device, copies: int, calls: int, first: 
 
     ``calls`` is a multiple of what the step does at once.
     """
-    numbers = range(first, first + calls, _calls_at_once(step))
+    numbers = range(first, first + calls, getattr(step, "calls_at_once", 1))
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -155,19 +147,17 @@ def fastest_ms(step: Step, device: torch.device, rounds: int) -> float:
 @contextmanager
 def no_collection() -> Iterator[None]:
     """No garbage collection inside a sample."""
-    was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        gc.enable()
 
 
 def in_words(failure: BaseException) -> str:
-    """What was raised, on one line."""
-    return f"raised {type(failure).__name__}: {' '.join(str(failure).split())[:_MOST_CHARACTERS]}".removesuffix(": ")
+    """What was raised, on one line; a compiler's message would go on for pages."""
+    return f"raised {type(failure).__name__}: {' '.join(str(failure).split())[:300]}".removesuffix(": ")
 
 
 def without_time(failure: Exception) -> dict:

@@ -34,10 +34,11 @@ from bench import (
     tuning,
 )
 from bench.cases import kernel_cases, layer_cases, memory_cases, scaling_cases
-from bench.layers import FROZEN, HALF_LORA, KINDS, LORA, error_bound
+from bench.layers import FROZEN, HALF_LORA, KINDS, LORA
 from goat_kernels.checks.problem import LayerCase, make_problem
 from goat_kernels.cli import bench, main
 from goat_kernels.linear import GoatLinear
+from goat_kernels.numerics import TOLERANCES
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,13 +127,13 @@ def test_the_matmul_with_the_rank_as_extra_k_computes_the_layer():
     whole = passes.whole_calls("triton", problem)
     assert {name for name, _ in whole} == {passes.OURS, passes.EXTRA_K} and len(whole) == 4
     for (_, what), call in whole.items():
-        assert passes.results_error(call(), expected[what], problem) <= error_bound(torch.float32)
+        assert passes.results_error(call(), expected[what], problem) <= TOLERANCES[torch.float32].relative
 
 
 @pytest.mark.parametrize("path", [False, True], ids=["fold", "path"])
 def test_a_pass_is_compared_with_float64_result_by_result(backend, path, device):
     problem = make_problem(LayerCase(66, 40, 72, R=16, path=path, dtype=torch.float16), device)
-    expected, bound = passes.expected_of(problem), error_bound(torch.float16)
+    expected, bound = passes.expected_of(problem), TOLERANCES[torch.float16].relative
     for name, call in passes.pass_calls(backend, problem).items():
         results = call()
         assert passes.results_error(results, expected[name], problem) <= bound

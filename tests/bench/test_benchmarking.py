@@ -19,7 +19,6 @@ from bench.layers import (
     FROZEN,
     Contender,
     call_of,
-    error_bound,
     expected_results,
     folded,
     goat_layer,
@@ -32,6 +31,7 @@ from bench.passes import BASE_BACKWARD, BASE_FORWARD, pass_work
 from goat_kernels.checks.problem import LayerCase, Problem
 from goat_kernels.forward_backward import Layer
 from goat_kernels.linear import GoatLinear
+from goat_kernels.numerics import TOLERANCES
 from goat_kernels.operators import backward_operator, flattened, forward_operator
 from goat_kernels.passes import Adapter
 
@@ -116,13 +116,13 @@ def test_every_contender_that_runs_here_computes_what_it_says(tensors, contender
     if contender.kind == "compiled" or contender.skipped_reason(CPU, dtype) is not None:
         pytest.skip("not on a CPU, or compiled")
     error = layer_error(contender.make(tensors), tensors, expected_results(contender.computes, tensors))
-    assert error <= error_bound(dtype)
+    assert error <= TOLERANCES[dtype].relative
 
 
 def test_fold_and_path_are_one_function(tensors):
     exact = {form: expected_results(form, tensors) for form in ("fold", "path")}
     error = max(float((a - b).norm() / b.norm()) for a, b in zip(exact["fold"], exact["path"], strict=True))
-    assert error <= error_bound(tensors.x_TN.dtype)
+    assert error <= TOLERANCES[tensors.x_TN.dtype].relative
 
 
 def test_goat_layers_are_built_without_a_decomposition_and_take_the_form_asked_for(tensors):
