@@ -120,10 +120,10 @@ def headlines(results: Path) -> list[str]:
     """The layer beside the frozen one and LoRA; the tiles; the passes furthest from the roofline; failures."""
     if not results.exists():
         return ["no results"]
-    from bench.results import read_rows, timed
+    from bench.results import KEY_FIELDS, part_of, read_rows, timed
     from bench.tables import summary_table, tuning_table
 
-    rows = read_rows(results)
+    rows = list({part_of(row, KEY_FIELDS): row for row in read_rows(results)}.values())
     layer, tuning, passes = (timed(r for r in rows if r["suite"] == name) for name in ("layer", "tuning", "kernels"))
     lines = []
     if layer:
