@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import goat_kernels
 from goat_kernels.command_errors import CommandError
 
-_ROOT = Path(goat_kernels.__file__).parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def door(name: str) -> tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]:
