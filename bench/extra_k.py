@@ -132,8 +132,8 @@ def forward(passes: Passes, p: Problem) -> Tensor:
     return extra_k(p.x_TN, p.weight_MN.t(), routing.weighted_TR, p.adapter.lora_B.t(), p.bias_M)
 
 
-def input_gradient(p: Problem, hidden_TR: Tensor, logits_ET: Tensor) -> Tensor:
+def input_gradient(p: Problem, grad_hidden_TR: Tensor, logits_ET: Tensor) -> Tensor:
     """dX of a folded layer."""
-    hidden = torch.cat([hidden_TR, logits_ET.t().to(hidden_TR.dtype)], dim=1)
+    hidden = torch.cat([grad_hidden_TR, logits_ET.t().to(grad_hidden_TR.dtype)], dim=1)
     extra = torch.cat([p.adapter.lora_A, p.adapter.router])
     return extra_k(p.grad_y_TM, p.weight_MN, hidden, extra, None)

@@ -55,7 +55,7 @@ class Step(NamedTuple):
     resumes: bool = False
 
 
-def plan(folder: Path, *, quick: bool) -> list[Step]:
+def steps_of_visit(folder: Path, *, quick: bool) -> list[Step]:
     """The steps of a visit, what is worth most first; ``quick``: tiny sizes and no tests, on any machine."""
     goat = (sys.executable, "-m", "goat_kernels")
     bench = (*goat, "bench", "--resume", "--output", str(folder / "results.jsonl"))
@@ -150,7 +150,11 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.json"
     codes: dict[str, int | None] = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
-    deadline, steps, tried = start + 60 * options.minutes - RESERVE_S, plan(folder, quick=options.quick), set()
+    deadline, steps, tried = (
+        start + 60 * options.minutes - RESERVE_S,
+        steps_of_visit(folder, quick=options.quick),
+        set(),
+    )
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         for step in [*steps, *(step for step in steps if step.resumes)]:
             left_s = deadline - time.monotonic()

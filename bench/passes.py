@@ -134,7 +134,7 @@ def whole_calls(backend: str, p: Problem) -> dict[tuple[str, str], Callable[[], 
         from bench import extra_k
 
         whole[EXTRA_K, WHOLE_FORWARD] = lambda: extra_k.forward(passes, p)
-        whole[EXTRA_K, WHOLE_BACKWARD] = lambda: extra_k.input_gradient(p, gradient.hidden_TR, gradient.logits_ET)
+        whole[EXTRA_K, WHOLE_BACKWARD] = lambda: extra_k.input_gradient(p, gradient.grad_hidden_TR, gradient.logits_ET)
     return whole
 
 

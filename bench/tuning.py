@@ -58,13 +58,13 @@ def device_time_ms(launch: Launch) -> float:
 # --- candidates -----------------------------------------------------------------------------------------------------
 
 
-def most_sums(kernel: str, width: int) -> int:
+def most_sums(kernel: str, itemsize: int) -> int:
     """How many float32 a thread may hold to sum up in: half of its 255 registers; less in products of float32.
 
     Those run on the ordinary units, whose operands take most registers.
     """
     multiplies = kernel not in ("finish_hidden_gradient", "route_and_prefill.alone")
-    return 32 if multiplies and width == 4 else 128
+    return 32 if multiplies and itemsize == 4 else 128
 
 
 def sums_per_thread(kernel: str, tile: Tile, columns: int) -> int:
@@ -80,16 +80,19 @@ def sums_per_thread(kernel: str, tile: Tile, columns: int) -> int:
     sums = {
         "project": tile.rows * rank,
         "dropped_hidden": 2 * tile.rows * rank,  # of one slot, and of all
-        "weight_gradient": tile.columns * (rank + 16),  # and of dlogits
-        "expand_columns": tile.rows * tile.columns,
-        "fused_forward": tile.rows * max(columns + 16, tile.columns),  # and logits; then a block of y
-        "route_and_prefill": tile.rows * max(columns + 16, tile.columns),
+        "weight_gradient": tile.features * (rank + 16),  # and of dlogits
+        "expand_columns": tile.rows * tile.features,
+        "fused_forward": tile.rows * max(columns + 16, tile.features),  # and logits; then a block of y
+        "route_and_prefill": tile.rows * max(columns + 16, tile.features),
     }
     return sums.get(kernel, tile.rows * columns) // (32 * tile.warps)
 
 
 def _is_valid(tile: Tile, choice: Choice) -> bool:
-    return invalid_reason(choice.kernel, tile, choice.columns, choice.width, choice.target, choice.read_width) is None
+    return (
+        invalid_reason(choice.kernel, tile, choice.columns, choice.itemsize, choice.target, choice.read_itemsize)
+        is None
+    )
 
 
 def candidates(choice: Choice, limit: int | None = None) -> list[Tile]:
@@ -97,7 +100,7 @@ def candidates(choice: Choice, limit: int | None = None) -> list[Tile]:
     them, evenly spread."""
     ranks = (32, 64, 128) if choice.kernel.partition(".")[0] in RANKED else (0,)
     sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (4, 8), (1, 2, 3, 4), ranks)
-    most = most_sums(choice.kernel, choice.width)
+    most = most_sums(choice.kernel, choice.itemsize)
     valid = [
         tile
         for tile in itertools.starmap(Tile, sizes)
@@ -111,9 +114,9 @@ def neighbours(choice: Choice) -> list[Tile]:
 
     A step doubles or halves one size, or the warps with a size, or moves the stages by one.
     """
-    tile = find_tile(choice.kernel, choice.columns, choice.width, choice.target, choice.T, choice.read_width)
-    steps = [{name: factor} for name in ("rows", "columns", "rank", "warps") for factor in (2.0, 0.5)]
-    steps += [{name: factor, "warps": factor} for name in ("rows", "columns") for factor in (2.0, 0.5)]
+    tile = find_tile(choice.kernel, choice.columns, choice.itemsize, choice.target, choice.T, choice.read_itemsize)
+    steps = [{name: factor} for name in ("rows", "features", "rank", "warps") for factor in (2.0, 0.5)]
+    steps += [{name: factor, "warps": factor} for name in ("rows", "features") for factor in (2.0, 0.5)]
     sizes = [{name: int(getattr(tile, name) * factor) for name, factor in step.items()} for step in steps]
     sizes += [{"stages": tile.stages + 1}, {"stages": tile.stages - 1}]
     around = dict.fromkeys([tile, *(dataclasses.replace(tile, **one) for one in sizes)])  # twice no rank is none
@@ -198,18 +201,18 @@ def tune(
             if one.time_ms < fastest.get(one.choice, Measurement(one.choice, one.tile)).time_ms:
                 fastest[one.choice] = one
         for choice, one in fastest.items():
-            key = (choice.kernel, choice.width, choice.columns, choice.target.family)
+            key = (choice.kernel, choice.itemsize, choice.columns, choice.target.family)
             best.setdefault(key, set()).add(one.tile)
     return [
         Entry(
             kernel,
-            width,
+            itemsize,
             columns,
             tuple(sorted(tiles, key=lambda tile: -tile.rows)),
             family,
             min_columns=columns // 2 + 1,
         )
-        for (kernel, width, columns, family), tiles in best.items()
+        for (kernel, itemsize, columns, family), tiles in best.items()
     ]
 
 
@@ -247,4 +250,4 @@ def tile_rows(
 def words_of(tile: Tile) -> str:
     """A tile in results."""
     rank = f", rank {tile.rank}" if tile.rank else ""
-    return f"{tile.rows} x {tile.columns}{rank}, {tile.warps} warps, {tile.stages} stages"
+    return f"{tile.rows} x {tile.features}{rank}, {tile.warps} warps, {tile.stages} stages"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -94,8 +93,22 @@ class GoatLinear(RoutedModule, AdapterModule):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        given = locals()
-        settings = AdapterSettings(**{field.name: given[field.name] for field in dataclasses.fields(AdapterSettings)})
+        settings = AdapterSettings(
+            r=r,
+            num_experts=num_experts,
+            top_k=top_k,
+            scaling=scaling,
+            eta=eta,
+            rho=rho,
+            lora_alpha=lora_alpha,
+            init=init,
+            residual=residual,
+            residual_coefficient=residual_coefficient,
+            dropout=dropout,
+            balance_coefficient=balance_coefficient,
+            svd=svd,
+            seed=seed,
+        )
         check_count("in_features", in_features)
         check_count("out_features", out_features)
         dtype = dtype or torch.get_default_dtype()

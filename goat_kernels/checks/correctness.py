@@ -173,7 +173,7 @@ def _pass_inputs(problem: Problem) -> tuple[Routing, list[Tensor]]:
 def gradient_parts(gradient, problem: Problem) -> list[Tensor]:
     """dh, dlogits [E, T], and dh0 where there is a frozen pair, from any backend's hidden gradient."""
     if not isinstance(gradient, TorchHiddenGradient):
-        parts = (gradient.hidden_TR, gradient.logits_ET, gradient.residual_TR0)
+        parts = (gradient.grad_hidden_TR, gradient.logits_ET, gradient.residual_TR0)
         return [part for part in parts if part is not None]
     R, E = problem.adapter.rank, problem.adapter.num_experts
     hidden_TR, _, residual_TR0 = gradient.columns.tensor_split((R, R + E), dim=1)

@@ -234,7 +234,7 @@ def report_compilation(everything: bool) -> Findings:
         fault, tile = result.fault(), result.tile
         if fault is not None:
             failures.append(f"{result.kernel} on {case.target}: {fault}; {result.layer}, {tile}")
-        size = f"{tile.rows} x {tile.columns}" + f" x {tile.rank}" * bool(tile.rank)
+        size = f"{tile.rows} x {tile.features}" + f" x {tile.rank}" * bool(tile.rank)
         print(
             f"{result.kernel:24} {result.target:8}{name_of(result.layer.dtype):9}"
             f"{f'{size}, {tile.warps} warps, {tile.stages}':26}"

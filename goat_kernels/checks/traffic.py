@@ -1,8 +1,8 @@
 """How many bytes does each launch move, and is it what the design says? Counted in Triton's interpreter, without a GPU.
 
 The interpreter runs one program after the other, so a hook on its loads and stores sees every access. Each belongs to
-the pointer argument whose memory it falls into; ``traffic_plans.py`` sorts those into kinds, and has the formulas that
-a launch must meet to the byte. What falls outside of every argument is a kind of its own, and always an error.
+the pointer argument whose memory it falls into; ``traffic_formulas.py`` sorts those into kinds, and has the formulas
+that a launch must meet to the byte. What falls outside of every argument is a kind of its own, and always an error.
 
 Over a layer, ``DESIGNED_PASSES`` says how often the fused form goes through each wide tensor.
 """
@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from goat_kernels.checks.problem import LayerCase, imitated, make_problem, run_passes
-from goat_kernels.checks.traffic_plans import planned, pointer_kinds
+from goat_kernels.checks.traffic_formulas import planned, pointer_kinds
 from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 
@@ -55,7 +55,7 @@ class Moved:
     Attributes:
         direction: "forward" or "backward".
         kernel: its function's name.
-        what: x, dY, y or dX for the wide tensors, else a kind of ``traffic_plans.py``, or "outside".
+        what: x, dY, y or dX for the wide tensors, else a kind of ``traffic_formulas.py``, or "outside".
         read_bytes, written_bytes: counted (of :func:`plan_layer`: as planned).
         planned: (read, written) by the kernel's plan; None for scalars that it leaves out.
         once_bytes: going through each of those tensors once.

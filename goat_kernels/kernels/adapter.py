@@ -23,7 +23,7 @@ from goat_kernels.passes import Adapter
 #: Up to here (decoding) a forward reads the adapter as it is and takes two launches; above, it is packed if need be.
 FEW_TOKENS = 64
 
-_PACK = Tile(rows=16, columns=1024, warps=4, stages=1)
+_PACK = Tile(rows=16, features=1024, warps=4, stages=1)
 _LOW_PART_SCALE = tl.constexpr(LOW_PART_SCALE)
 
 
@@ -69,7 +69,7 @@ class Operands(NamedTuple):
     stored_parts: int
     parts: int
 
-    def read_width(self, *, with_router: bool) -> int:
+    def read_itemsize(self, *, with_router: bool) -> int:
         """Bytes of the widest element among them, as they are read."""
         matrices = [self.A, self.B, self.A0, self.B0] + [self.router] * with_router
         return max(matrix.element_size() for matrix in matrices if matrix is not None)
@@ -126,8 +126,8 @@ def pack(adapter: Adapter, packed: Tensor) -> list[Launch]:
     arguments = {"A_ptr": A, "router_ptr": router, "B_ptr": B, "A0_ptr": A0, "B0_ptr": B0, "out_ptr": packed}
     for name, matrix in (("A", A), ("router", router), ("B", B), ("A0", A0), ("B0", B0)):
         arguments[f"size_{name}"] = 0 if matrix is None else matrix.numel()
-    constants = {"PARTS": _router_parts(adapter, packed.dtype), "BLOCK": _PACK.columns}
-    return [Launch(pack_adapter, (packed.numel() // _PACK.columns,), arguments, constants, _PACK)]
+    constants = {"PARTS": _router_parts(adapter, packed.dtype), "BLOCK": _PACK.features}
+    return [Launch(pack_adapter, (packed.numel() // _PACK.features,), arguments, constants, _PACK)]
 
 
 def packed_numel(adapter: Adapter, compute: torch.dtype, T: int) -> int:
@@ -139,7 +139,7 @@ def packed_numel(adapter: Adapter, compute: torch.dtype, T: int) -> int:
         return 0
     read_as_they_are = FEW_TOKENS if adapter.seed is None else 0
     is_packed = torch.sym_min((T + FEW_TOKENS - 1 - read_as_they_are) // FEW_TOKENS, 1)
-    whole = sum(blocks(size, _PACK.columns) for size in _packed_sizes(adapter, compute)) * _PACK.columns
+    whole = sum(blocks(size, _PACK.features) for size in _packed_sizes(adapter, compute)) * _PACK.features
     return whole * torch.sym_max(is_packed, 0)
 
 
@@ -156,7 +156,7 @@ def operands(adapter: Adapter, packed: Tensor) -> Operands:
         else:
             columns = matrix.shape[1]
             views.append(packed.as_strided((size // max(columns, 1), columns), (columns, 1), offset))
-        offset += blocks(size, _PACK.columns) * _PACK.columns
+        offset += blocks(size, _PACK.features) * _PACK.features
     return Operands(*views, stored_parts=parts, parts=parts)
 
 

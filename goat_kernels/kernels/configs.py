@@ -60,38 +60,40 @@ _DIVIDE_TOKENS_ALONE = (
 RANKED = ("project", "dropped_hidden", "weight_gradient", "expand_columns")
 
 
-def shared_estimate(kernel: str, tile: Tile, columns: int, width: int, read_width: int) -> int:
+def shared_estimate(kernel: str, tile: Tile, columns: int, itemsize: int, read_itemsize: int) -> int:
     """Bytes of shared memory that the pipelined operands of one program take, roughly.
 
-    ``read_width``: bytes of an element of the adapter as it is read; where that is not ``width``, a copy in x's dtype
-    stands beside it.
+    ``read_itemsize``: bytes of an element of the adapter as it is read; where that is not ``itemsize``, a copy in x's
+    dtype stands beside it.
     """
     kernel, _, variant = kernel.partition(".")
-    is_cast = width * (read_width != width)
+    is_cast = itemsize * (read_itemsize != itemsize)
     if kernel == "project":
-        per_stage = tile.columns * (tile.rows * width + 2 * tile.rank * read_width)  # W1 and W2 each
-        resident = tile.columns * tile.rank * is_cast
+        per_stage = tile.features * (tile.rows * itemsize + 2 * tile.rank * read_itemsize)  # W1 and W2 each
+        resident = tile.features * tile.rank * is_cast
     elif kernel == "weight_gradient":
-        per_stage = tile.rows * (tile.columns + min(tile.rank, columns) + 16) * width
+        per_stage = tile.rows * (tile.features + min(tile.rank, columns) + 16) * itemsize
         resident = 0
     elif kernel == "finish_hidden_gradient" or variant == "alone":
         per_stage = resident = 0
     elif kernel == "route_and_prefill":
-        per_stage = tile.columns * columns * read_width
-        resident = tile.columns * columns * is_cast
+        per_stage = tile.features * columns * read_itemsize
+        resident = tile.features * columns * is_cast
     elif kernel == "expand_columns":
         rank_blocks = min(-(-columns // tile.rank), 4)
         rank = min(tile.rank, columns)
-        per_stage = tile.columns * (rank_blocks * rank + 16) * read_width + rank_blocks // 2 * rank * tile.rows * width
-        resident = tile.columns * rank_blocks * rank * is_cast
+        per_stage = (
+            tile.features * (rank_blocks * rank + 16) * read_itemsize + rank_blocks // 2 * rank * tile.rows * itemsize
+        )
+        resident = tile.features * rank_blocks * rank * is_cast
     else:
-        per_stage = tile.columns * (tile.rows + (min(tile.rank, columns) if tile.rank else columns) + 16) * width
+        per_stage = tile.features * (tile.rows + (min(tile.rank, columns) if tile.rank else columns) + 16) * itemsize
         resident = 0
     return per_stage * max(tile.stages - 1, 1) + resident
 
 
 def invalid_reason(
-    kernel: str, tile: Tile, columns: int, width: int, target: Target, read_width: int | None = None
+    kernel: str, tile: Tile, columns: int, itemsize: int, target: Target, read_itemsize: int | None = None
 ) -> str | None:
     """None, or why ``tile`` cannot run: the one predicate for the table, the tuner and files of tiles.
 
@@ -99,11 +101,11 @@ def invalid_reason(
         kernel: its function's name.
         tile: the candidate.
         columns: hidden columns that one program accumulates.
-        width: bytes of an element of x.
+        itemsize: bytes of an element of x.
         target: the GPU.
-        read_width: bytes of an element of the adapter as it is read; None is ``width``.
+        read_itemsize: bytes of an element of the adapter as it is read; None is ``itemsize``.
     """
-    for name in ("rows", "columns"):
+    for name in ("rows", "features"):
         value = getattr(tile, name)
         if value < 16 or value & (value - 1):
             return f"{name}={value} must be a power of two, at least 16"
@@ -115,29 +117,31 @@ def invalid_reason(
         return f"warps={tile.warps} must be 1, 2, 4, 8 or 16"
     if not 1 <= tile.stages <= 8:
         return f"stages={tile.stages} must be in 1..8"
-    shared = shared_estimate(kernel, tile, columns, width, read_width or width)
+    shared = shared_estimate(kernel, tile, columns, itemsize, read_itemsize or itemsize)
     if shared > target.shared_bytes:
         return f"its operands need about {shared} bytes of shared memory, and a program has {target.shared_bytes}"
     return None
 
 
-def entries_for(kernel: str, columns: int, width: int, family: str) -> list[Entry]:
+def entries_for(kernel: str, columns: int, itemsize: int, family: str) -> list[Entry]:
     """The entries that serve: a file's before the table's, the family's own before any's, in their order."""
-    fitting = [e for e in (*_entries_of_file(), *TABLE) if (e.kernel, e.width) == (kernel, width)]
+    fitting = [e for e in (*_entries_of_file(), *TABLE) if (e.kernel, e.itemsize) == (kernel, itemsize)]
     fitting = [e for e in fitting if e.min_columns <= columns <= e.max_columns]
     own = [e for e in fitting if e.family == family]
     return own + [e for e in fitting if e.family == "any"]
 
 
-def choose_tile(kernel: str, columns: int, width: int, target: Target, T: int, read_width: int | None = None) -> Tile:
+def choose_tile(
+    kernel: str, columns: int, itemsize: int, target: Target, T: int, read_itemsize: int | None = None
+) -> Tile:
     """The tile for a problem; see :func:`find_tile`.
 
     Raises:
         ValueError: the table has none, because a program cannot hold so many columns.
     """
-    tile = find_tile(kernel, columns, width, target, T, read_width)
+    tile = find_tile(kernel, columns, itemsize, target, T, read_itemsize)
     if tile is None:
-        most = max(e.max_columns for e in TABLE if (e.kernel, e.width) == (kernel, width))
+        most = max(e.max_columns for e in TABLE if (e.kernel, e.itemsize) == (kernel, itemsize))
         raise ValueError(
             f"lora_A: the rank and the residual pair's, padded, are {columns} columns, and the Triton kernel {kernel} "
             f"holds {most} at most; use a smaller rank or backend='torch'"
@@ -146,32 +150,32 @@ def choose_tile(kernel: str, columns: int, width: int, target: Target, T: int, r
 
 
 def find_tile(
-    kernel: str, columns: int, width: int, target: Target, T: int, read_width: int | None = None
+    kernel: str, columns: int, itemsize: int, target: Target, T: int, read_itemsize: int | None = None
 ) -> Tile | None:
     """The tile for a problem; None where the table has none, and another form of the pass has to serve.
 
     Args:
         kernel: its function's name.
         columns: hidden columns that one program accumulates.
-        width: bytes of an element of x.
+        itemsize: bytes of an element of x.
         target: the GPU.
         T: tokens. The tallest tile is taken that is not twice as tall as T and, where programs divide only the tokens,
             whose programs fill the GPU.
-        read_width: bytes of an element of the adapter as it is read; None is ``width``.
+        read_itemsize: bytes of an element of the adapter as it is read; None is ``itemsize``.
     """
-    read_width = read_width or width
+    read_itemsize = read_itemsize or itemsize
     if _overrides.asked is not None:
-        _overrides.asked.append(Choice(kernel, columns, width, target, T, read_width))
+        _overrides.asked.append(Choice(kernel, columns, itemsize, target, T, read_itemsize))
     forced = _overrides.tiles.get(kernel)
-    return _tile_of_table(kernel, columns, width, target, T, read_width) if forced is None else forced
+    return _tile_of_table(kernel, columns, itemsize, target, T, read_itemsize) if forced is None else forced
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile_of_table(kernel: str, columns: int, width: int, target: Target, T: int, read_width: int) -> Tile | None:
-    for entry in entries_for(kernel, columns, width, target.family):
+def _tile_of_table(kernel: str, columns: int, itemsize: int, target: Target, T: int, read_itemsize: int) -> Tile | None:
+    for entry in entries_for(kernel, columns, itemsize, target.family):
         by_rows: dict[int, Tile] = {}
         for tile in entry.tiles:
-            if invalid_reason(kernel, tile, columns, width, target, read_width) is None:
+            if invalid_reason(kernel, tile, columns, itemsize, target, read_itemsize) is None:
                 by_rows.setdefault(tile.rows, tile)
         for tile in by_rows.values():
             if kernel in _DIVIDE_TOKENS_ALONE:
@@ -197,10 +201,10 @@ class Choice:
 
     kernel: str
     columns: int
-    width: int
+    itemsize: int
     target: Target
     T: int
-    read_width: int
+    read_itemsize: int
 
 
 # --- overrides: for tuning, for tests, and for compiling and counting without the GPU ---------------------------------

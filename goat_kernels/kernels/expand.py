@@ -23,12 +23,12 @@ from goat_kernels.passes import Adapter, Routing
 
 def input_prefill(adapter: Adapter, routing: Routing, gradient: TritonHiddenGradient) -> tuple[list[Launch], Tensor]:
     """(launches, dX0): ``input_prefill`` of :class:`goat_kernels.passes.Passes`."""
-    hidden_TR = gradient.hidden_TR
-    grad_x_TN = hidden_TR.new_empty(hidden_TR.shape[0], adapter.lora_A.shape[1])
+    grad_hidden_TR = gradient.grad_hidden_TR
+    grad_x_TN = grad_hidden_TR.new_empty(grad_hidden_TR.shape[0], adapter.lora_A.shape[1])
     matrices = operands(adapter, routing.packed)
     launches = expanded(
         grad_x_TN,
-        hidden_TR,
+        grad_hidden_TR,
         matrices.A,
         gradient.residual_TR0,
         matrices.A0,
@@ -72,9 +72,9 @@ def expanded(
         kernel += ".dropout"
     if is_unaligned(out_TN.dtype, (N,), (R, R0)):
         kernel += ".unaligned"
-    read_width = max(matrix.element_size() for matrix in (W, V, router) if matrix is not None)
-    tile = choose_tile(kernel, R + R0, out_TN.element_size(), target, T, read_width)
-    row_blocks, steps = blocks(T, tile.rows), blocks(N, tile.columns)
+    read_itemsize = max(matrix.element_size() for matrix in (W, V, router) if matrix is not None)
+    tile = choose_tile(kernel, R + R0, out_TN.element_size(), target, T, read_itemsize)
+    row_blocks, steps = blocks(T, tile.rows), blocks(N, tile.features)
     chunks = max(1, min(2 * target.multiprocessors // max(row_blocks, 1), steps))
     chunk_steps = max(1, blocks(steps, chunks))
     onto, ONTO = onto_arguments(bias_M, base_output_TM)
@@ -105,7 +105,7 @@ def expanded(
         "E_DOT": padded(experts, 16),
         "ONTO": ONTO,
         "BT": tile.rows,
-        "BN": tile.columns,
+        "BN": tile.features,
         "BC": min(padded(R, 16), tile.rank),
         "BC0": min(padded(R0, 16), tile.rank),
         "PRECISION": precision(out_TN.dtype),

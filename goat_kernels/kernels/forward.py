@@ -51,7 +51,7 @@ FUSED_EXPERTS = 16
 #: Slots that the fused kernel keeps accumulators for.
 FUSED_SLOTS = 2
 
-_BALANCE = Tile(rows=64, columns=16, warps=4, stages=1)
+_BALANCE = Tile(rows=64, features=16, warps=4, stages=1)
 _LOW_PART_SCALE = tl.constexpr(LOW_PART_SCALE)
 
 
@@ -117,10 +117,10 @@ def fused(
         "L_PAD": max(16, matrices.parts * widths.E_PAD),
         "ONTO": ONTO,
         "BT": tile.rows,
-        "BN": tile.columns,
-        "BM": tile.columns,
-        "EVEN_N": N % tile.columns == 0,
-        "EVEN_M": M % tile.columns == 0,
+        "BN": tile.features,
+        "BM": tile.features,
+        "EVEN_N": N % tile.features == 0,
+        "EVEN_M": M % tile.features == 0,
         "PRECISION": precision(x_TN.dtype),
     }
     return [

@@ -43,7 +43,7 @@ class TritonHiddenGradient(NamedTuple):
     partial_B: float32 [blocks of tokens, M * R], sums of lora_B's gradient that came with the same read of dY, or None.
     """
 
-    hidden_TR: Tensor
+    grad_hidden_TR: Tensor
     logits_ET: Tensor
     residual_TR0: Tensor | None
     partial_B: Tensor | None
@@ -63,17 +63,17 @@ def hidden_gradient(
     target = current_target(grad_y_TM.device)
     widths = Widths.of(adapter, with_residual=with_residual)
     matrices = operands(adapter, routing.packed)
-    read_width = matrices.read_width(with_router=False)
+    read_itemsize = matrices.read_itemsize(with_router=False)
     kernel = "fused_hidden_gradient"
     if (widths.D != widths.D_PAD and compute.itemsize == 2) or is_unaligned(compute, (M,), (adapter.rank, widths.R0)):
         kernel += ".unaligned"
-    tile = find_tile(kernel, widths.columns, compute.itemsize, target, T, read_width)
+    tile = find_tile(kernel, widths.columns, compute.itemsize, target, T, read_itemsize)
     is_fused = tile is not None and widths.E <= FUSED_EXPERTS and 2 * blocks(T, tile.rows) >= target.multiprocessors
     partial_B = None
     if needs_B and is_fused and rides(adapter.rank, tile.rows):
         partial_B = grad_y_TM.new_empty(blocks(T, tile.rows), M * adapter.rank, dtype=torch.float32)
     gradient = TritonHiddenGradient(
-        hidden_TR=torch.empty_like(routing.weighted_TR),
+        grad_hidden_TR=torch.empty_like(routing.weighted_TR),
         logits_ET=torch.empty_like(routing.gate_ET),
         residual_TR0=grad_y_TM.new_empty(T, widths.R0) if widths.R0 else None,
         partial_B=partial_B,
@@ -85,7 +85,7 @@ def hidden_gradient(
         "probs_ptr": routing.probs_ET,
         "load_E_ptr": routing.load_E,
         "grad_balance_ptr": grad_balance.to(grad_y_TM.device, torch.float32) if is_tensor else None,
-        "hidden_ptr": gradient.hidden_TR,
+        "hidden_ptr": gradient.grad_hidden_TR,
         "logits_ptr": gradient.logits_ET,
         "residual_ptr": gradient.residual_TR0,
         "T": T,
@@ -105,8 +105,8 @@ def hidden_gradient(
         }
         constants |= {
             "BT": tile.rows,
-            "BM": tile.columns,
-            "EVEN_M": M % tile.columns == 0,
+            "BM": tile.features,
+            "EVEN_M": M % tile.features == 0,
             "PRECISION": precision(compute),
         }
         return [Launch(fused_hidden_gradient, (blocks(T, tile.rows),), arguments, constants, tile)], gradient

@@ -66,13 +66,13 @@ def project_columns(
         W1, W2 = W2, None
     C1, C2 = (0 if W is None else W.shape[0] for W in (W1, W2))
     parts = matrices.parts if with_router else 0
-    read_width = matrices.read_width(with_router=with_router)
-    tile = choose_tile("project", parts * experts + C1 + C2, x_TN.dtype.itemsize, target, T, read_width)
+    read_itemsize = matrices.read_itemsize(with_router=with_router)
+    tile = choose_tile("project", parts * experts + C1 + C2, x_TN.dtype.itemsize, target, T, read_itemsize)
     row_blocks = blocks(T, tile.rows)
     column_blocks = blocks(parts * experts, tile.rank) + blocks(C1 + C2, tile.rank)
     least_steps = 2 if T <= FEW_TOKENS else 4
     splits, split_steps = splits_of(
-        row_blocks * column_blocks, blocks(N, tile.columns), target, least_steps, MOST_SPLITS
+        row_blocks * column_blocks, blocks(N, tile.features), target, least_steps, MOST_SPLITS
     )
     raw = x_TN.new_empty(splits, T, parts * experts + C1 + C2, dtype=torch.float32)
     arguments = {
@@ -98,7 +98,7 @@ def project_columns(
         "C1": C1,
         "C2": C2,
         "BT": tile.rows,
-        "BN": tile.columns,
+        "BN": tile.features,
         "BC": tile.rank,
         "PRECISION": precision(x_TN.dtype),
     }

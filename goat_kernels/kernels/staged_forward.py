@@ -62,10 +62,10 @@ def staged(
 ) -> list[Launch]:
     """The launches of a forward in stages that fill ``y_TM``, ``balance_loss`` and ``routing``."""
     (T, M), widths, target = y_TM.shape, Widths.of(adapter), current_target(x_TN.device)
-    width, dropout = x_TN.dtype.itemsize, adapter.seed is not None
+    itemsize, dropout = x_TN.dtype.itemsize, adapter.seed is not None
     prefills = T <= FEW_TOKENS and not dropout and widths.columns <= PREFILLED_COLUMNS and M <= PREFILLED_FEATURES
     kernel = "route_and_prefill" if prefills else "route_and_prefill.alone"
-    tile = choose_tile(kernel, widths.columns, width, target, T, matrices.read_width(with_router=False))
+    tile = choose_tile(kernel, widths.columns, itemsize, target, T, matrices.read_itemsize(with_router=False))
     W1 = None if dropout else matrices.A
     raw, projecting = project_columns(x_TN, matrices, W1, matrices.A0, target, experts=widths.E, with_router=True)
     programs = blocks(T, tile.rows)
@@ -104,11 +104,11 @@ def staged(
         "MOST_TOKENS": FEW_TOKENS,
         "SPLIT_STAGES": split_stages(raw.shape[0], summed, target),
         "BT": tile.rows,
-        "BM": tile.columns,
-        "EVEN_M": M % tile.columns == 0,
+        "BM": tile.features,
+        "EVEN_M": M % tile.features == 0,
         "PRECISION": precision(x_TN.dtype),
     }
-    grid = (programs, blocks(M, tile.columns) if prefills else 1)
+    grid = (programs, blocks(M, tile.features) if prefills else 1)
     launches = [projecting, Launch(route_and_prefill, grid, arguments, constants, tile)]
     if not balance:
         launches.append(finish(partial, T, balance_loss, routing))
@@ -153,7 +153,7 @@ def _dropped(x_TN: Tensor, adapter: Adapter, matrices: Operands, routing: Routin
         "D": adapter.expert_rank,
         "TOP_K": adapter.top_k,
         "BT": tile.rows,
-        "BN": tile.columns,
+        "BN": tile.features,
         "BC": tile.rank,
         "PRECISION": precision(x_TN.dtype),
     }

@@ -1,7 +1,7 @@
 """Tile sizes: one frozen table, and files of the same form.
 
 A tile decides the shape of a program of one kernel. The table is keyed by what matters: the kernel, the GPU's family,
-the width of x's dtype, and how many hidden columns a program accumulates (R, plus R' with residual="path", R once
+the itemsize of x's dtype, and how many hidden columns a program accumulates (R, plus R' with residual="path", R once
 more for the second slot with dropout). Adding a GPU or a better tile is adding an :class:`Entry`.
 """
 
@@ -22,14 +22,14 @@ class Tile:
 
     Attributes:
         rows: tokens.
-        columns: in- or out-features in one step of the program's loop, or in its output.
+        features: in- or out-features in one step of the program's loop, or in its output.
         warps: warps of 32 threads (64 on AMD).
         stages: depth of the software pipeline.
         rank: hidden columns of one program, in kernels that run in rank blocks; 0 elsewhere.
     """
 
     rows: int
-    columns: int
+    features: int
     warps: int
     stages: int
     rank: int = 0
@@ -45,7 +45,7 @@ class Entry:
         kernel: its function's name, with ".dropout" where dropout makes another kernel of it, ".alone" where it
             writes nothing of y, and ".unaligned" where the compiler cannot tell that rows of half-precision
             matrices begin at multiples of 16 bytes, so that their addresses take more registers.
-        width: bytes of an element of x: 2 or 4.
+        itemsize: bytes of an element of x: 2 or 4.
         max_columns: the most hidden columns it serves.
         tiles: candidates.
         family: see :class:`Target`; "any" for all that have no entry of their own.
@@ -53,7 +53,7 @@ class Entry:
     """
 
     kernel: str
-    width: int
+    itemsize: int
     max_columns: int
     tiles: tuple[Tile, ...]
     family: str = "any"
@@ -64,9 +64,9 @@ class Entry:
 _ANY = 1 << 30
 
 
-def _tall_to_low(columns: int, warps: int, stages: int, rows: tuple[int, ...], rank: int = 0) -> tuple[Tile, ...]:
+def _tall_to_low(features: int, warps: int, stages: int, rows: tuple[int, ...], rank: int = 0) -> tuple[Tile, ...]:
     """One tile for each of ``rows``, each followed by the same with fewer stages."""
-    return tuple(Tile(r, columns, warps, s, rank) for r in rows for s in range(stages, 0, -1))
+    return tuple(Tile(r, features, warps, s, rank) for r in rows for s in range(stages, 0, -1))
 
 
 _PROJECT = _tall_to_low(64, 8, 3, (64, 32), rank=128) + _tall_to_low(64, 8, 3, (16,), rank=64)
@@ -128,18 +128,18 @@ TABLE: tuple[Entry, ...] = (
     Entry("route_and_prefill.alone", 4, 128, _tall_to_low(16, 8, 1, (32, 16)), family="sm100"),
     *(
         entry
-        for width in (2, 4)
+        for itemsize in (2, 4)
         for entry in (
-            Entry("route_and_prefill.alone", width, 128, _tall_to_low(16, 4, 1, (32, 16))),
-            Entry("route_and_prefill.alone", width, 1024, _tall_to_low(16, 8, 1, (16,))),
-            Entry("route_and_prefill.alone", width, 2048, _tall_to_low(16, 16, 1, (16,))),
+            Entry("route_and_prefill.alone", itemsize, 128, _tall_to_low(16, 4, 1, (32, 16))),
+            Entry("route_and_prefill.alone", itemsize, 1024, _tall_to_low(16, 8, 1, (16,))),
+            Entry("route_and_prefill.alone", itemsize, 2048, _tall_to_low(16, 16, 1, (16,))),
         )
     ),
     Entry("finish_hidden_gradient", 2, 512, _tall_to_low(16, 4, 1, (16,))),
     Entry("finish_hidden_gradient", 2, 2048, _tall_to_low(16, 8, 1, (16,))),
     Entry("finish_hidden_gradient", 4, 512, _tall_to_low(16, 4, 1, (16,))),
     Entry("finish_hidden_gradient", 4, 2048, _tall_to_low(16, 8, 1, (16,))),
-    # Sums over tokens: `rows` tokens a step, `columns` features and `rank` hidden columns a program.
+    # Sums over tokens: `rows` tokens a step, `features` and `rank` hidden columns a program.
     Entry("weight_gradient", 2, 32, _tall_to_low(128, 8, 3, (64,), rank=32), family="sm100"),
     Entry("weight_gradient", 2, 32, _tall_to_low(128, 4, 3, (64,), rank=32)),
     Entry("weight_gradient", 2, 64, _tall_to_low(128, 8, 4, (64,), rank=64), family="sm100"),
@@ -153,7 +153,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("weight_gradient", 4, _ANY, _tall_to_low(32, 8, 2, (16,), rank=32)),
     Entry("weight_gradient.dropout", 2, _ANY, _tall_to_low(64, 4, 2, (32,), rank=32)),
     Entry("weight_gradient.dropout", 4, _ANY, _tall_to_low(64, 8, 2, (16,), rank=32)),
-    # dX and the staged y: `rows` tokens stay, the walk is over `columns` features a step.
+    # dX and the staged y: `rows` tokens stay, the walk is over `features` a step.
     Entry("expand_columns", 2, 64, _tall_to_low(128, 4, 3, (64, 32, 16), rank=64), family="sm90"),
     Entry("expand_columns", 2, 128, _HOPPER_EXPAND + _SMALL_EXPAND, family="sm90"),
     Entry("expand_columns", 2, 256, _tall_to_low(64, 8, 2, (128,), rank=128) + _EXPAND + _SMALL_EXPAND, family="sm90"),

@@ -25,8 +25,8 @@ from goat_kernels.kernels.tiles import Tile
 from goat_kernels.passes import Adapter, Routing
 
 #: ``add_splits``: splits at a time, elements of a program; the second where few elements would leave the GPU idle.
-_SUM = Tile(rows=16, columns=512, warps=4, stages=1)
-_SMALL_SUM = Tile(rows=32, columns=128, warps=4, stages=1)
+_SUM = Tile(rows=16, features=512, warps=4, stages=1)
+_SMALL_SUM = Tile(rows=32, features=128, warps=4, stages=1)
 
 
 class _Wanted(NamedTuple):
@@ -102,7 +102,7 @@ def _over_tokens(
         kernel += ".unaligned"
     tile = choose_tile(kernel, columns + (of_logits if of_logits > 16 else 0), x_TN.dtype.itemsize, target, T)
     rank = min(tile.rank, columns)
-    blocks_M, blocks_N = blocks(M, tile.columns) if of_y else 0, blocks(N, tile.columns) if of_x else 0
+    blocks_M, blocks_N = blocks(M, tile.features) if of_y else 0, blocks(N, tile.features) if of_x else 0
     rank_blocks = blocks(R, rank) if has_columns else 1
     programs = (blocks_M + blocks_N) * rank_blocks
     # Where one split would leave most of a second wave empty, two.
@@ -124,7 +124,7 @@ def _over_tokens(
         "grad_y_ptr": grad_y_TM if of_y else None,
         "weighted_ptr": routing.weighted_TR if of_y else None,
         "x_ptr": x_TN if of_x else None,
-        "hidden_ptr": None if to.A_RN is None else gradient.hidden_TR,
+        "hidden_ptr": None if to.A_RN is None else gradient.grad_hidden_TR,
         "logits_ptr": None if to.router_EN is None else gradient.logits_ET,
         "gate_ptr": routing.gate_ET if dropped else None,
         "out_B_ptr": to.B_MR,
@@ -147,10 +147,10 @@ def _over_tokens(
         "TOP_K": adapter.top_k,
         "E_DOT": padded(E, 16),
         "BT": tile.rows,
-        "BN": tile.columns,
+        "BN": tile.features,
         "BC": rank,
-        "EVEN_M": not of_y or M % tile.columns == 0,
-        "EVEN_N": not of_x or N % tile.columns == 0,
+        "EVEN_M": not of_y or M % tile.features == 0,
+        "EVEN_N": not of_x or N % tile.features == 0,
         "PRECISION": precision(x_TN.dtype),
     }
     grid = (blocks_M + blocks_N, splits, rank_blocks)
@@ -287,8 +287,8 @@ def _add_splits(partial: _Partial, wanted: _Wanted) -> list[Launch]:
     size_B = wanted.B_MR.numel() if of_B else 0
     size_A = wanted.A_RN.numel() if of_A and wanted.A_RN is not None else 0
     size_router = wanted.router_EN.numel() if of_A and wanted.router_EN is not None else 0
-    tile = _SUM if size_B + size_A + size_router > 100 * _SUM.columns else _SMALL_SUM
-    blocks_B = blocks(size_B, tile.columns)
+    tile = _SUM if size_B + size_A + size_router > 100 * _SUM.features else _SMALL_SUM
+    blocks_B = blocks(size_B, tile.features)
     arguments = {
         "partial_B_ptr": partial.B,
         "partial_A_ptr": partial.A_router,
@@ -302,8 +302,8 @@ def _add_splits(partial: _Partial, wanted: _Wanted) -> list[Launch]:
         "size_A": size_A,
         "size_router": size_router,
     }
-    constants = {"SPLITS": min(padded(max(splits_B, splits_A)), tile.rows), "BLOCK": tile.columns}
-    grid = (blocks_B + blocks(size_A + size_router, tile.columns),)
+    constants = {"SPLITS": min(padded(max(splits_B, splits_A)), tile.rows), "BLOCK": tile.features}
+    grid = (blocks_B + blocks(size_A + size_router, tile.features),)
     return [Launch(add_splits, grid, arguments, constants, tile)]
 
 

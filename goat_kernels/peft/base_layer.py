@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import torch
 from accelerate.hooks import AlignDevicesHook
-from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.quantization_utils import resolve_quantization_backend
@@ -155,8 +154,15 @@ def _fetched(base: nn.Module):
         import deepspeed  # here, because it is there where such parameters are
 
         gathered = deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None)
-    with gathered, align_module_device(base):
-        yield
+    hook = getattr(base, "_hf_hook", None)
+    with gathered:
+        if hook is not None:  # any hook: accelerate's own align_module_device knows one class of them
+            hook.pre_forward(base)
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.post_forward(base, torch.tensor([]))
 
 
 def is_remote(base: nn.Module) -> bool:

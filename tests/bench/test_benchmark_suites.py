@@ -153,7 +153,7 @@ def test_neighbours_of_a_tile_are_checked_and_timed_beside_it(monkeypatch):
     assert table not in around and len(around) > 4
     monkeypatch.setattr(tuning, "choices_of", lambda *_: [choices["expand_columns"]])
     monkeypatch.setattr(tuning, "neighbours", lambda choice: [table, around[0]])
-    rows = list(tuning.tile_rows(layer, CPU, time_ms=lambda launch: float(launch.tile.columns + launch.tile.rows)))
+    rows = list(tuning.tile_rows(layer, CPU, time_ms=lambda launch: float(launch.tile.features + launch.tile.rows)))
     assert [(row["pass"], row["is_in_table"]) for row in rows] == [("expand_columns", True), ("expand_columns", False)]
     assert rows[1]["contender"] == tuning.words_of(around[0])
     assert rows[0]["ratio_p50"] == 1 and rows[1]["ratio_p50"] == rows[1]["time_ms_p50"] / rows[0]["time_ms_p50"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import gpu_visit, suites
-from bench.gpu_visit import Step, headlines, plan, run
+from bench.gpu_visit import Step, headlines, run, steps_of_visit
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,8 +24,8 @@ class Rehearsal:
 
     def __init__(self, monkeypatch, folder: Path, takes_s: dict[str, float], exit_codes: dict[str, int] | None = None):
         self.now, self.ran, self.folder = 0.0, [], folder
-        self.steps, self.left_s, self.exit_codes = plan(folder, quick=False), dict(takes_s), exit_codes or {}
-        monkeypatch.setattr(gpu_visit, "plan", lambda folder, quick: self.steps)
+        self.steps, self.left_s, self.exit_codes = steps_of_visit(folder, quick=False), dict(takes_s), exit_codes or {}
+        monkeypatch.setattr(gpu_visit, "steps_of_visit", lambda folder, quick: self.steps)
         monkeypatch.setattr(gpu_visit, "run", self._run)
         monkeypatch.setattr(gpu_visit.time, "monotonic", lambda: self.now)
 
@@ -49,7 +49,7 @@ class Rehearsal:
         return None
 
 
-STEPS = plan(Path("out"), quick=False)
+STEPS = steps_of_visit(Path("out"), quick=False)
 
 
 def test_a_visit_covers_every_suite_in_the_order_of_worth_and_writes_few_files():
@@ -123,7 +123,7 @@ def test_a_process_that_hangs_is_ended_and_may_say_what_it_had(tmp_path):
 def test_a_visit_says_what_failed_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
     steps = [Step("fine", (sys.executable, "-c", "print('here')"), 60)]
     steps.append(Step("wrong", (sys.executable, "-c", "1 / 0"), 60))
-    monkeypatch.setattr(gpu_visit, "plan", lambda folder, quick: steps)
+    monkeypatch.setattr(gpu_visit, "steps_of_visit", lambda folder, quick: steps)
     arguments = ["--out", str(tmp_path / "out"), "--minutes", "1"]
     assert gpu_visit.main(arguments) == 1
     assert "no results" in capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_the_summary_is_made_of_whatever_there_is(tmp_path):
 
 @pytest.mark.long
 def test_a_quick_visit_runs_here(tmp_path, monkeypatch):
-    steps = [step for step in plan(tmp_path, quick=True) if step.name == "kernels"]
-    monkeypatch.setattr(gpu_visit, "plan", lambda folder, quick: steps)
+    steps = [step for step in steps_of_visit(tmp_path, quick=True) if step.name == "kernels"]
+    monkeypatch.setattr(gpu_visit, "steps_of_visit", lambda folder, quick: steps)
     assert gpu_visit.main(["--out", str(tmp_path), "--minutes", "5", "--quick"]) == 0
     assert "% of the roofline: prefill, torch" in (tmp_path / "summary.txt").read_text()

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from goat_kernels.checks import traffic, traffic_plans
+from goat_kernels.checks import traffic, traffic_formulas
 from goat_kernels.checks.problem import LayerCase
 from goat_kernels.checks.traffic import CASES, REAL_CASES, count, count_layer, plan_layer, stream_passes
 from goat_kernels.kernels.common import INTERPRETED
@@ -48,7 +48,7 @@ def test_every_launch_moves_what_its_tiles_imply(case, counted):
 
 def test_the_cases_reach_every_kernel_and_the_splits_of_both_kinds(counted):
     rows = [row for case in CASES for row in counted(case)]
-    assert {row.kernel for row in rows} == set(traffic_plans.PLANS)
+    assert {row.kernel for row in rows} == set(traffic_formulas.FORMULAS)
     gradients = [row for row in rows if (row.kernel, row.what) == ("weight_gradient", "gradient")]
     assert {row.times for row in gradients} > {1.0}, "no case splits T in a weight gradient"
 
@@ -144,7 +144,7 @@ def launch_of_copy(x, y, T):
 
 
 def test_what_is_outside_of_every_argument_is_counted_apart(monkeypatch):
-    monkeypatch.setitem(traffic_plans.PLANS, "copy", (lambda v: {"in": (v.T * v.x_bytes, 0)}, {}))
+    monkeypatch.setitem(traffic_formulas.FORMULAS, "copy", (lambda v: {"in": (v.T * v.x_bytes, 0)}, {}))
     x, y = torch.zeros(64)[:20], torch.zeros(32)
     assert count(launch_of_copy(x, y, 20)) == {"in": (80, 0), "out": (0, 128)}
     assert count(launch_of_copy(x, y, 25)) == {"in": (80, 0), "out": (0, 128), "outside": (20, 0)}

@@ -26,13 +26,13 @@ NEEDED = sorted({entry.kernel for entry in TABLE if entry.max_columns >= 1024})
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("kernel", NEEDED)
 def test_every_rank_up_to_512_with_its_pair_has_a_tile_that_is_valid(kernel, target):
-    for width in (2,) if "unaligned" in kernel else (2, 4):
+    for itemsize in (2,) if "unaligned" in kernel else (2, 4):
         for columns in (16, 32, 48, 64, 128, 256, 512, 1024):
             for T in (1, 16, 64, 4096):
                 # With dropout the adapter is packed in x's dtype for any number of tokens.
-                for read_width in (width,) if "drop" in kernel else (width, 4, 8):
-                    tile = choose_tile(kernel, columns, width, target, T, read_width)
-                    assert invalid_reason(kernel, tile, columns, width, target, read_width) is None
+                for read_itemsize in (itemsize,) if "drop" in kernel else (itemsize, 4, 8):
+                    tile = choose_tile(kernel, columns, itemsize, target, T, read_itemsize)
+                    assert invalid_reason(kernel, tile, columns, itemsize, target, read_itemsize) is None
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -49,12 +49,12 @@ def test_more_columns_than_a_program_holds_is_an_error_that_names_them():
     assert find_tile("fused_forward", 4096, 2, KNOWN_TARGETS["sm_90"], 8192) is None
 
 
-@pytest.mark.parametrize("entry", TABLE, ids=lambda e: f"{e.kernel}-{e.width}-{e.max_columns}-{e.family}")
+@pytest.mark.parametrize("entry", TABLE, ids=lambda e: f"{e.kernel}-{e.itemsize}-{e.max_columns}-{e.family}")
 def test_every_entry_serves_some_known_gpu(entry):
     columns = min(entry.max_columns, 1024)
     targets = [t for t in KNOWN_TARGETS.values() if entry.family in ("any", t.family)]
     valid = [
-        t for t in entry.tiles for g in targets if invalid_reason(entry.kernel, t, columns, entry.width, g) is None
+        t for t in entry.tiles for g in targets if invalid_reason(entry.kernel, t, columns, entry.itemsize, g) is None
     ]
     assert valid
 
@@ -63,11 +63,11 @@ def test_every_entry_serves_some_known_gpu(entry):
     ("change", "words"),
     [
         ({"rows": 48}, ["rows=48", "power of two"]),
-        ({"columns": 8}, ["columns=8", "16"]),
+        ({"features": 8}, ["features=8", "16"]),
         ({"rank": 24}, ["rank=24", "power of two"]),
         ({"warps": 3}, ["warps=3"]),
         ({"stages": 0}, ["stages=0"]),
-        ({"columns": 1024, "stages": 8}, ["shared memory", "232448"]),
+        ({"features": 1024, "stages": 8}, ["shared memory", "232448"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -120,7 +120,7 @@ def test_entries_survive_a_file(tiles_file):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[1]", '[{"kernel": "fused_forward"}]', '[{"kernel": "x", "width": 2, "max_columns": 9, "tiles": []}]'],
+    ["{", "[1]", '[{"kernel": "fused_forward"}]', '[{"kernel": "x", "itemsize": 2, "max_columns": 9, "tiles": []}]'],
     ids=["no JSON", "no entry", "half an entry", "no such kernel"],
 )
 def test_a_bad_file_is_an_error_that_names_it(tiles_file, text):
@@ -137,7 +137,7 @@ def test_the_tuner_takes_the_fastest_candidate_of_each_kernel_and_writes_the_tab
     measured = []
 
     def time_ms(launch):  # 32 columns are the fastest, then the fewest warps
-        return abs(launch.tile.columns - 32) + launch.tile.warps
+        return abs(launch.tile.features - 32) + launch.tile.warps
 
     entries = tune([LAYER], device, measured.append, time_ms, limit=3)
     launched = {choice.kernel for choice in choices_of(LAYER, device)}
@@ -165,9 +165,12 @@ def test_candidates_sum_in_registers_as_every_tile_of_the_table_does():
     for entry in TABLE:
         columns = min(entry.max_columns, 1024)
         for tile in entry.tiles:
-            assert sums_per_thread(entry.kernel, tile, columns) <= most_sums(entry.kernel, entry.width), (entry, tile)
+            assert sums_per_thread(entry.kernel, tile, columns) <= most_sums(entry.kernel, entry.itemsize), (
+                entry,
+                tile,
+            )
     choice = Choice("expand_columns", 64, 2, KNOWN_TARGETS["sm_90"], 8192, 2)
-    shapes = {(tile.rows, tile.columns, tile.warps) for tile in candidates(choice)}
+    shapes = {(tile.rows, tile.features, tile.warps) for tile in candidates(choice)}
     assert (128, 128, 4) in shapes and (128, 256, 8) in shapes
     assert (128, 256, 4) not in shapes, "256 sums a thread"
 

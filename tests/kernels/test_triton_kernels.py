@@ -47,22 +47,22 @@ DROPOUT = {"dropout_p": 0.3}
 
 #: Steps so short that small problems are split; few programs for the rest.
 SMALL_TILES = {
-    "project": Tile(rows=64, columns=16, warps=4, stages=2, rank=32),
-    "weight_gradient": Tile(rows=16, columns=64, warps=4, stages=2, rank=16),
-    "route_and_prefill": Tile(rows=64, columns=64, warps=4, stages=1),
-    "finish_hidden_gradient": Tile(rows=64, columns=16, warps=4, stages=1),
-    "expand_columns": Tile(rows=64, columns=128, warps=4, stages=1, rank=32),
+    "project": Tile(rows=64, features=16, warps=4, stages=2, rank=32),
+    "weight_gradient": Tile(rows=16, features=64, warps=4, stages=2, rank=16),
+    "route_and_prefill": Tile(rows=64, features=64, warps=4, stages=1),
+    "finish_hidden_gradient": Tile(rows=64, features=16, warps=4, stages=1),
+    "expand_columns": Tile(rows=64, features=128, warps=4, stages=1, rank=32),
 }
 
 #: More programs than add_splits and finish_balance take at once; more than one of the decoding forward.
 LOW_TILES = {
-    "fused_forward": Tile(rows=16, columns=64, warps=4, stages=2),
-    "fused_hidden_gradient": Tile(rows=16, columns=64, warps=4, stages=2),
-    "route_and_prefill": Tile(rows=16, columns=64, warps=4, stages=1),
+    "fused_forward": Tile(rows=16, features=64, warps=4, stages=2),
+    "fused_hidden_gradient": Tile(rows=16, features=64, warps=4, stages=2),
+    "route_and_prefill": Tile(rows=16, features=64, warps=4, stages=1),
 }
 
 #: Several blocks of columns even where there are few.
-NARROW = {"expand_columns": Tile(rows=64, columns=32, warps=4, stages=2, rank=32)}
+NARROW = {"expand_columns": Tile(rows=64, features=32, warps=4, stages=2, rank=32)}
 
 #: Layers that between them reach every kernel in every form; ``test_the_cases_reach_...`` says which.
 CASES: dict[str, dict] = {
@@ -386,7 +386,7 @@ def test_each_pass_equals_the_torch_backend_in_float64(dtype, target, dropout_p,
     # Further on each pass is given what the Triton passes before it wrote.
     given = doubled(Routing(*routing[:4], packed=routing.packed.new_empty(0)))
     gradient_64 = oracle.hidden_gradient(grad_y.double(), 0.7, exact, given, with_residual=True)
-    found = torch.cat([gradient.hidden_TR, gradient.logits_ET.t(), gradient.residual_TR0], dim=1)
+    found = torch.cat([gradient.grad_hidden_TR, gradient.logits_ET.t(), gradient.residual_TR0], dim=1)
     for name, part, expected in zip(
         ("dh", "dlogits", "dh0"), found.split([12, 4, 5], 1), gradient_64.columns.split([12, 4, 5], 1), strict=True
     ):
@@ -530,7 +530,7 @@ def test_masks_of_the_backward_equal_the_torch_backends_bit_for_bit(target, E, K
             hidden = torch.zeros(T, E, D, device=device)
             hidden[:, :, 1] = hidden_TE.to(device) * (slots >= 0)
             return TritonHiddenGradient(
-                hidden_TR=hidden.view(T, -1).to(dtype),
+                grad_hidden_TR=hidden.view(T, -1).to(dtype),
                 logits_ET=torch.zeros(E, T, device=device),
                 residual_TR0=None,
                 partial_B=None,

@@ -94,7 +94,7 @@ def run(problem, target, T, x, grad_y, base, dropout_p):
         needs = dict.fromkeys(("needs_A", "needs_B", "needs_router"), True)
         grads = passes.weight_gradients(x, grad_y, adapter, routing, gradient, **needs)
         grad_x = passes.input_prefill(adapter, routing, gradient)
-    hidden = (gradient.hidden_TR, gradient.logits_ET, gradient.residual_TR0)
+    hidden = (gradient.grad_hidden_TR, gradient.logits_ET, gradient.residual_TR0)
     return recorder.names, [y0, balance, *routing, *hidden, *grads, grad_x]
 
 def compare(form, target, T, N, M, strides, expected, K=2, dropout_p=0.0):

@@ -267,7 +267,7 @@ def hidden_gradient(v: SimpleNamespace, grad_weighted: Tensor, grad_residual: Te
     q = (v.weighted_ptr.double() * grad_weighted).view(T, v.E, v.D).sum(dim=2)
     grad_logits, scale = q - gate * q.sum(dim=1, keepdim=True), q.norm()
     if v.HAS_BALANCE:
-        b = v.balance_coefficient if v.grad_balance_ptr is None else v.grad_balance_ptr.double()
+        b = v.balance_gradient if v.grad_balance_ptr is None else v.grad_balance_ptr.double()
         probs, c = v.probs_ptr.t().double(), b * v.E / T * v.load_E_ptr.double()
         grad_logits = grad_logits + probs * (c - (probs @ c)[:, None])
         scale = scale + (probs * c).norm()
@@ -352,7 +352,7 @@ def expand_columns(v: SimpleNamespace) -> list[Check]:
     else:
         y = sum(((hidden * c) @ W) * keep for keep, c in in_slots(v, v.gate_ptr, N, R // v.E))
     if v.R0:
-        y = y + v.residual_ptr.double() @ rounded(v.W0_ptr, dtype)
+        y = y + v.residual_ptr.double() @ rounded(v.V_ptr, dtype)
     if v.logits_ptr is not None:
         y = y + rounded(v.logits_ptr.t(), dtype) @ rounded(v.router_ptr[: v.E], dtype)
     return [Check("out", v.out_ptr, y + onto_of(v))]

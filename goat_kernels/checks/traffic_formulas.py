@@ -11,7 +11,7 @@ masked off do not. Its kinds of tensors are
     gradient  of the adapter, and the partial sums of it
     scalars   seed, scaling per expert, load and balance loss; most plans leave them out
 
-A new kernel, or another way through memory in an old one, is an entry in ``PLANS``; ``traffic.py`` counts the rest.
+A new kernel, or another way through memory in an old one, is an entry in ``FORMULAS``; ``traffic.py`` counts the rest.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _add_splits(v) -> dict:
 
 
 #: Kernel -> (its plan, the kinds of its pointer arguments where they are others than in ``_POINTERS``).
-PLANS: dict[str, tuple[Callable[[SimpleNamespace], dict], dict[str, str]]] = {
+FORMULAS: dict[str, tuple[Callable[[SimpleNamespace], dict], dict[str, str]]] = {
     "pack_adapter": (_pack_adapter, {"out_ptr": "adapter"}),
     "fused_forward": (_fused_forward, {}),
     "finish_balance": (_finish_balance, {}),
@@ -192,7 +192,7 @@ def planned(launch: Launch) -> dict[str, tuple[int, int]]:
     for name in [name for name in values if name.endswith("_ptr")]:
         tensor = values.pop(name)
         values[name.removesuffix("_ptr") + "_bytes"] = 0 if tensor is None else tensor.element_size()
-    return PLANS[launch.name][0](SimpleNamespace(**values))
+    return FORMULAS[launch.name][0](SimpleNamespace(**values))
 
 
 def pointer_kinds(launch: Launch) -> dict[str, str]:
@@ -201,5 +201,5 @@ def pointer_kinds(launch: Launch) -> dict[str, str]:
     Raises:
         KeyError: a kernel or a pointer that has no entry here.
     """
-    kinds = {**_KINDS, **PLANS[launch.name][1]}
+    kinds = {**_KINDS, **FORMULAS[launch.name][1]}
     return {name: kinds[name] for name, value in launch.arguments.items() if isinstance(value, Tensor)}
