@@ -98,6 +98,7 @@ class Block(nn.Module):
         return self.outer(torch.tanh(self.inner(x)).mul(1.5))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("residual", ["path", "fold"])

@@ -179,6 +179,7 @@ def test_a_compiled_layer_follows_train_eval_and_the_balance_scale():
 # --- checkpoints, statistics and the balance scale ----------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"scaling": "goat_s"}, {"init": "hydralora"}], ids=str)
 @pytest.mark.parametrize("use_twice", [False, True])
 def test_a_checkpointed_model_compiles_whole(options, use_twice):

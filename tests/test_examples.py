@@ -31,6 +31,7 @@ def test_there_are_three_short_examples():
     assert max(scripts.values()) <= 60
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["goat_linear_loop.py", "peft_trainer.py"])
 def test_training_lowers_the_loss(script, tmp_path):
     printed = _run(script, tmp_path)

@@ -74,6 +74,7 @@ def test_the_oracle_imports_nothing_of_the_package():
     assert _imports(PACKAGE / "reference.py") == set()
 
 
+@pytest.mark.long
 def test_importing_the_package_needs_torch_alone():
     code = (
         "import sys\n"
@@ -103,6 +104,7 @@ def _snippets() -> list:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("snippet", _snippets())
 def test_documented_snippets_run(snippet, tmp_path):
     done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path, timeout=300)
@@ -147,6 +149,7 @@ pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tes
 """
 
 
+@pytest.mark.long
 def test_what_runs_on_a_gpu_where_there_is_one_has_the_mark_there():
     done = subprocess.run([sys.executable, "-c", COLLECT], capture_output=True, text=True, cwd=ROOT)
     collected = {line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line}

@@ -237,6 +237,7 @@ def test_what_the_fused_backward_cannot_do_says_what_can():
         gradient.sum().backward()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_compiled_transform_is_right_or_says_that_it_cannot_be(training):
     model, _ = build("path", training)
@@ -266,6 +267,7 @@ def gradients_by_name(module, run, x):
     return {"output": output.detach()} | {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", CASES)

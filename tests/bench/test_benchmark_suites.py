@@ -91,6 +91,7 @@ def test_launches_of_our_kernels_are_counted(device):
     assert memory.triton_launches(lambda: layer(torch.randn(1, 32, device=device))) == 2
 
 
+@pytest.mark.long
 def test_the_hosts_time_is_that_of_calls_that_compute_what_they_should(quick_run):
     rows = [row for row in results.read_rows(quick_run) if row["suite"] == "host"]
     names = {row["contender"] for row in rows if "time_ms_p50" in row}

@@ -33,6 +33,7 @@ def _cache(tmp_path_factory):
         yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", SAMPLE)
 def test_quick_run_is_complete_and_resumes(task, tmp_path, monkeypatch):
     command = ["--quick", "--only", task, "--methods", "head", "lora", "goat", "--results", str(tmp_path)]
@@ -63,6 +64,7 @@ def test_a_run_repeated_gives_the_same_scores(tmp_path):
     assert one[1]["losses"] != one[2]["losses"]  # the seeds differ
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.config is not None])
 @pytest.mark.parametrize("task", SAMPLE)
 def test_methods_train_as_many_parameters_as_their_size_says(method, task):

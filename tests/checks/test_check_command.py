@@ -164,6 +164,7 @@ def test_the_exit_code_of_the_interpreting_process_is_passed_on(monkeypatch):
 # --- traffic ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_traffic_in_a_process_of_its_own(tmp_path):
     done = run_check("--traffic", "--dtype", "float32", "--json", "rows.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

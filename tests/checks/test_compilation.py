@@ -34,6 +34,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.long
 def test_every_kernel_compiles_for_every_target_without_a_fault(tmp_path):
     command = [sys.executable, "-m", "goat_kernels", "check", "--compile", "--json", str(tmp_path / "rows.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

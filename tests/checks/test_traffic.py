@@ -38,6 +38,7 @@ def counted():
     return of
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_launch_moves_what_its_tiles_imply(case, counted):
     rows = counted(case)

@@ -96,6 +96,7 @@ def send(monkeypatch, phase: str, number: signal.Signals, *, times: int = 1, aft
     monkeypatch.setattr(module, name, with_signal)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("phase", PHASES)
 def test_ctrl_c_in_any_phase(phase, place, whole, monkeypatch, capsys):
     if phase == "pretraining":
@@ -133,6 +134,7 @@ def killed_within_the_checkpoint_of(step: int):
     return half
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("phase", ["checkpoint", "saving", "loading-back", "evaluating", "figure"])
 def test_a_killed_run_goes_on_to_the_same_end(phase, place, whole, monkeypatch):
@@ -149,6 +151,7 @@ def test_a_killed_run_goes_on_to_the_same_end(phase, place, whole, monkeypatch):
     goes_on_to_the_same_end(whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [100, 5000, 60000], ids=["first-file", "adapter", "optimizer"])
 def test_a_full_disk_is_one_line_and_no_loss(size, place, whole, capsys):
     with no_file_longer_than(size):

@@ -114,6 +114,7 @@ def test_the_head_alone_moves_nothing_else(tiny_demo):
     }
 
 
+@pytest.mark.long
 def test_second_run_takes_the_pretrained_model_from_the_cache(tiny_demo, capsys, monkeypatch):
     assert finetune("--methods", "lora", "--output", "first") == 0
     assert "(new)" in capsys.readouterr().out
@@ -125,6 +126,7 @@ def test_second_run_takes_the_pretrained_model_from_the_cache(tiny_demo, capsys,
     assert_same_weights(weights(tiny_demo / "first", "lora"), weights(tiny_demo / "second", "lora"))
 
 
+@pytest.mark.long
 def test_another_pretraining_has_another_place_in_the_cache(tiny_demo, monkeypatch):
     assert finetune("--methods", "head", "--output", "first") == 0
     monkeypatch.setattr(demo, "PRETRAINING", demo.Pretraining(**{**vars(TINY), "steps": 2}))
@@ -142,6 +144,7 @@ def test_interrupted_pretraining_leaves_no_cache_entry(tiny_demo, monkeypatch):
     assert not (tiny_demo / "goat-output").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["full", "goat"])
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(tiny_demo, capsys, monkeypatch, method):
     # Dropout makes the random state matter; 5 batches of 200 cross an epoch (899 images) at step 5.
@@ -197,6 +200,7 @@ def test_half_written_checkpoint_is_not_resumed_from(tmp_path):
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
+@pytest.mark.long
 def test_existing_results_are_kept_unless_overwriting_is_asked_for(tiny_demo, capsys):
     assert finetune("--methods", "head") == 0
     results = tiny_demo / "goat-output" / "results.json"
@@ -268,6 +272,7 @@ SIGINT_SCRIPT = textwrap.dedent(
 )
 
 
+@pytest.mark.long
 def test_sigint_to_the_process_leaves_a_checkpoint(tmp_path):
     """What a terminal does on Ctrl-C, from outside, at a moment nobody chose; the network is asked nothing."""
     environment = {**os.environ, CACHE_VARIABLE: str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}

@@ -50,6 +50,7 @@ def adapter_json(method: str = "goat") -> dict:
     return json.loads(Path(f"goat-output/{method}/adapter/adapter_config.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
 def test_every_method_trains_and_loads_back(bert):
     data = write_reviews("reviews.csv", reviews())
     arguments = ["--task", "text-classification", "--model", bert, "--data", data, "--rank", "8", "--experts", "4"]

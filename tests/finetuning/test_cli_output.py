@@ -35,6 +35,7 @@ MINE = (
 )
 
 
+@pytest.mark.long
 def test_overwriting_keeps_what_the_command_did_not_write(tiny_demo, capsys):
     assert finetune("--methods", "full,lora", "--save-steps", "2", "--max-steps", "2") == 0
     mine = [write(f"goat-output/{name}") for name in MINE]
@@ -48,6 +49,7 @@ def test_overwriting_keeps_what_the_command_did_not_write(tiny_demo, capsys):
     assert {"lora/result.json", "lora/adapter/adapter_model.safetensors", "goat/result.json"} <= files("goat-output")
 
 
+@pytest.mark.long
 def test_overwriting_leaves_nothing_of_an_interrupted_run(tiny_demo, capsys):
     assert finetune("--methods", "head") == 0
     for left in (
@@ -65,6 +67,7 @@ def test_overwriting_leaves_nothing_of_an_interrupted_run(tiny_demo, capsys):
     assert {path.name for path in Path("goat-output").iterdir()} == {"run.json", "head", "results.json", "results.png"}
 
 
+@pytest.mark.long
 def test_overwriting_removes_a_link_and_never_its_target(tiny_demo):
     assert finetune("--methods", "head") == 0
     report = write("elsewhere/report.json")
@@ -117,6 +120,7 @@ def test_another_thing_under_a_name_of_the_commands_is_refused_before_training(n
     assert path.read_text() == "mine" and files("goat-output") == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("option", ["--overwrite", "--resume"])
 def test_a_link_to_a_folder_where_a_file_goes_is_replaced(option, tiny_demo):
     assert finetune("--methods", "head") == 0

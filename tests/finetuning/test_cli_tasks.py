@@ -253,6 +253,7 @@ def test_options_reach_the_saved_adapter_and_it_loads_back_in_bfloat16():
     assert results()["methods"][0]["reload_bit_equal"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("excluded", "left"),
     [

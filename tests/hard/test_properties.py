@@ -25,6 +25,7 @@ def test_any_layer_on_the_torch_backend_equals_the_oracle(layer):
     check(layer, torch.device("cpu"))
 
 
+@pytest.mark.long
 @given(layer=layers("triton"))
 def test_any_layer_on_the_triton_backend_equals_the_oracle(layer, device):
     check(layer, device)

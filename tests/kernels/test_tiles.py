@@ -133,6 +133,7 @@ def test_a_bad_file_is_an_error_that_names_it(tiles_file, text):
 LAYER = LayerCase(100, 64, 64, R=8, path=False, dtype=torch.float32)
 
 
+@pytest.mark.long
 def test_the_tuner_takes_the_fastest_candidate_of_each_kernel_and_writes_the_tables_form(device, tmp_path):
     measured = []
 

@@ -105,6 +105,7 @@ def test_output_balance_loss_and_gradients_equal_the_oracle(case, device):
         assert outcome.gradients[name].dtype == getattr(problem, name).dtype, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", [{}, {"R0": 8, "per_expert": True, "K": 3}], ids=["plain", "residual"])
@@ -206,6 +207,7 @@ def forward_of(problem, device, target):
     return y0.cpu(), routing._replace(**{name: getattr(routing, name).cpu() for name in routing._fields})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("target", "dtype"),
     [(ONE_PROCESSOR, F16), (ONE_PROCESSOR, BF16), (MANY_PROCESSORS, BF16)],
@@ -350,6 +352,7 @@ def assert_subset(outcome: Outcome, everything: Outcome, needs: tuple[str, ...])
     assert_outcomes_identical(outcome, replace(everything, gradients=gradients))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("R0", [None, 3], ids=["fold", "path"])
 @pytest.mark.parametrize("size", range(7))
 def test_every_subset_of_gradients_launches_what_it_needs_and_equals_all(size, R0, device):
@@ -369,6 +372,7 @@ def everything_over_a_packed_adapter(device):
     return problem, run_triton(problem, device, ONE_PROCESSOR, observer=Recorder())[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("needs", ADAPTER_SUBSETS[1:], ids="+".join)
 def test_subsets_of_gradients_over_a_packed_adapter_equal_all(needs, device):
     problem, everything = everything_over_a_packed_adapter(device)
@@ -429,6 +433,7 @@ def run_with_strides(problem, x, grad_like, target, *, base=None, dropout_p=0.0)
     return Outcome(routed.output.detach().cpu(), routed.balance_loss.detach().cpu(), gradients), recorder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["fused", "staged"])
 @pytest.mark.parametrize("kind", STRIDED)
 def test_any_strides_of_x_give_the_oracles_result(kind, form, device):
@@ -445,6 +450,7 @@ def test_any_strides_of_x_give_the_oracles_result(kind, form, device):
     assert_outcomes_agree(found, evaluate_oracle(problem, selection=selection_of(recorder, problem)), BF16)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("K", [2, 3], ids=["fused", "staged"])
 @pytest.mark.parametrize("kind", ["transposed", "every-second-column"])
 def test_any_strides_of_x_give_the_contiguous_result_under_dropout(kind, K, device):
@@ -459,6 +465,7 @@ def test_any_strides_of_x_give_the_contiguous_result_under_dropout(kind, K, devi
     assert_same_kernels(*outcomes, BF16)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["fused", "staged"])
 @pytest.mark.parametrize("kind", STRIDED[:6])
 def test_a_gradient_and_a_base_output_may_have_any_strides(kind, form, device):
@@ -476,6 +483,7 @@ def test_a_gradient_and_a_base_output_may_have_any_strides(kind, form, device):
     assert_same_kernels(found, expected, BF16)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["fused", "staged"])
 def test_strides_hold_from_block_to_block(form, device):
     """Wider than a program's block of columns: the step from one to the next has the stride in it, too."""
@@ -490,6 +498,7 @@ def test_strides_hold_from_block_to_block(form, device):
     assert_outcomes_identical(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_parameters_may_have_any_strides(form, device):
     T, target = FORMS[form]
@@ -517,6 +526,7 @@ def test_parameters_may_have_any_strides(form, device):
 # --- dropout ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "K"), [(F32, 2), (F32, 3), (F16, 2), (BF16, 1), (BF16, 3), (BF16, 5)], ids=str)
 def test_dropout_equals_the_torch_backend_and_the_oracle_with_the_same_seed(dtype, K, device, monkeypatch):
     monkeypatch.setattr("goat_kernels.functional.draw_seed", lambda device: SEED.to(device))
@@ -530,6 +540,7 @@ def test_dropout_equals_the_torch_backend_and_the_oracle_with_the_same_seed(dtyp
         assert_outcomes_agree(outcome, evaluate_oracle(problem, selection=selection, dropout_masks=masks), dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 @pytest.mark.parametrize(("K", "balance_coefficient"), [(2, 0.5), (3, 0.0)])
 def test_activation_checkpointing_sees_the_same_mask(K, balance_coefficient, use_reentrant, device, monkeypatch):

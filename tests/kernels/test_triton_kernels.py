@@ -140,6 +140,7 @@ def fixed_seed(monkeypatch):
     monkeypatch.setattr("goat_kernels.functional.draw_seed", lambda device: SEED.to(device))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_every_launch_of_a_layer_means_what_it_says(case, device, fixed_seed):
     of_problem, options = parts_of(case)

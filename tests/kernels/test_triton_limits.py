@@ -68,7 +68,7 @@ def options_of(problem) -> dict:
 #: Run in a process of its own, which dies where a kernel's offsets overflow. What it passed, it prints.
 BEYOND_INT32 = '''
 import mmap, sys
-sys.path.insert(0, "@tests@")
+sys.path[:0] = "@tests@".split(":")
 import torch
 from goat_problems import make_problem
 from test_triton_kernels import adapter_of
@@ -133,11 +133,13 @@ compare("dropout", MANY_PROCESSORS, 3, 140, 139, far, ["dropped_hidden"], K=3, d
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("calls", [ROWS, COLUMNS], ids=["rows", "columns"])
 def test_strides_may_pass_two_to_the_31_elements(calls, device):
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of GPU memory")
-    code = BEYOND_INT32.replace("@tests@", str(Path(goat_problems.__file__).parent)).replace("@calls@", calls)
+    folders = os.pathsep.join([str(Path(goat_problems.__file__).parent), str(Path(__file__).parent)])
+    code = BEYOND_INT32.replace("@tests@", folders).replace("@calls@", calls)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=600)
     assert done.stdout.split() == ["few", "fused", "staged", "dropout"], (done.returncode, done.stderr[-2000:])
     assert done.returncode == 0, done.stderr[-2000:]
@@ -169,6 +171,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtypes", [HALF, {"dtype": F16}, {"dtype": F32}], ids=["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("target", KNOWN_TARGETS.values(), ids=KNOWN_TARGETS.keys())
 def test_every_rank_up_to_512_has_valid_tiles_on_every_known_gpu(target, dtypes, device):
@@ -464,6 +467,7 @@ def compiled_on(device, counter="aot_eager", **options):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case",
     [
@@ -493,6 +497,7 @@ def test_dropout_compiles(device):
     assert_outcomes_agree(*outcomes, F32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dynamic", "tokens"), [(None, (5, 7, 64, 65, 30)), (True, (6, 70))], ids=["automatic", "dynamic"]
 )
@@ -511,6 +516,7 @@ def test_the_number_of_tokens_is_dynamic(dynamic, tokens, device):
     assert graphs[-1] - graphs[first] <= 1, f"at most one more where the adapter begins to be packed: {graphs}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.usefixtures("_no_compiled_code")
 @pytest.mark.filterwarnings("ignore")
@@ -577,6 +583,7 @@ OPERATOR_CASES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "requires_grad"),
     [*((case, False) for case in OPERATOR_CASES.values()), (OPERATOR_CASES["path"], True)],

@@ -131,6 +131,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_pass_looks_at_has_a_plan_of_its_own(change, passes, device, monkeypatch):
     problem = make_problem(T=70, R0=4, dtype=F32)

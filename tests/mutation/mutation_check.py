@@ -113,6 +113,8 @@ class Copy:
             sys.executable,
             "-m",
             "pytest",
+            "-m",
+            "",  # the long tests too
             "-x",
             "-q",
             "--tb=line",

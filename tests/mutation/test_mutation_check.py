@@ -37,6 +37,7 @@ def test_a_mutant_whose_line_is_gone_is_an_error(tmp_path):
             list(check([gone], tmp_path))
 
 
+@pytest.mark.long
 def test_caught_and_survived_are_told_apart(tmp_path):
     before = (ROOT / "goat_kernels" / "rules.py").read_text()
     harmless = Mutant(

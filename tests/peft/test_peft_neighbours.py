@@ -204,6 +204,7 @@ print(type(model.base_model).__name__)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "imports",
     [
@@ -223,6 +224,7 @@ def test_importing_the_package_does_not_import_peft():
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
+@pytest.mark.long
 def test_peft_can_be_imported_where_our_half_cannot():
     code = "import sys\nsys.modules['goat_kernels.peft'] = None\nimport goat_kernels, peft\nprint(peft.LoraConfig().r)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -230,6 +232,7 @@ def test_peft_can_be_imported_where_our_half_cannot():
     assert "GOAT could not be registered with PEFT" in done.stderr
 
 
+@pytest.mark.long
 def test_the_model_card_tells_a_process_without_the_package(saved):
     done = run("import peft" + LOAD.format(folder=str(saved)))
     assert "KeyError: 'GOAT'" in done.stderr

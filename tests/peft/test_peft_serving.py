@@ -50,6 +50,7 @@ def test_generation_with_a_cache_is_generation_without(beams, residual):
         assert not torch.equal(with_cache, model.generate(input_ids=ids, use_cache=True, **options))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [None, {}, {"residual": "fold"}, {"scaling": "goat_s"}], ids=["lora", *"pfs"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.filterwarnings("ignore")

@@ -65,6 +65,7 @@ def llama(**options):
     return model.train()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"balance_coefficient": 0.1}, {"lora_dropout": 0.2}], ids=str)
 def test_a_checkpointed_llama_compiles_whole_and_injects_with_the_scale_of_its_loss(options):
     torch._dynamo.reset()

@@ -116,6 +116,7 @@ def test_checkpoint_around_the_whole_model(use_reentrant, monkeypatch):
     assert_equal_gradients(gradients(model), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parts", ["model", "layers"])
 def test_compiled(parts, monkeypatch):
     model = goat_model("llama")
