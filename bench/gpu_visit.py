@@ -80,7 +80,7 @@ def steps_of_visit(folder: Path, *, quick: bool) -> list[Step]:
         suite("memory", 20),
         suite("tuning", 60),
         suite("scaling", 60),
-        Step("other tests on the GPU", (*tests, "-m", "gpu and not long", "tests/kernels", "tests"), 150),
+        Step("other tests on the GPU", (*tests, "-m", "gpu", "tests/kernels", "tests"), 150),
         Step(
             "compiled layers",
             (*bench, "--suite", "layer", "--shape", "8192,4096,4096,32", "--without", "loop", "lora", "graph"),

@@ -331,6 +331,7 @@ def test_opcheck_of_the_forward_operator(case, requires_grad):
     torch.library.opcheck(torch.ops.goat_kernels.forward.default, (x, *flattened(layer), "torch"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("needs", [[True] * 6, [False, False, False, True, True, True], [True] + [False] * 5], ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("case", OPERATOR_CASES.values(), ids=OPERATOR_CASES.keys())
@@ -370,6 +371,7 @@ def test_meta_shapes_and_layouts_equal_the_real_ones():
         assert described[0] == described[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_statistics_of_a_compiled_forward(compiler, dtype):

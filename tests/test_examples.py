@@ -41,6 +41,7 @@ def test_training_lowers_the_loss(script, tmp_path):
         assert "the reloaded model gives the same outputs: True" in printed
 
 
+@pytest.mark.long
 def test_the_check_of_the_gpu_runs_in_the_interpreter_too(tmp_path):
     printed = _run("check_my_gpu.py", tmp_path)
     assert "device: " in printed and "WRONG" not in printed

@@ -250,6 +250,7 @@ def test_two_runs_are_bitwise_equal():
 SECOND_ORDER_TARGETS = ("x", "weight", "lora_A", "lora_B", "router")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", SECOND_ORDER_TARGETS)
 @pytest.mark.parametrize("of", ["x", "lora_A", "lora_B", "router"])
 def test_a_second_derivative_raises_rather_than_being_wrong(of, target, backend, device):

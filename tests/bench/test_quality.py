@@ -56,6 +56,7 @@ def test_quick_run_is_complete_and_resumes(task, tmp_path, monkeypatch):
     assert (tmp_path / f"{task}.jsonl").read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_run_repeated_gives_the_same_scores(tmp_path):
     for name in ("one", "two"):
         run_task("digits-rare", [MAIN["goat"]], tmp_path / name, quick=True, device="cpu")
@@ -81,6 +82,7 @@ def test_methods_train_as_many_parameters_as_their_size_says(method, task):
     assert trainable_parameters(model) < sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["pissa", "milora", "lora", "rslora", "dora", "molora", "hydralora"])
 def test_methods_start_at_the_pretrained_model(method):
     """Of all methods GOAT alone does not: it starts there in expectation over the routing."""

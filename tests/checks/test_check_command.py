@@ -71,6 +71,7 @@ def test_the_whole_table(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+@pytest.mark.long
 def test_without_triton_the_torch_backend_is_checked_alone():
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -115,6 +116,7 @@ def test_all_is_well_with_one_case(one_case, capsys):
     assert re.search(told, output, re.M)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrong", [1.001, float("nan")], ids=["wrong", "nan"])
 def test_a_wrong_gradient_of_lora_B_is_named(one_case, monkeypatch, capsys, tmp_path, wrong):
     broken_by(monkeypatch, "weight_gradients", lambda grads: (grads[0], grads[1] * wrong, grads[2]))
@@ -175,6 +177,7 @@ def test_traffic_in_a_process_of_its_own(tmp_path):
     assert {"kernel", "what", "read_bytes", "once_bytes", "passed"} <= rows_of(tmp_path / "rows.jsonl")[0].keys()
 
 
+@pytest.mark.long
 @needs_interpreter
 def test_a_kernel_that_reads_twice_fails_the_traffic_check(monkeypatch, capsys):
     case = next(case for case in traffic.CASES if case.layer.dtype == torch.float32)

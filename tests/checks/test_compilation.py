@@ -107,6 +107,7 @@ from goat_kernels.kernels.tiles import Tile
 """
 
 
+@pytest.mark.long
 def test_a_tile_that_spills_is_noticed():
     code = """
 layer = LayerCase(8192, 4096, 4096, R=128)
@@ -117,6 +118,7 @@ with forced_tile("expand_columns", Tile(128, 128, 4, 2, 64)):
     assert compiling(IMPORTS + code).startswith("spills")
 
 
+@pytest.mark.long
 def test_arguments_are_specialised_as_triton_would():
     code = """
 layer = LayerCase(64, 48, 50, R=8, path=False, dtype=torch.float16)
@@ -151,6 +153,7 @@ print(json.dumps(texts))
     return json.loads(compiling(IMPORTS + code))
 
 
+@pytest.mark.long
 def test_shares_of_tokens_and_gates_are_divided_exactly(texts):
     """A GPU's plain division is up to two units in the last place off, which no interpreter shows."""
     exact = {name: text["ptx"].count("div.rn.f32") for name, text in texts.items()}

@@ -47,6 +47,7 @@ def test_a_diverging_method_is_stopped_and_reported_and_the_others_go_on(tiny_de
     assert (output / "results.png").is_file() and not (output / "lora" / "adapter").exists()
 
 
+@pytest.mark.long
 def test_a_resumed_run_reads_back_what_diverged(tiny_demo, capsys):
     options = [*DIVERGING, "--max-steps", "6"]
     assert finetune(*options) == 1
@@ -60,6 +61,7 @@ def test_a_resumed_run_reads_back_what_diverged(tiny_demo, capsys):
     assert strict_json(output / "results.json")["methods"] == first
 
 
+@pytest.mark.long
 def test_weights_that_the_last_step_breaks_are_a_divergence_too(tiny_demo):
     assert finetune("--methods", "full", "--learning-rate", "1e39", "--warmup", "0", "--max-steps", "1") == 1
     (row,) = strict_json(tiny_demo / "goat-output" / "results.json")["methods"]
@@ -67,6 +69,7 @@ def test_weights_that_the_last_step_breaks_are_a_divergence_too(tiny_demo):
     assert not (tiny_demo / "goat-output" / "full" / "model").exists()
 
 
+@pytest.mark.long
 def test_the_checkpoint_before_the_divergence_stays(tiny_demo, capsys):
     assert finetune("--methods", "lora", "--learning-rate", "lora=1e30", "--save-steps", "1", "--max-steps", "20") == 1
     (row,) = strict_json(tiny_demo / "goat-output" / "results.json")["methods"]
@@ -76,6 +79,7 @@ def test_the_checkpoint_before_the_divergence_stays(tiny_demo, capsys):
     assert checkpoint.name in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_no_checkpoint_has_weights_that_are_not_finite(tiny_demo):
     options = ["--methods", "full", "--learning-rate", "1e39", "--warmup", "0", "--save-steps", "1", "--max-steps", "5"]
     assert finetune(*options) == 1
@@ -91,6 +95,7 @@ def test_a_pretraining_that_diverges_is_not_cached(tiny_demo, monkeypatch, capsy
     assert not list((tiny_demo / "cache").iterdir())
 
 
+@pytest.mark.long
 def test_outputs_that_are_nan_before_and_after_are_bit_equal(tiny_demo, monkeypatch):
     real = run.outputs
 

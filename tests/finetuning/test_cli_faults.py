@@ -111,6 +111,7 @@ def test_ctrl_c_in_any_phase(phase, place, whole, monkeypatch, capsys):
     goes_on_to_the_same_end(whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("phase", ["building", "saving"])
 def test_ctrl_c_twice_does_not_wait(phase, place, whole, monkeypatch, capsys):
     with monkeypatch.context() as patch:

@@ -103,6 +103,7 @@ def test_demo_leaves_table_figure_numbers_and_models(tiny_demo, capsys):
     assert not list(output.rglob("checkpoint*")) and not list(output.rglob("*.tmp"))
 
 
+@pytest.mark.long
 def test_the_head_alone_moves_nothing_else(tiny_demo):
     assert finetune("--methods", "head") == 0
     trained = weights(tiny_demo / "goat-output", "head")
@@ -171,6 +172,7 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tiny_demo, capsys, m
         assert whole[field] == parts[field]
 
 
+@pytest.mark.long
 def test_interrupt_while_evaluating_keeps_the_training(tiny_demo, monkeypatch):
     from goat_kernels.finetuning import run
 
@@ -225,6 +227,7 @@ def test_overwrite_never_removes_a_foreign_folder(tiny_demo, capsys):
     assert (tiny_demo / "photos" / "cat.txt").read_text(encoding="utf-8") == "meow"
 
 
+@pytest.mark.long
 def test_resume_refuses_other_options(tiny_demo, capsys):
     assert finetune("--methods", "head") == 0
     assert finetune("--methods", "head", "--seed", "3", "--resume") == 2
@@ -236,6 +239,7 @@ def test_resume_needs_a_run(tiny_demo, capsys):
     assert "--resume: --output 'goat-output' holds no run" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_reload_that_differs_is_reported(tiny_demo, capsys, monkeypatch):
     from goat_kernels.finetuning import run
 

@@ -90,6 +90,7 @@ def test_options_go_before_the_recipe():
     assert options("--recipe", "image", "--data", "somewhere", "--rank", "32").rank == 32
 
 
+@pytest.mark.long
 def test_recipe_image_on_a_tiny_clip(photos):
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -102,6 +103,7 @@ def test_recipe_image_on_a_tiny_clip(photos):
     assert adapter_json()["modules_to_save"] == ["classifier"]
 
 
+@pytest.mark.long
 def test_recipe_glue_on_a_tiny_roberta_and_pairs():
     torch.manual_seed(0)
     save_tokenizer("roberta")
@@ -121,6 +123,7 @@ def test_recipe_glue_on_a_tiny_roberta_and_pairs():
     assert all(row["reload_bit_equal"] for row in results()["methods"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("recipe", "targets"), [("nlg", 7), ("commonsense", 5)])
 def test_recipes_of_generation_on_a_tiny_llama(recipe, targets):
     rows = [{"prompt": "the film", "response": row["review"]} for row in reviews()]

@@ -131,6 +131,7 @@ def test_a_link_to_a_folder_where_a_file_goes_is_replaced(option, tiny_demo):
     assert figure.is_file() and not figure.is_symlink() and note.read_text() == "mine"
 
 
+@pytest.mark.long
 def test_overwriting_refuses_what_lies_among_checkpoints(tiny_demo, capsys):
     assert finetune("--methods", "head") == 0
     note = write("goat-output/lora/checkpoints/checkpoint-3/note.txt")
@@ -177,6 +178,7 @@ def test_inputs_in_the_output_folder_are_refused(arguments, part, resume, run_wi
     assert files(".") == before
 
 
+@pytest.mark.long
 def test_a_run_of_before_an_option_was_there_can_be_resumed(tiny_demo, capsys):
     assert finetune("--methods", "head") == 0
     file = Path("goat-output/run.json")

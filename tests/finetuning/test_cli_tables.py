@@ -226,6 +226,7 @@ def test_positions_are_those_that_the_model_has():
     assert text_limits(config, AutoModelForSequenceClassification) == (11, 16)
 
 
+@pytest.mark.long
 def test_texts_longer_than_the_model_are_cut_and_counted(capsys):
     rows = reviews(30)
     for i in (3, 4, 20):
@@ -263,6 +264,7 @@ def test_a_length_without_room_for_a_text_is_refused(task, columns, least, bert,
     assert "--max-length 1 leaves no room for a text; it needs at least 2" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "columns"), [("text-classification", "text"), ("causal-lm", "text"), ("causal-lm", "text,label")]
 )

@@ -151,6 +151,7 @@ def test_held_out_data_of_ones_own(bert):
     assert results()["methods"][0]["held_out_examples"] == 20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_causal_lm_reports_perplexity(kind):
     with open("text.txt", "w", encoding="utf-8") as file:
@@ -179,6 +180,7 @@ def photos() -> str:
     return "photos"
 
 
+@pytest.mark.long
 def test_image_folder(vit, photos):
     arguments = ["--task", "image-classification", "--model", vit, "--data", photos]
     assert finetune(*arguments, "--methods", "lora,goat", "--max-steps", "30", "--learning-rate", "1e-2") == 0
@@ -292,6 +294,7 @@ def test_excluded_modules_come_on_top_of_the_head(bert):
     assert any("classifier" in name for name in saved), "the head is trained in full"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("given", "eta"), [((), 1.0), (("--eta", "0.25"), 0.25)], ids=["default", "given"])
 def test_eta_is_the_papers_unless_given(bert, given, eta):
     data = write_reviews("reviews.csv", reviews())

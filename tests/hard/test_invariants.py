@@ -75,6 +75,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_tokens_adapter_term_depends_on_neither_its_place_nor_the_batch(batch, device):
     """To the bit, forward and backward. The base product, whose vendor promises no such thing, is silenced."""
@@ -142,6 +143,7 @@ def is_clear(problem) -> bool:
     return bool((gap > 10 * SELECTION_GAP[F32] * ordered.abs().max()).all())
 
 
+@pytest.mark.long
 @few
 @given(case=sizes, data=st.data())
 def test_experts_may_change_places(backend, case, data, device):

@@ -117,6 +117,7 @@ def measured_peaks(backend: str, dtype: torch.dtype, T, N, M, R, E) -> tuple[int
     return of_forward, peak_bytes(lambda: torch.autograd.backward(list(result), ones), CPU), partial
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", PEAK_SIZES.values(), ids=PEAK_SIZES.keys())
 @pytest.mark.usefixtures("_nothing_runs")
 def test_the_peak_of_the_torch_backend_to_the_byte(change):
@@ -150,6 +151,7 @@ def test_the_peak_of_the_triton_backend_to_the_byte(change, device):
 # --- over time ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's own objects, looked at from outside
 def test_a_thousand_steps_leave_nothing_behind(backend, device):
     """No tensor and no memory of Python: under Triton on the host side of every launch, without the kernels."""
@@ -175,6 +177,7 @@ def test_a_thousand_steps_leave_nothing_behind(backend, device):
     assert grown < 900, f"{grown} more blocks of Python's memory after 1000 steps"  # lists of free objects still fill
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_leak_of_one_small_tensor_a_step_would_be_seen(monkeypatch):
     """The test above can fail: a pass that keeps one small tensor a step is noticed."""

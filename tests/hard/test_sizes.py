@@ -52,6 +52,7 @@ def test_131072_features(backend, device):
         agree(problem, backend, device, needs=("x", "lora_A", "lora_B", "router"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("T", [3, 70])
 def test_64_experts_of_rank_8(backend, T, device):
     agree(make_problem(T, 24, 20, R=512, E=64, K=8, R0=512, dtype=BF16, adapter_dtype=F32), backend, device)

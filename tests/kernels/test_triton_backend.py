@@ -124,6 +124,7 @@ def test_the_error_is_at_most_twice_that_of_torch_in_the_same_dtype(case, form, 
     assert not worse, "name: (error, torch's)"
 
 
+@pytest.mark.long
 def test_one_hot_expert_and_experts_without_tokens(device):
     for T, target in FORMS.values():
         problem = make_problem(T, N=21, M=9, R=8, E=4, K=1, R0=3, **HALF)
@@ -139,6 +140,7 @@ def test_one_hot_expert_and_experts_without_tokens(device):
         assert bool(outcome.gradients["lora_A"][~unused].any())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("use_output", "balance_share"), [(True, 0.0), (False, 1.0)], ids=["output", "balance"])
 @pytest.mark.parametrize("form", FORMS)
 def test_each_result_differentiates_alone(form, use_output, balance_share, device):
@@ -257,6 +259,7 @@ def test_ties_go_to_the_lower_index_as_in_the_torch_backend(name, form, device):
         assert_close("load", routing.load_E, load, F32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("K", [1, 2, 3, 4])
 def test_logits_of_minus_infinity_choose_k_experts_and_keep_gradients_finite(K, form, device):
@@ -275,6 +278,7 @@ def test_logits_of_minus_infinity_choose_k_experts_and_keep_gradients_finite(K, 
     assert_outcomes_agree(outcome, expected, F32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_nan_logit_counts_as_the_largest(form, dtype, device):
@@ -288,6 +292,7 @@ def test_a_nan_logit_counts_as_the_largest(form, dtype, device):
     assert bool(torch.isnan(y0).any()), "a NaN must not be hidden"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_token_that_is_not_finite_spoils_its_own_output_alone(form, value, device):
@@ -302,6 +307,7 @@ def test_a_token_that_is_not_finite_spoils_its_own_output_alone(form, value, dev
     assert torch.equal(spoilt.output[is_finite], clean.output[is_finite])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [60.0, 2000.0])
 def test_large_logits_do_not_overflow(size, device):
     problem = make_problem(T=40, K=2, seed=9, dtype=F32)

@@ -412,6 +412,7 @@ MIXED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("T", [30, 66], ids=["few", "many"])
 @pytest.mark.parametrize(("dtype", "dtypes"), MIXED.values(), ids=MIXED.keys())
 def test_adapters_of_other_dtypes_are_cast_and_get_gradients_of_their_own(dtype, dtypes, T, device):
@@ -486,6 +487,7 @@ def dropout_on_the_edge(T: int, N: int, slot: int) -> float:
     return p
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(("E", "K"), [(8, 1), (8, 2), (8, 3), (8, 5), (20, 1), (20, 2)])
 def test_masks_of_the_forward_equal_the_torch_backends_bit_for_bit(E, K, dtype, device):
@@ -513,6 +515,7 @@ def signs_of(tensor, device) -> torch.Tensor:
     return torch.where(tensor >= 0, 1.0, -1.0).to(tensor.dtype).to(device)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("E", "K"), [(8, 1), (8, 2), (8, 3), (8, 5), (20, 2)])
 @pytest.mark.parametrize(("target", "dtype"), [(ONE_PROCESSOR, BF16), (MANY_PROCESSORS, F32)], ids=["walking", "wide"])
 def test_masks_of_the_backward_equal_the_torch_backends_bit_for_bit(target, E, K, dtype, device):

@@ -335,6 +335,7 @@ def test_saved_for_backward_is_the_input_and_little_more(dropout_p, R0, dtypes, 
     assert sum(saved.values()) <= routing + packed + (8 if dropout_p else 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", [ONE_PROCESSOR, MANY_PROCESSORS], ids=["fused", "staged"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.filterwarnings("ignore")
@@ -544,6 +545,7 @@ def test_a_number_of_tokens_that_the_data_decide_compiles(dropout_p, device):
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_no_compiled_code")
 @pytest.mark.filterwarnings("ignore")
 def test_a_layer_compiles_with_inductor(device, monkeypatch):

@@ -80,6 +80,7 @@ CASES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_a_replay_gives_what_the_passes_give(case, passes, device, monkeypatch):
     shape, target, options = CASES[case]
@@ -94,6 +95,7 @@ def test_a_replay_gives_what_the_passes_give(case, passes, device, monkeypatch):
     assert len(plans_of(passes)) == 2 and not passes.plans.refusals()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("needs", [("x",), ("lora_A",), ("lora_B", "bias"), ("router",), ("x", "weight"), ()], ids=str)
 def test_a_replay_computes_what_is_needed(needs, passes, device, monkeypatch):
     for seed in range(3):
@@ -103,6 +105,7 @@ def test_a_replay_computes_what_is_needed(needs, passes, device, monkeypatch):
     assert plans_of(passes)
 
 
+@pytest.mark.long
 def test_a_replay_adds_onto_the_output_of_a_base_that_ran_elsewhere(passes, device, monkeypatch):
     for seed in range(4):
         arguments = (onto_base_output(device), make_problem(T=70, R0=4, dtype=F32, seed=seed))
@@ -213,6 +216,7 @@ def test_observers_see_every_launch(passes, device):
     assert {"fused_forward", "project"} & set(seen) and "weight_gradient" in seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", ["0", "1", ""])
 def test_the_switch_decides_whether_the_code_of_the_passes_runs_at_every_call(value, device, monkeypatch):
     monkeypatch.setenv("GOAT_KERNELS_REPLAY", value)

@@ -59,6 +59,7 @@ def share_and_names(model) -> tuple[float, set[str]]:
     return sum(weights[n].numel() for n in stacked) / body, stacked
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", sorted(MOE))
 def test_experts_that_all_linear_leaves_out_are_named_once_with_their_share(family):
     model = tiny_moe(family)

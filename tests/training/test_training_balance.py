@@ -135,6 +135,7 @@ def test_compiled(parts, monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loss_that_is_not_used(compiled, monkeypatch):
     """The model returns a loss, the caller takes its own; a graph then reports a zero gradient for the model's."""

@@ -69,6 +69,7 @@ def with_layers(entries) -> list[dict]:
 # --- GoatCallback -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("added", ["with the others", "after the console's", "before the others"])
 def test_every_callback_reads_the_entries(added, tmp_path):
     first, second, callback = Recorder(), OtherRecorder(), GoatCallback()

@@ -212,6 +212,7 @@ def test_callback_logs_and_scales(tmp_path):
         assert all(sum(load) == pytest.approx(2) for load in entry["load_by_layer"].values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residual", ["path", "fold"])
 def test_a_resumed_run_ends_where_an_unbroken_one_does(residual, tmp_path):
     rows = batch("llama", rows=16)
@@ -250,6 +251,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(residual, tmp_path):
     assert all(torch.equal(resumed[key], value) for key, value in unbroken.items())
 
 
+@pytest.mark.long
 def test_training_imports_without_transformers_and_peft():
     code = (
         "import sys, goat_kernels.training as t; t.attach_balance_scale; "
