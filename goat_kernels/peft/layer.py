@@ -8,8 +8,8 @@ follows everything that may change which, so that a forward, which a compiler ma
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -43,6 +43,22 @@ NO_MERGE = (
 _LOCK = threading.RLock()
 
 
+class _OfAdapters(Mapping):
+    """Adapter name -> something of that adapter: a view, as PEFT and others look for one dict per hyper-parameter."""
+
+    def __init__(self, adapters: AdapterDict, of: Callable[[GoatAdapter], Any]) -> None:
+        self._adapters, self._of = adapters, of
+
+    def __getitem__(self, name: str) -> Any:
+        return self._of(self._adapters[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+
 class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
     """GOAT adapters on one base layer.
 
@@ -73,19 +89,15 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
 
     @property
     def settings(self) -> Mapping[str, AdapterSettings]:
-        return self._of_adapters("settings")
+        return _OfAdapters(self.goat_adapter, lambda adapter: adapter.settings)
 
     @property
     def scaling(self) -> Mapping[str, float | Tensor]:
-        return self._of_adapters("scaling")
+        return _OfAdapters(self.goat_adapter, lambda adapter: adapter.scaling)
 
     @property
     def r(self) -> Mapping[str, int]:
-        return MappingProxyType({name: settings.r for name, settings in self.settings.items()})
-
-    def _of_adapters(self, attribute: str) -> Mapping:
-        """Adapter name -> attribute; read-only, since writing to it would change nothing."""
-        return MappingProxyType({name: getattr(adapter, attribute) for name, adapter in self.goat_adapter.items()})
+        return _OfAdapters(self.goat_adapter, lambda adapter: adapter.settings.r)
 
     def update_layer(
         self,
