@@ -101,7 +101,7 @@ class Copy:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-        for name in ("goat_kernels", "tests"):
+        for name in ("goat_kernels", "bench", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", folder)
 
