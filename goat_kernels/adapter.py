@@ -159,8 +159,10 @@ class FoldedWeight:
     def fold(self, A0: Tensor, B0: Tensor) -> None:
         """Overwrite the weight, which holds W0, with W0 - B0 A0, computed in float32 or better and rounded once.
 
-        A0 [R', N]; B0 [M, R'], with every factor (s, 1/E) inside.
+        A0 [R', N]; B0 [M, R'], with every factor (s, 1/E) inside. RuntimeError on a folded weight: W0 would be lost.
         """
+        if self.folded:
+            raise RuntimeError("the weight is folded already; restore() it before folding another pair")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         W_res = B0.to(self.weight.device, wide) @ A0.to(self.weight.device, wide)
         self.original = self.weight.detach().to("cpu", copy=True)

@@ -19,6 +19,7 @@ from goat_problems import assert_close, output_weights
 from torch import nn
 
 from goat_kernels import AdapterSettings, GoatLinear, goat_reference
+from goat_kernels.adapter import FoldedWeight
 
 N, M = 20, 24
 SMALL = {"r": 8, "num_experts": 4}
@@ -609,3 +610,13 @@ def test_a_reference_pass_between_forward_and_backward(residual):
     else:
         output.sum().backward()
         assert torch.equal(x.grad, expected)
+
+
+def test_a_folded_weight_is_not_folded_again():
+    weight = nn.Parameter(torch.randn(4, 3))
+    before, folded = weight.detach().clone(), FoldedWeight(weight)
+    folded.fold(torch.randn(2, 3), torch.randn(4, 2))
+    with pytest.raises(RuntimeError, match="folded already"):
+        folded.fold(torch.randn(2, 3), torch.randn(4, 2))
+    folded.restore()
+    assert torch.equal(weight, before)

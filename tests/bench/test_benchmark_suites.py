@@ -131,6 +131,15 @@ def test_the_matmul_with_the_rank_as_extra_k_computes_the_layer():
         assert passes.results_error(call(), expected[what], problem) <= TOLERANCES[torch.float32].relative
 
 
+def test_a_router_in_half_precision_is_too_far_off(device):
+    problem = make_problem(LayerCase(66, 40, 72, R=16, dtype=torch.float16), device)
+    results = passes.pass_calls("torch", problem)["prefill"]()
+    expected, bound = passes.expected_of(problem)["prefill"], TOLERANCES[torch.float16].relative
+    assert passes.results_error(results, expected, problem) <= bound
+    results[2].gate_ET.copy_(results[2].gate_ET.half())
+    assert not passes.results_error(results, expected, problem) <= bound
+
+
 @pytest.mark.parametrize("path", [False, True], ids=["fold", "path"])
 def test_a_pass_is_compared_with_float64_result_by_result(backend, path, device):
     problem = make_problem(LayerCase(66, 40, 72, R=16, path=path, dtype=torch.float16), device)
