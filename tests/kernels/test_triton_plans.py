@@ -7,6 +7,7 @@ kernels get the right addresses is shown with a driver that launches nothing (``
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -332,7 +333,8 @@ def test_scratch_never_overlaps_while_both_are_in_use():
 @pytest.mark.long
 def test_compiled_kernels_get_the_right_addresses():
     script = Path(__file__).with_name("planned_addresses.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    with_bench = {**os.environ, "PYTHONPATH": str(script.parents[2])}  # bench/ is part of the checkout, never installed
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=with_bench, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "launches replayed" in done.stdout
 
