@@ -176,10 +176,11 @@ def _keep_for_backward(ctx, x: Tensor, layer: Layer, backend: str, routing: Rout
     """
     ctx.set_materialize_grads(False)
     ctx.needs, ctx.backend = needs, backend
-    ctx.balance_scale = layer.balance_scale  # not saved: the trainer's loss writes it between forward and backward
+    ctx.balance = layer.balance_scale, layer.balance_coefficient  # the trainer writes the scale until the backward
     needs_x, needs_weight, _, _, needs_A, _, needs_router = needs
-    weight, adapter = layer.weight, layer.adapter
-    residual_A, residual_B = adapter.residual_A, adapter.residual_B
+    weight = layer.weight
+    lora_A, lora_B, router, residual_A, residual_B, scaling, scaling_E, top_k, dropout_p, seed = layer.adapter
+    ctx.options = scaling, top_k, dropout_p
     if not needs_x:
         weight = residual_A = residual_B = None  # needed for the gradient of x only
     elif residual_A is not None and not torch.compiler.is_compiling():
@@ -187,17 +188,17 @@ def _keep_for_backward(ctx, x: Tensor, layer: Layer, backend: str, routing: Rout
         residual_A, residual_B = residual_A.data, residual_B.data
     if not (needs_weight or needs_A or needs_router):
         x = x.new_empty(()).expand(x.shape)  # only its shape and dtype are wanted: free its memory
-    adapter = adapter._replace(residual_A=residual_A, residual_B=residual_B)
-    tensors, *ctx.options = operators.flattened(Layer(weight, None, None, adapter, None, layer.balance_coefficient))
-    ctx.save_for_backward(x, *routing, *tensors)
+    ctx.save_for_backward(x, *routing, weight, lora_A, lora_B, router, residual_A, residual_B, scaling_E, seed)
 
 
 def _gradients(ctx, grad_y: Tensor | None, grad_balance: Tensor | None, *, as_operator: bool) -> list[Tensor | None]:
     """Of x, weight, base_output, bias, lora_A, lora_B and router; None for those that asked for none."""
     needs_x, needs_weight, needs_base, needs_bias, *needs_adapter = ctx.needs
     needs = [needs_x, needs_weight, needs_bias, *needs_adapter]
-    x, weighted, gate, probs, load, packed, *tensors = ctx.saved_tensors
-    layer = operators.rebuilt(tensors, *ctx.options)._replace(balance_scale=ctx.balance_scale)
+    x, weighted, gate, probs, load, packed, weight, A, B, router, A0, B0, scaling_E, seed = ctx.saved_tensors
+    scaling, top_k, dropout_p = ctx.options
+    adapter = Adapter(A, B, router, A0, B0, scaling, scaling_E, top_k, dropout_p, seed)
+    layer = Layer(weight, None, None, adapter, *ctx.balance)
     routing = Routing(weighted, gate, probs, load, packed)
     # Autograd calls with gradients off unless create_graph=True; entering the context again costs time.
     with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
@@ -206,8 +207,7 @@ def _gradients(ctx, grad_y: Tensor | None, grad_balance: Tensor | None, *, as_op
     given = iter(computed)
     in_order = [next(given) if needed else None for needed in needs]
     if torch.is_grad_enabled():  # create_graph=True
-        adapter = layer.adapter
-        sources = (grad_y, grad_balance, x, layer.weight, adapter.lora_A, adapter.lora_B, adapter.router)
+        sources = (grad_y, grad_balance, x, weight, A, B, router)
         in_order = [None if g is None else _NoSecondDerivative.apply(g, *sources) for g in in_order]
     return [*in_order[:2], grad_y if needs_base else None, *in_order[2:]]
 

@@ -174,7 +174,7 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
         active = self.active_here()
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        if not self.is_settled():
+        if not self._is_settled(active):
             self.settle()
 
         base = self.base_layer
@@ -215,11 +215,11 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
 
     def active_here(self) -> list[str]:
         """Active adapters that this layer has; none while they are disabled."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.goat_adapter]
+        adapters = self.goat_adapter
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in adapters]
 
-    def is_settled(self) -> bool:
-        """Whether every active adapter has its tensors and the weight is in the state that they need."""
-        active = self.active_here()
+    def _is_settled(self, active: list[str]) -> bool:
+        """Whether the ``active`` adapters have their tensors and the weight is in the state that they need."""
         if not torch.compiler.is_compiling():
             self._check_folded_weight()
         return not self._waits_for(active) and self._folding_among(active) == self._folded_adapter
@@ -227,9 +227,9 @@ class GoatLinearLayer(RoutedModule, nn.Module, BaseTunerLayer):
     def settle(self) -> None:
         """Start the active adapters whose tensors never came, then fold the pair that belongs in the weight."""
         with _LOCK:
-            if self.is_settled():
-                return
             active = self.active_here()
+            if self._is_settled(active):
+                return
             for name in active:
                 self.initialise_pending(name)
             self.unfold()
