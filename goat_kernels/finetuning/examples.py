@@ -1,4 +1,4 @@
-"""Data sets of dicts, as models take them: images, texts with classes, blocks of text, prompts with responses."""
+"""Examples as models take them: texts with classes, blocks of text, prompts with responses."""
 
 from __future__ import annotations
 
@@ -14,95 +14,46 @@ from goat_kernels.command_errors import CommandError, one_line
 IGNORED = -100
 
 
-class Tensors(Dataset):
-    """Examples in memory: tensors of equal length, under the model's names for them, such as ``labels``."""
+class Prepared(Dataset):
+    """``prepare(item)`` of each item when it is asked for, with its class id as ``labels`` where there are classes."""
 
-    def __init__(self, **tensors: Tensor) -> None:
-        self._tensors = tensors
-
-    def __len__(self) -> int:
-        return len(next(iter(self._tensors.values())))
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {name: tensor[i] for name, tensor in self._tensors.items()}
-
-
-class Images(Dataset):
-    """Images with class ids; ``read`` makes the model's input of an item when it is asked for."""
-
-    def __init__(self, items: Sequence, ids: list[int], read: Callable[[object], Tensor]) -> None:
-        self._items, self._ids, self._read = items, ids, read
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, i: int) -> dict:
-        item = self._items[i]
-        try:
-            return {"pixel_values": self._read(item), "labels": self._ids[i]}
-        except OSError as error:  # it was there and whole when it was checked
-            raise CommandError(f"the image {str(item)!r} can no longer be read: {error}") from None
-
-
-class Texts(Dataset):
-    """Texts, or pairs of texts, with class ids; at most ``max_length`` tokens of each."""
-
-    def __init__(self, items: Sequence[str | tuple[str, str]], ids: list[int], tokenizer, max_length: int) -> None:
-        self._items, self._ids, self._tokenizer, self._max_length = items, ids, tokenizer, max_length
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, i: int) -> dict:
-        return {**self._encoded(i, truncation=True, max_length=self._max_length), "labels": self._ids[i]}
-
-    def tokens(self, i: int) -> list[int]:
-        """All tokens of an example, before truncation."""
-        return self._encoded(i, verbose=False)["input_ids"]
-
-    def _encoded(self, i: int, **options) -> dict:
-        item = self._items[i]
-        return self._tokenizer(*([item] if isinstance(item, str) else item), **options)
-
-
-class Responses(Dataset):
-    """Prompts with their responses, an end-of-text token behind each; the loss is on the response alone.
-
-    What is too long loses the beginning of its prompt, and the end of its response where that alone is too long.
-
-    Raises:
-        CommandError: texts without the two columns.
-    """
-
-    def __init__(self, argument: str, items: Sequence[tuple[str, str]], tokenizer, max_length: int) -> None:
-        if isinstance(items[0], str) or len(items[0]) != 2:
-            raise CommandError(f"{argument} needs two columns, a prompt and its response, as --text-column names them")
-        self._items, self._tokenizer, self._max_length = items, tokenizer, max_length
+    def __init__(self, items: Sequence, prepare: Callable[[object], dict], ids: Sequence[int] | None = None) -> None:
+        self._items, self._prepare, self._ids = items, prepare, ids
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, i: int) -> dict[str, list[int]]:
-        prompt, response = self._parts(i)
-        response = response[: self._max_length - 1]
-        prompt = prompt[-(self._max_length - len(response)) :]
-        tokens = [*prompt, *response]
-        labels = [*[IGNORED] * len(prompt), *response]
-        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+    def __getitem__(self, i: int) -> dict:
+        example = self._prepare(self._items[i])
+        return example if self._ids is None else {**example, "labels": self._ids[i]}
 
-    def tokens(self, i: int) -> list[int]:
-        """All tokens of an example, before truncation."""
-        prompt, response = self._parts(i)
-        return [*prompt, *response]
 
-    def _parts(self, i: int) -> tuple[list[int], list[int]]:
-        """The tokens of a prompt and of its response."""
-        prompt, response = self._tokenizer(list(self._items[i]), add_special_tokens=False, verbose=False)["input_ids"]
-        if self._tokenizer.bos_token_id is not None:
-            prompt = [self._tokenizer.bos_token_id, *prompt]
-        if self._tokenizer.eos_token_id is not None:
-            response = [*response, self._tokenizer.eos_token_id]
-        return prompt, response
+def encode(tokenizer, item: str | tuple[str, str], **options) -> dict:
+    """A text, or a pair of texts, in tokens."""
+    return tokenizer(*([item] if isinstance(item, str) else item), **options)
+
+
+def prompt_and_response(tokenizer, pair: tuple[str, str]) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt and of its response, which ends with the end-of-text token."""
+    prompt, response = tokenizer(list(pair), add_special_tokens=False, verbose=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        prompt = [tokenizer.bos_token_id, *prompt]
+    if tokenizer.eos_token_id is not None:
+        response = [*response, tokenizer.eos_token_id]
+    return prompt, response
+
+
+def encode_response(tokenizer, max_length: int, pair: tuple[str, str]) -> dict[str, list[int]]:
+    """A prompt with its response; the loss is on the response alone.
+
+    What is too long loses the beginning of its prompt, and the end of its response where that alone is too long.
+    """
+    prompt, response = prompt_and_response(tokenizer, pair)
+    response = response[: max_length - 1]
+    prompt = prompt[-(max_length - len(response)) :]
+    tokens = [*prompt, *response]
+    labels = [*[IGNORED] * len(prompt), *response]
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
 
 def from_chats(argument: str, chats: Sequence[list[dict]], tokenizer) -> list[str]:

@@ -15,13 +15,20 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from goat_kernels.command_errors import CommandError, one_line
-from goat_kernels.finetuning.data import Examples, is_hidden, local_path, looks_like_path, read_hub, visible_files
-from goat_kernels.finetuning.texts import as_labels
+from goat_kernels.finetuning.data import (
+    Examples,
+    as_labels,
+    is_hidden,
+    local_path,
+    looks_like_path,
+    read_hub,
+    visible_files,
+)
 
 # --- folders ------------------------------------------------------------------------------------------------------
 
@@ -39,12 +46,9 @@ _NEEDS = "a folder with one subfolder of images per class"
 def image_suffixes() -> frozenset[str]:
     """The suffixes of all formats that Pillow decodes, in lower case."""
     registered = Image.registered_extensions()  # also fills Image.OPEN
-    openers = {kind: opener for kind, (opener, _) in Image.OPEN.items() if kind != "MPEG"}
-    # Of some formats Pillow knows only the beginning, to tell what they are.
-    stubs = {
-        kind for kind, one in openers.items() if isinstance(one, type) and issubclass(one, ImageFile.StubImageFile)
-    }
-    return frozenset(suffix for suffix, kind in registered.items() if kind in openers.keys() - stubs)
+    # Of these formats Pillow knows only the beginning, to tell what they are.
+    decoded = Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+    return frozenset(suffix for suffix, kind in registered.items() if kind in decoded)
 
 
 def read_images(argument: str, source: str, image_column: str, label_column: str) -> Examples:

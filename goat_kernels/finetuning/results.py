@@ -30,10 +30,10 @@ None. A method that diverged has no saved model and no held-out metric.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from posixpath import commonpath, dirname
 
 import numpy as np
 import peft
@@ -46,9 +46,7 @@ from tabulate import tabulate
 from goat_kernels.files import atomic_path
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.options import FinetuneOptions
-
-#: More layers than this are named by their first and last, and those in between.
-_NAMED_LAYERS = 40
+from goat_kernels.training.report import RouterStatistics, draw_load
 
 
 def format_table(rows: Sequence[dict], title: str) -> str:
@@ -117,13 +115,14 @@ def results_json(description: str, options: FinetuneOptions, rows: Sequence[dict
 def write_figure(path: Path, rows: Sequence[dict], title: str) -> None:
     """Write results.png: the loss of every method, and how GOAT's layers use their experts."""
     load = next((row["load_by_layer"] for row in rows if row["load_by_layer"]), {})
+    layers = {name: RouterStatistics(math.nan, tuple(shares)) for name, shares in load.items()}
     height = min(max(4.5, 1.6 + 0.17 * len(load)), 9)
     figure = Figure(figsize=(12 if load else 7, height), layout="constrained")
     figure.suptitle(title, fontsize=10)
     left, *right = figure.subplots(1, 2 if load else 1, squeeze=False, width_ratios=(3, 2) if load else None)[0]
     draw_losses(left, rows)
     if load:
-        _draw_load(right[0], load)
+        draw_load(right[0], layers, "Experts' load by layer, on the held-out data")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
@@ -149,18 +148,3 @@ def draw_losses(axes: Axes, rows: Sequence[dict]) -> None:
     axes.grid(True, which="major", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-
-
-def _draw_load(axes: Axes, load_by_layer: dict[str, list[float]]) -> None:
-    load = np.array(list(load_by_layer.values()))  # [layers, E]
-    even = load.sum(axis=1).mean() / load.shape[1]
-    image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 * even, interpolation="nearest")
-    axes.set(xlabel="expert", title="Experts' load by layer, on the held-out data")
-    axes.set_xticks(range(load.shape[1]) if load.shape[1] <= 16 else range(0, load.shape[1], 4))
-    paths = [name.replace(".", "/") for name in load_by_layer]
-    shared = commonpath([dirname(path) for path in paths])
-    names = [path.removeprefix(f"{shared}/").replace("/", ".") for path in paths]
-    every = max(1, -(-len(names) // _NAMED_LAYERS))
-    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
-    bar = axes.figure.colorbar(image, ax=axes, extend="max")
-    bar.set_label(f"share of tokens that use the expert (even: {even:.3g}, white)")

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, StackDataset, Subset
 from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
@@ -31,21 +32,19 @@ from transformers import (
 )
 
 from goat_kernels.command_errors import CommandError, one_line
-from goat_kernels.finetuning import demo
-from goat_kernels.finetuning.data import Examples, describe_classes, split
-from goat_kernels.finetuning.examples import IGNORED, Images, Responses, Tensors, Texts, from_chats, pack
-from goat_kernels.finetuning.images import (
-    UNBOUNDED,
-    check_images,
-    open_image,
-    pixel_range,
-    read_images,
-    split_folders,
-    to_rgb,
+from goat_kernels.finetuning import images, pretraining
+from goat_kernels.finetuning.data import Examples, describe_classes, read_texts, split
+from goat_kernels.finetuning.examples import (
+    IGNORED,
+    Prepared,
+    encode,
+    encode_response,
+    from_chats,
+    pack,
+    prompt_and_response,
 )
 from goat_kernels.finetuning.models import BaseModel, base_model, classifier, load_config, text_limits
 from goat_kernels.finetuning.options import FinetuneOptions
-from goat_kernels.finetuning.texts import read_texts
 from goat_kernels.training import router_statistics
 
 
@@ -86,14 +85,14 @@ def load_task(options: FinetuneOptions) -> Task:
 
 
 def _digits(options: FinetuneOptions) -> Task:
-    images, ids = demo.digits_data()
-    folder, *halves = demo.pretrained_digits(options.device, demo.PRETRAINING)
+    pixels, ids = pretraining.digits_data()
+    folder, *halves = pretraining.pretrained_digits(options.device, pretraining.PRETRAINING)
     names = [str(i) for i in range(10)]
     print(describe_classes(names, *(ids[half].tolist() for half in halves)))
-    images = demo.changed_appearance(images)
-    train, held_out = (Tensors(pixel_values=images[half], labels=ids[half]) for half in halves)
+    pixels = pretraining.changed_appearance(pixels)
+    train, held_out = (StackDataset(pixel_values=pixels[half], labels=ids[half]) for half in halves)
     description = (
-        f"digits: ViT pretrained on 0-{demo.PRETRAINING_CLASSES - 1} as they are -> all ten, inverted and rotated; "
+        f"digits: ViT pretrained on 0-{pretraining.CLASSES - 1} as they are -> all ten, inverted and rotated; "
         f"{len(train)} images to train on, {len(held_out)} held out"
     )
     base = classifier(str(folder), AutoModelForImageClassification, options, names)
@@ -103,17 +102,19 @@ def _digits(options: FinetuneOptions) -> Task:
 def _image_classification(options: FinetuneOptions) -> Task:
     config = load_config(options.model, AutoModelForImageClassification)
     read, extremes = [], {}
-    for argument, source in _sources(*split_folders(options.data, options.eval_data)).items():
-        examples = read_images(argument, source, options.image_column, options.label_column)
-        read.append(check_images(argument, source, examples, options.skip_bad_files, extremes))
+    for argument, source in _sources(*images.split_folders(options.data, options.eval_data)):
+        examples = images.read_images(argument, source, options.image_column, options.label_column)
+        read.append(images.check_images(argument, source, examples, options.skip_bad_files, extremes))
     for mode in extremes:
-        low, high = pixel_range(mode, extremes)
-        print(f"{UNBOUNDED[mode][0]} pixels are scaled: {low:g} is black, {high:g} is white")
+        low, high = images.pixel_range(mode, extremes)
+        print(f"{images.UNBOUNDED[mode][0]} pixels are scaled: {low:g} is black, {high:g} is white")
     parts, names = _classified(options, *read)
     pixels = _image_transform(options.model, config)
-    train, held_out = (
-        Images(items, ids, lambda item: pixels(to_rgb(open_image(item), extremes))) for items, ids in parts
-    )
+
+    def prepare(item) -> dict[str, Tensor]:
+        return {"pixel_values": pixels(images.to_rgb(images.open_image(item), extremes))}
+
+    train, held_out = (Prepared(items, prepare, ids) for items, ids in parts)
     base = classifier(options.model, AutoModelForImageClassification, options, names)
     return Task(_describe(options), train, held_out, default_data_collator, base, "accuracy")
 
@@ -123,11 +124,15 @@ def _text_classification(options: FinetuneOptions) -> Task:
     positions = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     special = tokenizer.num_special_tokens_to_add(pair="," in options.text_column)
     length = _max_length(options, positions, 1 + special)
-    sources = _sources(options.data, options.eval_data).items()
-    read = [read_texts(*source, options.text_column, options.label_column) for source in sources]
-    parts, names = _classified(options, *read)
-    train, held_out = (Texts(items, ids, tokenizer, length) for items, ids in parts)
-    highest = _report_cut([train, held_out], length, options)
+    sources = _sources(options.data, options.eval_data)
+    parts, names = _classified(
+        options, *(read_texts(*source, options.text_column, options.label_column) for source in sources)
+    )
+    prepare = partial(encode, tokenizer, truncation=True, max_length=length)
+    train, held_out = (Prepared(items, prepare, ids) for items, ids in parts)
+    items = [item for items, _ in parts for item in items]
+    every = (encode(tokenizer, item, verbose=False)["input_ids"] for item in items)
+    highest = _report_cut(every, len(items), length, options)
     _check_tokens(options.model, tokenizer, max(highest, tokenizer.pad_token_id), rows)
     base = classifier(
         options.model, AutoModelForSequenceClassification, options, names, pad_token_id=tokenizer.pad_token_id
@@ -138,11 +143,20 @@ def _text_classification(options: FinetuneOptions) -> Task:
 def _causal_lm(options: FinetuneOptions) -> Task:
     tokenizer, positions, rows = _text_model(options, AutoModelForCausalLM)
     length = _max_length(options, positions, 2)
-    sources = _sources(options.data, options.eval_data).items()
-    items = {source[0]: read_texts(*source, options.text_column, None).items for source in sources}
+    items = {
+        argument: read_texts(argument, source, options.text_column, None).items
+        for argument, source in _sources(options.data, options.eval_data)
+    }
     if "," in options.text_column:
-        parts = [Responses(argument, pairs, tokenizer, length) for argument, pairs in items.items()]
-        highest = max(_report_cut(parts, length, options), tokenizer.pad_token_id)
+        for argument, pairs in items.items():
+            if isinstance(pairs[0], str) or len(pairs[0]) != 2:
+                raise CommandError(
+                    f"{argument} needs two columns, a prompt and its response, as --text-column names them"
+                )
+        parts = [Prepared(pairs, partial(encode_response, tokenizer, length)) for pairs in items.values()]
+        both = (prompt_and_response(tokenizer, pair) for pairs in items.values() for pair in pairs)
+        every = (prompt + response for prompt, response in both)
+        highest = max(_report_cut(every, sum(map(len, parts)), length, options), tokenizer.pad_token_id)
         tokenizer.padding_side = "right"
         collate = DataCollatorForSeq2Seq(tokenizer)
     else:
@@ -155,7 +169,7 @@ def _causal_lm(options: FinetuneOptions) -> Task:
             pack(name, from_chats(name, those, tokenizer) if chats[name] else those, tokenizer, block)
             for name, those in items.items()
         ]
-        parts = [Tensors(input_ids=tokens, labels=tokens) for tokens in blocks]  # the model shifts the labels itself
+        parts = [StackDataset(input_ids=tokens, labels=tokens) for tokens in blocks]  # the model shifts the labels
         highest = max(int(tokens.max()) for tokens in blocks)
         collate = default_data_collator
     _check_tokens(options.model, tokenizer, highest, rows)
@@ -167,9 +181,9 @@ def _causal_lm(options: FinetuneOptions) -> Task:
     return Task(_describe(options), *parts, collate, base, "perplexity")
 
 
-def _sources(data: str, eval_data: str | None) -> dict[str, str]:
-    """Option -> source, of the options that are given."""
-    return {"--data": data} | ({"--eval-data": eval_data} if eval_data is not None else {})
+def _sources(data: str, eval_data: str | None) -> list[tuple[str, str]]:
+    """(option, source) of the options that are given."""
+    return [("--data", data)] + ([("--eval-data", eval_data)] if eval_data is not None else [])
 
 
 def _describe(options: FinetuneOptions) -> str:
@@ -233,10 +247,9 @@ def _max_length(options: FinetuneOptions, positions: int | None, least: int) -> 
     return min(options.max_length, positions or options.max_length)
 
 
-def _report_cut(parts: list[Texts] | list[Responses], length: int, options: FinetuneOptions) -> int:
-    """Print how many texts are too long; returns the highest token id of all."""
-    cut, highest, count = 0, 0, sum(map(len, parts))
-    every = (part.tokens(i) for part in parts for i in range(len(part)))
+def _report_cut(every: Iterable[list[int]], count: int, length: int, options: FinetuneOptions) -> int:
+    """Print how many of ``count`` texts, given as tokens, are too long; returns the highest token id of all."""
+    cut, highest = 0, 0
     for tokens in tqdm(every, desc="counting tokens", total=count, leave=False):
         cut += len(tokens) > length
         highest = max(highest, *tokens, 0)

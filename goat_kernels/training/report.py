@@ -7,12 +7,16 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from goat_kernels.files import atomic_path
 from goat_kernels.routed_module import routed_modules
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: With more experts than this the table names the most and least used alone.
 _LISTED_EXPERTS = 16
@@ -113,20 +117,23 @@ class RouterReport:
         except ImportError as error:
             raise ImportError("the heatmap needs matplotlib: pip install matplotlib") from error
 
-        names, layers = _short_names(list(self.layers)), list(self.layers.values())
-        experts = max(len(layer.load) for layer in layers)
-        relative = [[*layer.relative_load, *[float("nan")] * (experts - len(layer.load))] for layer in layers]
-        figure = Figure(figsize=(7, min(max(3.0, 1.6 + 0.17 * len(layers)), 12)), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
-        axes.set(xlabel="expert", title="Experts' load by layer, in the last forward")
-        axes.set_xticks(range(0, experts, 1 if experts <= _LISTED_EXPERTS else 4))
-        every = -(-len(names) // _NAMED_LAYERS)
-        axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
-        figure.colorbar(image, ax=axes, extend="max").set_label("load over an even load (1: even, white)")
+        figure = Figure(figsize=(7, min(max(3.0, 1.6 + 0.17 * len(self.layers)), 12)), layout="constrained")
+        draw_load(figure.subplots(), self.layers, "Experts' load by layer, in the last forward")
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
         return path
+
+
+def draw_load(axes: Axes, layers: dict[str, RouterStatistics], title: str) -> None:
+    """Draw the load over an even load, layers x experts."""
+    names, experts = _short_names(list(layers)), max(len(layer.load) for layer in layers.values())
+    relative = [[*layer.relative_load, *[math.nan] * (experts - len(layer.load))] for layer in layers.values()]
+    image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+    axes.set(xlabel="expert", title=title)
+    axes.set_xticks(range(0, experts, 1 if experts <= _LISTED_EXPERTS else 4))
+    every = -(-len(names) // _NAMED_LAYERS)
+    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
+    axes.figure.colorbar(image, ax=axes, extend="max").set_label("load over an even load (1: even, white)")
 
 
 def router_report(model: nn.Module, heatmap: str | os.PathLike | None = None) -> RouterReport:

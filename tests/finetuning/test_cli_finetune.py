@@ -14,22 +14,22 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from goat_kernels.cli import main
-from goat_kernels.finetuning import demo, pretraining
+from goat_kernels.finetuning import pretraining
 from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.options import TASKS
 from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
-from goat_kernels.finetuning.recipes import TASKS
 
 DEFAULT_METHODS = TASKS["digits"]["methods"].split(",")
 
 #: Small enough for a test, large enough for every part to have something to do.
-TINY = demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
+TINY = pretraining.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
 QUICK = ["--max-steps", "4", "--batch-size", "8", "--rank", "8", "--experts", "4"]
 
 
 @pytest.fixture
 def tiny_demo(monkeypatch, tmp_path):
     """A tiny model and a cache of its own; the test runs in an empty folder."""
-    monkeypatch.setattr(demo, "PRETRAINING", TINY)
+    monkeypatch.setattr(pretraining, "PRETRAINING", TINY)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -130,7 +130,7 @@ def test_second_run_takes_the_pretrained_model_from_the_cache(tiny_demo, capsys,
 @pytest.mark.long
 def test_another_pretraining_has_another_place_in_the_cache(tiny_demo, monkeypatch):
     assert finetune("--methods", "head", "--output", "first") == 0
-    monkeypatch.setattr(demo, "PRETRAINING", demo.Pretraining(**{**vars(TINY), "steps": 2}))
+    monkeypatch.setattr(pretraining, "PRETRAINING", pretraining.Pretraining(**{**vars(TINY), "steps": 2}))
     assert finetune("--methods", "head", "--output", "second") == 0
     assert len(list((tiny_demo / "cache").iterdir())) == 2
 
@@ -268,9 +268,9 @@ SIGINT_SCRIPT = textwrap.dedent(
     socket.getaddrinfo = socket.socket.connect = refuse
 
     from goat_kernels.cli import main
-    from goat_kernels.finetuning import demo
+    from goat_kernels.finetuning import pretraining
 
-    demo.PRETRAINING = demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
+    pretraining.PRETRAINING = pretraining.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
     sys.exit(main(sys.argv[1:]))
     """
 )
