@@ -8,18 +8,14 @@ None. A method that diverged has no saved model and no held-out metric.
     trainable_parameters    numbers that the optimiser updated
     saved_in                where the trained model is, inside the output folder; None where the method diverged
     reload_bit_equal        whether the saved model, loaded back, gave the same outputs bit for bit; None likewise
-
-    from ``train.train``
-    steps                   optimiser steps done; fewer than planned after an interruption, or where the run diverged
+    steps                   optimiser steps done; fewer than planned where the run diverged
     diverged_at_step        the step whose loss was NaN or infinite, after which the run was stopped, or that left
                             trained parameters so; None where all is finite
     loss_steps, losses      the training loss, and the steps at which it was taken: the mean since the previous entry
-    time_per_step_ms        median over the steps since the run was started or resumed, from the batch being there to
-                            the weights being updated; NaN where none was left to do
+    time_per_step_ms        median since the run was started or resumed, from the batch being there to the weights
+                            being updated; None where no step was left to do
     peak_memory_mib         how far memory rose above where it stood before the model was loaded
     peak_memory_source      what ``peak_memory_mib`` measures, in words
-
-    from ``tasks.evaluate``
     metric                  accuracy or perplexity
     held_out                accuracy in 0..1 (an output that is NaN counts as wrong), or perplexity
     held_out_standard_error sqrt(p (1 - p) / n) of an accuracy p; of a perplexity, from the spread of the blocks'
@@ -52,21 +48,13 @@ from goat_kernels.training.report import RouterStatistics, draw_load
 def format_table(rows: Sequence[dict], title: str) -> str:
     """The table in plain text, with what its columns mean underneath."""
     first = next((row for row in rows if row["held_out"] is not None), rows[0])
-    table = tabulate(
-        [
-            [
-                METHODS[row["method"]].meaning,
-                _with_error(row),
-                f"{row['trainable_parameters']:,}",
-                "-" if row["time_per_step_ms"] is None else f"{row['time_per_step_ms']:.1f}",
-                f"{row['peak_memory_mib']:.0f}",
-            ]
-            for row in rows
-        ],
-        headers=["method", f"held-out {first['metric']}", "trainable", "ms/step", "peak MiB"],
-        colalign=("left", "right", "right", "right", "right"),
-        disable_numparse=True,
-    )
+    cells = []
+    for row in rows:
+        time = "-" if row["time_per_step_ms"] is None else f"{row['time_per_step_ms']:.1f}"
+        numbers = [_with_error(row), f"{row['trainable_parameters']:,}", time, f"{row['peak_memory_mib']:.0f}"]
+        cells.append([METHODS[row["method"]].meaning, *numbers])
+    headers = ["method", f"held-out {first['metric']}", "trainable", "ms/step", "peak MiB"]
+    table = tabulate(cells, headers, colalign=["left", *["right"] * 4], disable_numparse=True)
     lines = [title, "", table, ""]
     if first["held_out"] is not None:
         examples = "blocks" if first["metric"] == "perplexity" else "examples"

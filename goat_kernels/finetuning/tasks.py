@@ -50,18 +50,9 @@ from goat_kernels.training import router_statistics
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that the methods share.
+    """Everything that the methods share: data sets of dicts, a pretrained model, and ``accuracy`` or ``perplexity``."""
 
-    Attributes:
-        description: one line for the report.
-        train: data set of dicts, for training.
-        held_out: the same, for measuring.
-        collate: list of dicts -> batch.
-        base: the pretrained model.
-        metric: ``"accuracy"`` or ``"perplexity"``.
-    """
-
-    description: str
+    description: str  # one line for the report
     train: Dataset
     held_out: Dataset
     collate: Callable[[list[dict]], dict[str, Tensor]]
@@ -70,11 +61,7 @@ class Task:
 
 
 def load_task(options: FinetuneOptions) -> Task:
-    """Read the data and find the model.
-
-    Raises:
-        CommandError: the model or the data cannot be used.
-    """
+    """Read the data and find the model; CommandError where one cannot be used."""
     load = {
         "digits": _digits,
         "image-classification": _image_classification,
@@ -102,9 +89,9 @@ def _digits(options: FinetuneOptions) -> Task:
 def _image_classification(options: FinetuneOptions) -> Task:
     config = load_config(options.model, AutoModelForImageClassification)
     read, extremes = [], {}
-    for argument, source in _sources(*images.split_folders(options.data, options.eval_data)):
-        examples = images.read_images(argument, source, options.image_column, options.label_column)
-        read.append(images.check_images(argument, source, examples, options.skip_bad_files, extremes))
+    for source in _sources(*images.split_folders(options.data, options.eval_data)):
+        examples = images.read_images(*source, options.image_column, options.label_column)
+        read.append(images.check_images(*source, examples, options.skip_bad_files, extremes))
     for mode in extremes:
         low, high = images.pixel_range(mode, extremes)
         print(f"{images.UNBOUNDED[mode][0]} pixels are scaled: {low:g} is black, {high:g} is white")
@@ -122,37 +109,30 @@ def _image_classification(options: FinetuneOptions) -> Task:
 def _text_classification(options: FinetuneOptions) -> Task:
     tokenizer, positions, rows = _text_model(options, AutoModelForSequenceClassification)
     positions = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
-    special = tokenizer.num_special_tokens_to_add(pair="," in options.text_column)
-    length = _max_length(options, positions, 1 + special)
-    sources = _sources(options.data, options.eval_data)
-    parts, names = _classified(
-        options, *(read_texts(*source, options.text_column, options.label_column) for source in sources)
-    )
+    length = _max_length(options, positions, 1 + tokenizer.num_special_tokens_to_add(pair="," in options.text_column))
+    columns = (options.text_column, options.label_column)
+    read = [read_texts(*source, *columns) for source in _sources(options.data, options.eval_data)]
+    parts, names = _classified(options, *read)
     prepare = partial(encode, tokenizer, truncation=True, max_length=length)
     train, held_out = (Prepared(items, prepare, ids) for items, ids in parts)
     items = [item for items, _ in parts for item in items]
     every = (encode(tokenizer, item, verbose=False)["input_ids"] for item in items)
     highest = _report_cut(every, len(items), length, options)
     _check_tokens(options.model, tokenizer, max(highest, tokenizer.pad_token_id), rows)
-    base = classifier(
-        options.model, AutoModelForSequenceClassification, options, names, pad_token_id=tokenizer.pad_token_id
-    )
+    padding = tokenizer.pad_token_id
+    base = classifier(options.model, AutoModelForSequenceClassification, options, names, pad_token_id=padding)
     return Task(_describe(options), train, held_out, DataCollatorWithPadding(tokenizer), base, "accuracy")
 
 
 def _causal_lm(options: FinetuneOptions) -> Task:
     tokenizer, positions, rows = _text_model(options, AutoModelForCausalLM)
     length = _max_length(options, positions, 2)
-    items = {
-        argument: read_texts(argument, source, options.text_column, None).items
-        for argument, source in _sources(options.data, options.eval_data)
-    }
+    sources = _sources(options.data, options.eval_data)
+    items = {source[0]: read_texts(*source, options.text_column, None).items for source in sources}
     if "," in options.text_column:
-        for argument, pairs in items.items():
+        for name, pairs in items.items():
             if isinstance(pairs[0], str) or len(pairs[0]) != 2:
-                raise CommandError(
-                    f"{argument} needs two columns, a prompt and its response, as --text-column names them"
-                )
+                raise CommandError(f"{name} needs two columns, a prompt and its response, as --text-column names them")
         parts = [Prepared(pairs, partial(encode_response, tokenizer, length)) for pairs in items.values()]
         both = (prompt_and_response(tokenizer, pair) for pairs in items.values() for pair in pairs)
         every = (prompt + response for prompt, response in both)
@@ -277,10 +257,8 @@ def _image_transform(source: str, config) -> Callable[[Image.Image], Tensor]:
     try:
         processor = AutoImageProcessor.from_pretrained(source)
     except (OSError, ImportError) as error:
-        folder = Path(source)
-        if isinstance(error, ImportError) and not (
-            folder.is_dir() and not (folder / "preprocessor_config.json").exists()
-        ):
+        bare = Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").exists()
+        if isinstance(error, ImportError) and not bare:
             raise CommandError(
                 f"--model {source}: this version of transformers prepares images with torchvision alone; install "
                 "torchvision, or a newer transformers"
@@ -319,13 +297,12 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, device: torch.device
         for name, layer in router_statistics(model).items():
             load[name] += torch.tensor(layer.load) * len(labels)
     score = torch.cat(scores).double()
-    count, held_out, error = len(score), score.mean().item(), None
+    count, held_out = len(score), score.mean().item()
     if accuracy:
         error = math.sqrt(held_out * (1 - held_out) / count)
     else:
         held_out = score.mean().exp().item()
-        if count > 1:
-            error = held_out * score.std().item() / math.sqrt(count)  # d exp(m) = exp(m) dm
+        error = held_out * score.std().item() / math.sqrt(count) if count > 1 else None  # d exp(m) = exp(m) dm
     return {
         "metric": task.metric,
         "held_out": held_out,
