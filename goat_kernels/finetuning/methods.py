@@ -15,12 +15,6 @@ if TYPE_CHECKING:
 
     from goat_kernels.finetuning.options import FinetuneOptions
 
-#: (options, the fields that every configuration shares) -> the configuration.
-ConfigOf = Callable[["FinetuneOptions", dict], "PeftConfig"]
-
-#: (N in_features, M out_features, R total rank, E experts) -> parameters that train in one adapted layer.
-SizeOf = Callable[[int, int, int, int], int]
-
 
 @dataclass(frozen=True)
 class Method:
@@ -30,15 +24,17 @@ class Method:
         meaning: in words, for tables and help texts.
         rates_of: the method whose default learning rates it takes where it has none of its own.
         colour: in figures; colour-blind safe, after Okabe and Ito.
-        config: makes the adapter's configuration; None where the model's own weights train.
-        size: counts the parameters that train in one adapted layer; None like ``config``.
+        config: (options, the fields that every configuration shares) -> the adapter's configuration; None where the
+            model's own weights train.
+        size: (N in_features, M out_features, R total rank, E experts) -> the parameters that train in one adapted
+            layer; None like ``config``.
     """
 
     meaning: str
     rates_of: str
     colour: str
-    config: ConfigOf | None = None
-    size: SizeOf | None = None
+    config: Callable[[FinetuneOptions, dict], PeftConfig] | None = None
+    size: Callable[[int, int, int, int], int] | None = None
 
 
 def _alpha(options: FinetuneOptions) -> float:

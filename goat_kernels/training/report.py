@@ -7,16 +7,12 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from goat_kernels.files import atomic_path
 from goat_kernels.routed_module import routed_modules
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 #: With more experts than this the table names the most and least used alone.
 _LISTED_EXPERTS = 16
@@ -67,12 +63,7 @@ def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
 
 @dataclass(frozen=True)
 class RouterReport:
-    """The routing of a model's last forward; ``print`` shows the table.
-
-    Attributes:
-        layers: the statistics of each layer that has run, by its name in the model.
-        idle: names of routed layers that have not run.
-    """
+    """The routing of a model's last forward: of the ``layers`` that have run, by name; ``idle`` names the others."""
 
     layers: dict[str, RouterStatistics]
     idle: tuple[str, ...] = ()
@@ -124,8 +115,8 @@ class RouterReport:
         return path
 
 
-def draw_load(axes: Axes, layers: dict[str, RouterStatistics], title: str) -> None:
-    """Draw the load over an even load, layers x experts."""
+def draw_load(axes, layers: dict[str, RouterStatistics], title: str) -> None:
+    """Draw the load over an even load, layers x experts, into matplotlib's ``axes``."""
     names, experts = _short_names(list(layers)), max(len(layer.load) for layer in layers.values())
     relative = [[*layer.relative_load, *[math.nan] * (experts - len(layer.load))] for layer in layers.values()]
     image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
