@@ -298,9 +298,7 @@ class FinetuneOptions:
         least=1,
     )
     dtype: str = _training(
-        "float32",
-        "the base model's dtype; adapters stay in float32",
-        choices=("float32", "bfloat16", "float16"),
+        "float32", "the base model's dtype; adapters stay in float32", choices=("float32", "bfloat16", "float16")
     )
 
     def fingerprint(self) -> dict[str, object]:

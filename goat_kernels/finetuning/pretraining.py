@@ -23,13 +23,7 @@ import transformers
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset, StackDataset
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-    default_data_collator,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification, default_data_collator
 
 from goat_kernels.command_errors import CommandError
 from goat_kernels.files import write_json, written_whole
