@@ -48,13 +48,9 @@ class Examples(NamedTuple):
 def looks_like_path(text: str) -> bool:
     """Whether ``text`` can only mean a local path: it exists, or no id on the hub is written like that."""
     path = Path(text).expanduser()
-    return (
-        path.exists()
-        or text.startswith((".", "~", "/"))
-        or "\\" in text
-        or path.suffix.lower() in (*SEPARATED_SUFFIXES, *JSON_SUFFIXES, ".txt")
-        or _HUB_ID.fullmatch(text) is None
-    )
+    if path.exists() or path.suffix.lower() in (*SEPARATED_SUFFIXES, *JSON_SUFFIXES, ".txt"):
+        return True
+    return text.startswith((".", "~", "/")) or _HUB_ID.fullmatch(text) is None
 
 
 def local_path(argument: str, text: str, needs: str) -> Path:
@@ -67,11 +63,8 @@ def local_path(argument: str, text: str, needs: str) -> Path:
 
 def visible_files(folder: Path) -> list[Path]:
     """The files in ``folder`` and below, sorted; without hidden ones and those that operating systems leave."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if not path.is_dir() and not any(map(is_hidden, path.relative_to(folder).parts))
-    )
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path for path in files if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
 def is_hidden(name: str) -> bool:
@@ -86,8 +79,7 @@ def read_texts(argument: str, source: str, text_column: str, label_column: str |
     """Texts, or pairs of texts, from a table, from text files (without classes), or from the hub.
 
     Args:
-        argument: the option that named the source, for messages.
-        source: a path or an id on the hub.
+        argument, source: an option and its value, a path or an id on the hub.
         text_column: the column of the text; ``"A,B"`` for pairs.
         label_column: the column of the class; None where the task has no classes, and a text may be a chat (a list of
             messages) then, unless it is one of a pair.
@@ -112,7 +104,15 @@ def read_texts(argument: str, source: str, text_column: str, label_column: str |
             if not texts:
                 raise CommandError(f"{named} holds no text; it needs {needs}")
             return Examples([re.sub(r"\r\n?", "\n", text) for text in texts])
-        columns = _read_columns(named, path, _read_file(argument, path), wanted)
+        text = _read_file(argument, path)
+        if path.suffix.lower() in JSON_SUFFIXES:
+            rows = list(_objects(named, text))
+            header = list(dict.fromkeys(name for row in rows for name in row))
+        else:
+            usual = "\t" if path.suffix.lower() == ".tsv" else ","
+            header, rows = _separated(named, text, usual, {name for _, name in wanted})
+        _check_columns(named, header, len(rows), wanted)
+        columns = [[row.get(name) for row in rows] for _, name in wanted]  # None where a row has no such cell
     cells = [(named, name, values) for (_, name), values in zip(wanted, columns, strict=True)]
     labels = as_labels(*cells.pop()) if label_column is not None else None
     if len(cells) > 1:
@@ -167,18 +167,6 @@ def _read_file(argument: str, path: Path) -> str:
         line = _line(text, text.index("\0"))
         raise CommandError(f"{argument} {str(path)!r}, line {line}, has a NUL character; it needs to be plain text")
     return text
-
-
-def _read_columns(source: str, path: Path, text: str, wanted: Sequence[tuple[str, str]]) -> list[list]:
-    """The columns ``wanted``, as (option, name), of a table: a cell of each row, None where there is none."""
-    if path.suffix.lower() in JSON_SUFFIXES:
-        rows = list(_objects(source, text))
-        header = list(dict.fromkeys(name for row in rows for name in row))
-    else:
-        usual = "\t" if path.suffix.lower() == ".tsv" else ","
-        header, rows = _separated(source, text, usual, {name for _, name in wanted})
-    _check_columns(source, header, len(rows), wanted)
-    return [[row.get(name) for row in rows] for _, name in wanted]
 
 
 def _separated(source: str, text: str, usual: str, wanted: set[str]) -> tuple[list[str], list[dict[str, str]]]:
@@ -291,12 +279,7 @@ def _chat(value: object) -> list[dict] | None:
 
 
 def as_labels(source: str, name: str, values: Sequence) -> list[str]:
-    """The cells as class names, without the spaces around them.
-
-    Raises:
-        CommandError: a cell with nothing in it or with a list or an object; true and false beside other values; decimal
-            numbers.
-    """
+    """The cells as class names, without the spaces around them; refuses what is none, such as decimal numbers."""
     where = f"{source}: column {name!r}"
     truths = [i for i, value in enumerate(values) if isinstance(value, bool)]
     others = [i for i, value in enumerate(values) if not isinstance(value, bool)]
@@ -370,10 +353,8 @@ def split(
 ) -> tuple[list[int], list[int]]:
     """Indices (training, held out) of ``count`` examples, both sorted.
 
-    Holds out ``fraction`` of every class, rounded, but always leaves one example of it for training.
-
-    Raises:
-        CommandError: one of the two parts would be empty.
+    Holds out ``fraction`` of every class, rounded, but always leaves one example of it for training. CommandError where
+    nothing is held out.
     """
     groups: dict[object, list[int]] = defaultdict(list)
     for i, label in enumerate(labels or [None] * count):

@@ -81,16 +81,8 @@ def _lora_size(N: int, M: int, R: int, E: int) -> int:
     return R * (N + M)
 
 
-def _dora_size(N: int, M: int, R: int, E: int) -> int:
-    return R * (N + M) + M
-
-
 def _experts_size(N: int, M: int, R: int, E: int) -> int:
     return R * (N + M) + E * N
-
-
-def _hydra_size(N: int, M: int, R: int, E: int) -> int:
-    return R // E * N + R * M + E * N
 
 
 #: Every method, in the order of tables.
@@ -99,11 +91,17 @@ METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", "full", "#0072B2"),
     "lora": Method("PEFT's LoRA", "lora", "#E69F00", _lora, _lora_size),
     "rslora": Method("LoRA at alpha / sqrt(R)", "lora", "#D55E00", _rslora, _lora_size),
-    "dora": Method("PEFT's DoRA", "lora", "#F0E442", _dora, _dora_size),
+    "dora": Method("PEFT's DoRA", "lora", "#F0E442", _dora, lambda N, M, R, E: R * (N + M) + M),
     "pissa": Method("PEFT's PiSSA", "lora", "#CC79A7", _pissa, _lora_size),
     "milora": Method("MiLoRA", "lora", "#882255", _milora, _lora_size),
     "molora": Method("LoRA experts from zero (MoLoRA)", "goat", "#56B4E9", _molora, _experts_size),
-    "hydralora": Method("LoRA experts that share A (HydraLoRA)", "goat", "#332288", _hydralora, _hydra_size),
+    "hydralora": Method(
+        "LoRA experts that share A (HydraLoRA)",
+        "goat",
+        "#332288",
+        _hydralora,
+        lambda N, M, R, E: R // E * N + R * M + E * N,
+    ),
     "goat": Method("GOAT", "goat", "#009E73", _goat, _experts_size),
     "goat_s": Method("GOAT, a scaling per expert", "goat", "#000000", _goat_s, _experts_size),
 }

@@ -62,13 +62,8 @@ class Task:
 
 def load_task(options: FinetuneOptions) -> Task:
     """Read the data and find the model; CommandError where one cannot be used."""
-    load = {
-        "digits": _digits,
-        "image-classification": _image_classification,
-        "text-classification": _text_classification,
-        "causal-lm": _causal_lm,
-    }
-    return load[options.task](options)
+    classification = {"image-classification": _image_classification, "text-classification": _text_classification}
+    return {"digits": _digits, "causal-lm": _causal_lm, **classification}[options.task](options)
 
 
 def _digits(options: FinetuneOptions) -> Task:
@@ -293,7 +288,13 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, device: torch.device
         batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch).logits
-        scores.append((_correct if accuracy else _block_losses)(logits, labels).cpu())
+        if accuracy:
+            score = (logits.argmax(dim=-1) == labels) & ~logits.isnan().any(dim=-1)
+        else:  # the mean loss of each sequence over the tokens that have one, in float32
+            shifted, labels = logits[:, :-1].float().transpose(1, 2), labels[:, 1:]
+            losses = nn.functional.cross_entropy(shifted, labels, reduction="none")
+            score = losses.sum(dim=1) / (labels != IGNORED).sum(dim=1)
+        scores.append(score.cpu())
         for name, layer in router_statistics(model).items():
             load[name] += torch.tensor(layer.load) * len(labels)
     score = torch.cat(scores).double()
@@ -310,13 +311,3 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, device: torch.device
         "held_out_examples": count,
         "load_by_layer": {name: (total / count).tolist() for name, total in load.items()},
     }
-
-
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(dim=-1) == labels) & ~logits.isnan().any(dim=-1)
-
-
-def _block_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of each sequence [batch] over the tokens that have one, in float32."""
-    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-    return losses.sum(dim=1) / (labels[:, 1:] != IGNORED).sum(dim=1)
