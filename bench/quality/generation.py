@@ -24,10 +24,10 @@ from transformers import (
 
 from bench.quality.corpora import PARTS, functions, part_of, texts
 from bench.quality.data import Data, Question
-from goat_kernels.finetuning.examples import pack
 from goat_kernels.finetuning.models import BaseModel, base_model
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.pretraining import digest, pretrained
+from goat_kernels.finetuning.tasks import pack
 
 #: Files of Python's library and steps of its pretraining.
 _PRETRAINING, _QUICK_PRETRAINING = (500, 800), (4, 2)

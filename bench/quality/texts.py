@@ -29,8 +29,8 @@ from transformers import (
 from bench.quality.corpora import LIBRARIES, PARTS, Function, functions, part_of
 from bench.quality.data import Data
 from goat_kernels.command_errors import CommandError
-from goat_kernels.finetuning.examples import Prepared, encode
 from goat_kernels.finetuning.models import base_model
+from goat_kernels.finetuning.tasks import Prepared, encode
 
 _FILES, _QUICK_FILES = 200, 6
 

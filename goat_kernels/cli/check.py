@@ -33,16 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare every option of ``goat-kernels check``."""
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
-        "--traffic",
-        action="store_true",
-        help="count the bytes that each kernel loads and stores, and hold them against what its tiles and the design "
-        "imply, in place of checking results",
+        "--traffic", action="store_true", help="instead, count the bytes that each kernel moves, against the design"
     )
     modes.add_argument(
         "--compile",
         action="store_true",
-        help="compile some 150 kernels that cover each kernel and tile, for sm_80, sm_90, sm_100 and gfx942, and "
-        "look for spills, too much shared memory and missing matrix instructions, in place of checking results",
+        help="instead, compile some 150 kernels for sm_80, sm_90, sm_100 and gfx942, and look for spills, too much "
+        "shared memory and missing matrix instructions",
     )
     parser.add_argument("--all", action="store_true", help="with --compile: every form and rank, some 3000 kernels")
     parser.add_argument("--dtype", choices=_DTYPES, help="check this dtype of x alone (default: all three)")

@@ -1,10 +1,9 @@
 """Fine-tune a model with full fine-tuning, LoRA and GOAT, and compare them.
 
-Without arguments and without a network: scikit-learn's bundled digits (1797 images) and a small ViT. The model is
-pretrained once on the digits 0-5 as they are, and cached ($GOAT_KERNELS_CACHE, else ~/.cache/goat-kernels). The task
-is then all ten digits with black and white exchanged and turned by a quarter: four classes and an appearance that the
-model has never seen. That is a task that needs adaptation: with a new classifier alone on the frozen model ("head")
-about six in ten held-out images come out right; with the model adapted, more than nine.
+Without arguments and without a network: scikit-learn's bundled digits (1797 images) and a small ViT, pretrained once
+on the digits 0-5 and cached ($GOAT_KERNELS_CACHE, else ~/.cache/goat-kernels). The task is all ten digits, with black
+and white exchanged and turned by a quarter. With a new classifier alone on the frozen model ("head") about six in ten
+held-out images come out right; with the model adapted, more than nine.
 
 The output folder gets the trained models (adapters for lora and goat), results.json and results.png. Every saved model
 is loaded back and must give bit-equal outputs. Ctrl-C while a method trains leaves a checkpoint that --resume
@@ -33,12 +32,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns the exit code, 1 where a method diverged or did not load back with the same outputs.
-
-    Raises:
-        CommandError: input that cannot be used, a package that is not installed, or a file that cannot be written.
-        Interrupted: Ctrl-C, after the output folder was begun.
-    """
+    """Run the command; returns the exit code, 1 where a method diverged or did not load back with the same outputs."""
     options = settle(vars(arguments))
     sources = (options.model, options.data, options.eval_data)
     if all(source is None or looks_like_path(source) for source in sources):

@@ -61,13 +61,13 @@ def local_path(argument: str, text: str, needs: str) -> Path:
     return path
 
 
-def visible_files(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     """The files in ``folder`` and below, sorted; without hidden ones and those that operating systems leave."""
     files = (path for path in folder.rglob("*") if not path.is_dir())
-    return sorted(path for path in files if not any(map(is_hidden, path.relative_to(folder).parts)))
+    return sorted(path for path in files if not any(map(hidden, path.relative_to(folder).parts)))
 
 
-def is_hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
     """Whether a file or folder is not the user's data, by its name: ``._a.png``, ``.ipynb_checkpoints``, ..."""
     return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini", "__macosx")
 
@@ -99,7 +99,7 @@ def read_texts(argument: str, source: str, text_column: str, label_column: str |
                 raise CommandError(f"{named} has no columns; it needs {needs}")
             files = [path]
             if path.is_dir():
-                files = [file for file in visible_files(path) if file.suffix.lower() == ".txt"]
+                files = [file for file in files_in(path) if file.suffix.lower() == ".txt"]
             texts = [text for text in (_read_file(argument, file) for file in files) if text.strip()]
             if not texts:
                 raise CommandError(f"{named} holds no text; it needs {needs}")

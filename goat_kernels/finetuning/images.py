@@ -20,15 +20,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from goat_kernels.command_errors import CommandError, one_line
-from goat_kernels.finetuning.data import (
-    Examples,
-    as_labels,
-    is_hidden,
-    local_path,
-    looks_like_path,
-    read_hub,
-    visible_files,
-)
+from goat_kernels.finetuning.data import Examples, as_labels, files_in, hidden, local_path, looks_like_path, read_hub
 
 # --- folders ------------------------------------------------------------------------------------------------------
 
@@ -61,7 +53,7 @@ def read_images(argument: str, source: str, image_column: str, label_column: str
     path = _folder(argument, source)
     items, labels, others = [], [], Counter()
     for folder in _subfolders(path):
-        for file in visible_files(folder):
+        for file in files_in(folder):
             if _is_image(file):
                 items.append(file)
                 labels.append(folder.name)
@@ -69,7 +61,7 @@ def read_images(argument: str, source: str, image_column: str, label_column: str
                 others[file.suffix.lower() or "no suffix"] += 1
     if not items:
         raise CommandError(f"{named} holds no class subfolders with images; it needs {_NEEDS}")
-    strays = sum(_is_image(child) and not is_hidden(child.name) for child in path.iterdir() if child.is_file())
+    strays = sum(_is_image(child) and not hidden(child.name) for child in path.iterdir() if child.is_file())
     if strays:
         print(f"{named}: left out {strays} images outside of the class subfolders")
     if others:
@@ -130,11 +122,11 @@ def _folder(argument: str, source: str) -> Path:
 
 
 def _subfolders(folder: Path) -> Sequence[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not is_hidden(child.name))
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not hidden(child.name))
 
 
 def _has_images(folder: Path) -> bool:
-    return any(map(_is_image, visible_files(folder)))
+    return any(map(_is_image, files_in(folder)))
 
 
 def _is_image(file: Path) -> bool:

@@ -85,14 +85,7 @@ RECIPES: dict[str, dict] = {
 def number(
     kind: type = float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], float]:
-    """A parser of numbers, for argparse.
-
-    Args:
-        kind: int or float.
-        least: lower bound, included.
-        above: lower bound, excluded.
-        below: upper bound, excluded.
-    """
+    """A parser of numbers (int or float) for argparse; ``least`` is included, ``above`` and ``below`` are not."""
     bounds = {f"at least {least:g}": least, f"above {above:g}": above, f"below {below:g}": below}
     need = " and ".join(text for text, bound in bounds.items() if math.isfinite(bound))
 
@@ -163,9 +156,8 @@ def _option(group: str, default: object, help_text: str, **more):
         group: its heading in the help text.
         default: where neither the command line nor the recipe nor the task (``TASKS``) has a value.
         help_text: what it is for.
-        more: ``shown``, what the help text has as the default in place of ``default``; ``choices``, ``metavar`` as
-            argparse takes them; ``flag``, the option's name where it is not the field's; the bounds of
-            :func:`number`; ``setting``, see :func:`_setting`.
+        more: ``shown``, what the help text has as the default in place of ``default``; ``flag``, the option's name
+            where it is not the field's; ``choices``, ``metavar``, and the bounds of :func:`number`.
     """
     made = {"default_factory": dict} if default is dict else {"default": default}
     return field(**made, metadata={"group": group, "help": help_text, **more})
@@ -311,12 +303,8 @@ class FinetuneOptions:
 def settle(given: Mapping[str, object]) -> FinetuneOptions:
     """Complete the options of the command line from the recipe and then from the task's defaults.
 
-    Args:
-        given: field -> value, for the options on the command line; ``methods`` and ``learning_rates`` are text. Other
-            keys are ignored.
-
-    Raises:
-        CommandError: an option that contradicts another, or that the task does not know.
+    ``given`` is field -> value; ``methods`` and ``learning_rates`` are text, and other keys are ignored. CommandError
+    for an option that contradicts another, or that the task does not know.
     """
     given = {declared.name: given[declared.name] for declared in fields(FinetuneOptions) if declared.name in given}
     name, task = given.get("recipe"), given.get("task")

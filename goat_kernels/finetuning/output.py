@@ -68,14 +68,8 @@ def check_output(root: Path, options: FinetuneOptions) -> None:
 
 
 def claim_output(root: Path, options: FinetuneOptions) -> None:
-    """Make the folder this run's.
-
-    With --overwrite what an earlier run wrote is removed and what else is there stays, which a line says; resumed, what
-    a killed run half wrote is removed.
-
-    Raises:
-        CommandError: nothing can be written there.
-    """
+    """Make the folder this run's: with --overwrite what an earlier run wrote is removed and what else is there stays,
+    which a line says; resumed, what a killed run half wrote is removed. CommandError where nothing can be written."""
     try:
         if options.resume or options.overwrite:
             for path in _paths(root):

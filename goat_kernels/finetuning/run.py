@@ -21,16 +21,8 @@ from torch import nn
 
 from goat_kernels.command_errors import CommandError, Interrupted, one_line
 from goat_kernels.files import write_json, written_whole
+from goat_kernels.finetuning import models
 from goat_kernels.finetuning.methods import METHODS
-from goat_kernels.finetuning.models import (
-    build,
-    check_adapters,
-    load_back,
-    outputs,
-    save,
-    trainable_parameters,
-    training_device,
-)
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.output import check_output, claim_output
 from goat_kernels.finetuning.results import format_table, results_json, write_figure
@@ -54,7 +46,7 @@ def run(options: FinetuneOptions) -> list[dict]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     task = load_task(options)
-    check_adapters(task.base, options)
+    models.check_adapters(task.base, options)
     claim_output(root, options)
     try:
         return _run_methods(task, options, root)
@@ -113,9 +105,9 @@ def _run_method(method: str, task: Task, options: FinetuneOptions, folder: Path)
         row |= {"metric": task.metric, "held_out": None, "held_out_standard_error": None, "held_out_examples": 0}
         write_json(result_file, row | {"load_by_layer": {}})
         return _read_json(result_file)
-    device = training_device(options)
+    device = models.training_device(options)
     if model is None:
-        model = load_back(method, task.base, folder.parent / row["saved_in"], device)
+        model = models.load_back(method, task.base, folder.parent / row["saved_in"], device)
     write_json(result_file, row | evaluate(model, task, options.batch_size, device, f"{method}: evaluating"))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return _read_json(result_file)
@@ -126,10 +118,10 @@ def _train_method(method: str, task: Task, options: FinetuneOptions, folder: Pat
 
     A model that diverged is not saved: nobody is to take it for a trained one. Returns None for it.
     """
-    saved, device = folder / ("model" if METHODS[method].config is None else "adapter"), training_device(options)
+    saved, device = folder / ("model" if METHODS[method].config is None else "adapter"), models.training_device(options)
     with stop_signal() as stop:
         model, record = train(
-            lambda: build(method, task.base, options),
+            lambda: models.build(method, task.base, options),
             task.train,
             task.collate,
             options,
@@ -145,17 +137,18 @@ def _train_method(method: str, task: Task, options: FinetuneOptions, folder: Pat
         reloaded, bit_equal = None, None
         if not diverged:
             with written_whole(saved) as temporary:  # what a user put beside an earlier run's files stays
-                save(model, temporary)
+                models.save(model, temporary)
             batch = task.collate([task.held_out[i] for i in range(min(options.batch_size, len(task.held_out)))])
             batch.pop("labels")
-            expected = outputs(model, batch, device)
-            reloaded = load_back(method, task.base, saved, device)
+            expected = models.outputs(model, batch, device)
+            reloaded = models.load_back(method, task.base, saved, device)
             # As torch.equal, to which NaN is not the NaN it was saved as.
-            bit_equal = torch.allclose(outputs(reloaded, batch, device), expected, rtol=0, atol=0, equal_nan=True)
+            found = models.outputs(reloaded, batch, device)
+            bit_equal = torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
         trained = {
             "method": method,
             "learning_rate": options.learning_rates[method],
-            "trainable_parameters": trainable_parameters(model),
+            "trainable_parameters": models.trainable_parameters(model),
             "saved_in": None if diverged else f"{method}/{saved.name}",
             "reload_bit_equal": bit_equal,
         }

@@ -13,7 +13,7 @@ from test_cli_finetune import TINY, assert_same_weights, weights
 from transformers import TrainerState
 
 from goat_kernels.cli import main
-from goat_kernels.finetuning import pretraining, run
+from goat_kernels.finetuning import models, pretraining, run
 
 OPTIONS = ["--methods", "goat", "--max-steps", "6", "--batch-size", "100", "--rank", "8", "--experts", "4"]
 OPTIONS += ["--dropout", "0.1", "--save-steps", "2", "--device", "cpu"]
@@ -70,11 +70,11 @@ def _ctrl_c_arrives():
 PHASES = {
     "start-up": (run, "load_task"),
     "pretraining": (pretraining, "train"),
-    "checking": (run, "check_adapters"),
+    "checking": (models, "check_adapters"),
     "warming-up": (run, "_warm_up"),
-    "building": (run, "build"),
-    "saving": (run, "save"),
-    "loading-back": (run, "load_back"),
+    "building": (models, "build"),
+    "saving": (models, "save"),
+    "loading-back": (models, "load_back"),
     "evaluating": (run, "evaluate"),
     "report": (run, "results_json"),
     "figure": (run, "write_figure"),

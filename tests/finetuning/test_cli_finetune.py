@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from goat_kernels.cli import main
-from goat_kernels.finetuning import pretraining
+from goat_kernels.finetuning import models, pretraining
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.options import TASKS
 from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
@@ -241,9 +241,7 @@ def test_resume_needs_a_run(tiny_demo, capsys):
 
 @pytest.mark.long
 def test_a_reload_that_differs_is_reported(tiny_demo, capsys, monkeypatch):
-    from goat_kernels.finetuning import run
-
-    real = run.load_back
+    real = models.load_back
 
     def damaged(method, *args):
         model = real(method, *args)
@@ -251,7 +249,7 @@ def test_a_reload_that_differs_is_reported(tiny_demo, capsys, monkeypatch):
             next(p for name, p in model.named_parameters() if name.endswith("classifier.bias")).add_(1e-3)
         return model
 
-    monkeypatch.setattr(run, "load_back", damaged)
+    monkeypatch.setattr(models, "load_back", damaged)
     assert finetune("--methods", "full") == 1
     assert "bit-equal outputs: False" in capsys.readouterr().out
 

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from goat_kernels.cli import build_parser, main
-from goat_kernels.finetuning.examples import IGNORED, Prepared, encode_response
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.options import RECIPES, settle
+from goat_kernels.finetuning.tasks import IGNORED, Prepared, encode_response
 
 __all__ = ["bert", "photos", "vit"]  # fixtures
 
