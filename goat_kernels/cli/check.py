@@ -47,11 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns the exit code.
-
-    Raises:
-        CommandError: a file that cannot be written, or a mode that this machine cannot run.
-    """
+    """Run the command; CommandError for a file that cannot be written, or a mode that this machine cannot run."""
     target = arguments.json
     if target is not None and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
         raise CommandError(f"--json {target!r} needs the name of a file in a folder that exists")
@@ -114,16 +110,13 @@ def _needs_interpreter(*, traffic: bool) -> bool:
 
 
 def _run_in_process_of_its_own(arguments: argparse.Namespace, *, interpret: bool) -> int:
-    """The same command where Triton interprets, or does not: it reads the variable when it is first imported.
-
-    The interpreter runs with one thread: its tensors are so small that a second one only gets in the way.
-    """
+    """The same command where Triton interprets, or does not: it reads the variable when it is first imported."""
     command = [sys.executable, "-m", "goat_kernels", "check"]
     for name, value in vars(arguments).items():
         if name in ("traffic", "compile", "all", "dtype", "json") and value not in (None, False):
             command += [f"--{name}"] + ([] if value is True else [value])
     environment = {name: value for name, value in os.environ.items() if name != _INTERPRET}
-    if interpret:
+    if interpret:  # with one thread: the tensors are so small that a second one only gets in the way
         environment = {"OMP_NUM_THREADS": "1", **environment, _INTERPRET: "1"}
     sys.stdout.flush()
     return subprocess.run(command, env=environment).returncode

@@ -147,11 +147,10 @@ def _inside(name: str) -> str:
 def build(method: str, base: BaseModel, options: FinetuneOptions) -> PreTrainedModel | PeftModel:
     """A fresh copy of the base model, set up so that exactly what ``method`` trains requires grad."""
     model = base.load()
-    if method == "full":
-        return model
     if method == "head":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(name.startswith(f"{module}.") for module in base.new_modules))
+    if METHODS[method].config is None:
         return model
     torch.manual_seed(options.seed)
     config = adapter_config(method, options, base.new_modules)

@@ -39,7 +39,7 @@ def run(options: FinetuneOptions) -> list[dict]:
 
     Raises:
         CommandError: input that cannot be used, before anything is trained; or a file that cannot be written.
-        Interrupted: Ctrl-C after the output folder was begun; a method's checkpoint is there where one was training.
+        Interrupted: Ctrl-C after the output folder was begun.
     """
     root = Path(options.output).expanduser()
     check_output(root, options)
@@ -84,10 +84,7 @@ def _run_methods(task: Task, options: FinetuneOptions, root: Path) -> list[dict]
 
 
 def _warm_up(task: Task, options: FinetuneOptions) -> None:
-    """One step that is not measured: the first one loads libraries, which cost more memory than the digits' model does.
-
-    Not for a model of the user's own, where the libraries weigh little and a step may take long.
-    """
+    """One step that is not measured: the first one loads libraries, which cost more memory than the digits' model."""
     with TemporaryDirectory() as scratch:
         once = replace(options, max_steps=1)
         train(task.base.load, task.train, task.collate, once, 0.0, Path(scratch), description="warming up")

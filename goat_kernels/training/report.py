@@ -48,17 +48,13 @@ class RouterStatistics:
 
 
 def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
-    """The routing statistics of every layer that has run, by its name in ``model``; one transfer per device."""
-    rows = {}
+    """The routing statistics of every layer that has run, by its name in ``model``; one transfer per layer."""
+    statistics = {}
     for name, module in routed_modules(model):
         if (balance_loss := module.balance_loss) is not None:
-            rows[name] = torch.cat((balance_loss.reshape(1).double(), module.expert_load.double()))
-    numbers: dict[str, list[float]] = {}
-    for device in {row.device for row in rows.values()}:
-        here = {name: row for name, row in rows.items() if row.device == device}
-        read = torch.cat(list(here.values())).cpu().split([len(row) for row in here.values()])
-        numbers |= {name: row.tolist() for name, row in zip(here, read, strict=True)}
-    return {name: RouterStatistics(numbers[name][0], tuple(numbers[name][1:])) for name in rows}
+            loss, *load = torch.cat((balance_loss.reshape(1).double(), module.expert_load.double())).tolist()
+            statistics[name] = RouterStatistics(loss, tuple(load))
+    return statistics
 
 
 @dataclass(frozen=True)
