@@ -21,37 +21,26 @@ _SETTINGS = {declared.name: declared for declared in fields(AdapterSettings)}
 
 # --- defaults: by task, and by the paper's recipe for a domain ----------------------------------------------------
 
-#: For pretrained encoders the usual learning rates (GOAT: the paper's).
-_ENCODER = {
-    "methods": "lora,goat",
-    "epochs": 3,
-    "batch_size": 16,
-    "eta": 1.0,
-    "learning_rates": {"head": 1e-3, "full": 2e-5, "lora": 2e-4, "goat": 1e-4},
-}
+_ENCODER = {"methods": "lora,goat", "epochs": 3, "batch_size": 16, "eta": 1.0}
 
-#: ``--task`` -> its defaults. eta is the paper's: 1 for ViT and RoBERTa, 0.1 for Llama at a learning rate of 1e-4. A
-#: method without a learning rate takes that of ``Method.rates_of``.
+#: ``--task`` -> its defaults. eta is the paper's: 1 for ViT and RoBERTa, 0.1 for Llama at a learning rate of 1e-4.
 TASKS: dict[str, dict] = {
-    # A tiny model, trained for a minute. One thread keeps its pace on a busy machine, and its results the same on any
-    # number of cores.
-    "digits": {
-        "methods": "head,full,lora,goat",
-        "epochs": 18,
-        "batch_size": 32,
-        "eta": 1.0,
-        "learning_rates": {"head": 2e-2, "full": 1e-3, "lora": 2e-3, "goat": 2e-3},
-        "threads": 1,
-    },
+    # A tiny model. One thread keeps its pace on a busy machine, and its results the same on any number of cores.
+    "digits": {"methods": "head,full,lora,goat", "epochs": 18, "batch_size": 32, "eta": 1.0, "threads": 1},
     "image-classification": _ENCODER,
     "text-classification": _ENCODER,
-    "causal-lm": {
-        "methods": "lora,goat",
-        "epochs": 1,
-        "batch_size": 4,
-        "eta": 0.1,
-        "learning_rates": {"full": 1e-5, "lora": 1e-4, "goat": 1e-4},
-    },
+    "causal-lm": {"methods": "lora,goat", "epochs": 1, "batch_size": 4, "eta": 0.1},
+}
+
+#: For pretrained encoders the usual ones (GOAT: the paper's).
+_ENCODER_RATES = {"head": 1e-3, "full": 2e-5, "lora": 2e-4, "goat": 1e-4}
+
+#: ``--task`` -> learning rates by method; one that is not there takes that of ``Method.rates_of``.
+RATES: dict[str, dict[str, float]] = {
+    "digits": {"head": 2e-2, "full": 1e-3, "lora": 2e-3, "goat": 2e-3},
+    "image-classification": _ENCODER_RATES,
+    "text-classification": _ENCODER_RATES,
+    "causal-lm": {"full": 1e-5, "lora": 1e-4, "goat": 1e-4},
 }
 
 
@@ -273,7 +262,7 @@ class FinetuneOptions:
         dict,
         "one number for all methods, or for some of them: full=1e-5,lora=2e-4",
         shown="by task and method; for the digits "
-        + ", ".join(f"{name} {rate:g}" for name, rate in TASKS["digits"]["learning_rates"].items()),
+        + ", ".join(f"{name} {rate:g}" for name, rate in RATES["digits"].items()),
         flag="--learning-rate",
         metavar="LR",
     )
@@ -332,8 +321,7 @@ def settle(given: Mapping[str, object]) -> FinetuneOptions:
         raise CommandError("--resume and --overwrite exclude each other: the one keeps --output, the other replaces it")
     values = {**TASKS[task], **recipe, **given, "task": task}
     values.pop("summary", None)
-    by_task = TASKS[task]["learning_rates"]
-    rates = {method: by_task.get(method, by_task.get(row.rates_of)) for method, row in METHODS.items()}
+    rates = {method: RATES[task].get(method, RATES[task].get(row.rates_of)) for method, row in METHODS.items()}
     rates = {method: rate for method, rate in rates.items() if rate is not None} | recipe.get("learning_rates", {})
     values["methods"] = _methods(values["methods"], task)
     values["learning_rates"] = _learning_rates(given.get("learning_rates"), rates)
