@@ -179,8 +179,8 @@ def _separated(source: str, text: str, usual: str, wanted: set[str]) -> tuple[li
         return reader, (row for row in reader if any(cell.strip() for cell in row))
 
     # Spreadsheets write semicolons where the comma is the decimal point.
-    headers = {one: {name.strip() for name in next(opened(one)[1], [])} for one in (usual, *",;\t|")}
-    separator = next((one for one, header in headers.items() if wanted <= header), usual)
+    all_separators = (usual, *",;\t|")
+    separator = next((one for one in all_separators if wanted <= set(map(str.strip, next(opened(one)[1], [])))), usual)
     if separator != usual:
         print(f"{source} separates its cells by {separator!r}")
     reader, lines = opened(separator, strict=True)

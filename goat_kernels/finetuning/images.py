@@ -79,9 +79,9 @@ def split_folders(data: str, eval_data: str | None) -> tuple[str, str | None]:
         return data, eval_data
     # Subfolder that holds images -> the names of its own subfolders that do.
     classes = {
-        folder: {below.name for below in _subfolders(folder) if _has_images(below)}
+        folder: {below.name for below in _subfolders(folder) if any(map(_is_image, files_in(below)))}
         for folder in _subfolders(_folder("--data", data))
-        if _has_images(folder)
+        if any(map(_is_image, files_in(folder)))
     }
     training = [folder for name in _TRAINING for folder in classes if folder.name.lower() == name]
     held_out = [folder for name in _HELD_OUT for folder in classes if folder.name.lower() == name]
@@ -123,10 +123,6 @@ def _folder(argument: str, source: str) -> Path:
 
 def _subfolders(folder: Path) -> Sequence[Path]:
     return sorted(child for child in folder.iterdir() if child.is_dir() and not hidden(child.name))
-
-
-def _has_images(folder: Path) -> bool:
-    return any(map(_is_image, files_in(folder)))
 
 
 def _is_image(file: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -74,12 +73,12 @@ def claim_output(root: Path, options: FinetuneOptions) -> None:
         if options.resume or options.overwrite:
             for path in _paths(root):
                 half_written = any(map(_TEMPORARY.fullmatch, path.relative_to(root).parts))
-                if _is_ours(path, root) and (options.overwrite or half_written):
-                    if not _is_folder(path):
-                        path.unlink()
-                        continue
-                    with contextlib.suppress(OSError):  # not empty: something in it is not ours
-                        path.rmdir()
+                if not _is_ours(path, root) or not (options.overwrite or half_written):
+                    continue
+                if not _is_folder(path):
+                    path.unlink()
+                elif not any(path.iterdir()):  # otherwise something in it is not ours
+                    path.rmdir()
         if options.resume:
             return
         if options.overwrite and (kept := [str(path.relative_to(root)) for path in _foreign(root)]):
