@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.utils.data import StackDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,10 +24,10 @@ from transformers import (
 
 from bench.quality.corpora import PARTS, functions, part_of, texts
 from bench.quality.data import Data, Question
-from goat_kernels.finetuning.examples import Tensors, pack
 from goat_kernels.finetuning.models import BaseModel, base_model
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.pretraining import digest, pretrained
+from goat_kernels.finetuning.tasks import pack
 
 #: Files of Python's library and steps of its pretraining.
 _PRETRAINING, _QUICK_PRETRAINING = (500, 800), (4, 2)
@@ -100,7 +101,7 @@ def _task(parts: dict[str, list[str]], quick: bool) -> Data:
         order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))
         blocks[part] = packed[order[: _QUICK_BLOCKS if quick else _BLOCKS[part]]]
     # The model shifts the labels itself.
-    train, validation, test = (Tensors(input_ids=of_part, labels=of_part) for of_part in blocks.values())
+    train, validation, test = (StackDataset(input_ids=of_part, labels=of_part) for of_part in blocks.values())
     return Data(
         lambda seed: train,
         validation,
@@ -160,7 +161,7 @@ def _pretrained(quick: bool) -> Path:
         "python-llama",
         LlamaForCausalLM,
         config,
-        Tensors(input_ids=blocks, labels=blocks),
+        StackDataset(input_ids=blocks, labels=blocks),
         options,
         _LEARNING_RATE,
         identity={"data": digest(blocks), "steps": steps, "learning rate": _LEARNING_RATE},

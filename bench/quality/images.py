@@ -12,16 +12,21 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+from torch.utils.data import StackDataset
 from transformers import AutoModelForImageClassification, default_data_collator
 
 from bench.quality.data import Data
-from goat_kernels.finetuning import demo
-from goat_kernels.finetuning.demo import changed_appearance, digits_data, pretrained_digits
-from goat_kernels.finetuning.examples import Tensors
 from goat_kernels.finetuning.models import base_model
-from goat_kernels.finetuning.pretraining import digest
+from goat_kernels.finetuning.pretraining import (
+    PRETRAINING,
+    Pretraining,
+    changed_appearance,
+    digest,
+    digits_data,
+    pretrained_digits,
+)
 
-_QUICK = demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
+_QUICK = Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
 _QUICK_EXAMPLES = 24
 
 #: Training images per class of the rare digits.
@@ -79,7 +84,7 @@ def _task(
         parts: None takes the digits' halves: a third of the held-out one is the validation data.
         per_class: draw so many training images of each class with the seed, in place of all.
     """
-    folder, digits, held_out = pretrained_digits("auto", _QUICK if quick else demo.PRETRAINING)
+    folder, digits, held_out = pretrained_digits("auto", _QUICK if quick else PRETRAINING)
     if parts is None:
         random.Random(0).shuffle(held_out)
         count = round(len(held_out) / 3)
@@ -88,10 +93,10 @@ def _task(
     others = [part[:_QUICK_EXAMPLES] if quick else part for part in others]
     classes = int(ids.max()) + 1
 
-    def part(indices: list[int]) -> Tensors:
-        return Tensors(pixel_values=images[indices], labels=ids[indices])
+    def part(indices: list[int]) -> StackDataset:
+        return StackDataset(pixel_values=images[indices], labels=ids[indices])
 
-    def training(seed: int) -> Tensors:
+    def training(seed: int) -> StackDataset:
         if per_class is None:
             return part(train)
         rng = random.Random(seed)

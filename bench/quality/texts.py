@@ -29,8 +29,8 @@ from transformers import (
 from bench.quality.corpora import LIBRARIES, PARTS, Function, functions, part_of
 from bench.quality.data import Data
 from goat_kernels.command_errors import CommandError
-from goat_kernels.finetuning.examples import Texts
 from goat_kernels.finetuning.models import base_model
+from goat_kernels.finetuning.tasks import Prepared, encode
 
 _FILES, _QUICK_FILES = 200, 6
 
@@ -93,10 +93,8 @@ def _task(found: dict[str, list[tuple]], per_class: dict[str, int], max_length: 
         count = _QUICK_PER_CLASS if quick else per_class[part]
         parts[part] = [example for label in sorted(classes) for example in classes[label][:count]]
         rng.shuffle(parts[part])
-    datasets = [
-        Texts([text for text, _ in part], [label for _, label in part], tokenizer, max_length)
-        for part in parts.values()
-    ]
+    prepare = functools.partial(encode, tokenizer, truncation=True, max_length=max_length)
+    datasets = [Prepared([text for text, _ in part], prepare, [label for _, label in part]) for part in parts.values()]
     labels = {label for _, label in parts["train"]}
     return Data(
         lambda seed: datasets[0],
