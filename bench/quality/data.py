@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from goat_kernels.finetuning.models import BaseModel
-
-
-class Question(NamedTuple):
-    """A text and continuations of equal length: the index of its own, and tokens [choices, prompt + answer]."""
-
-    tokens: Tensor
-    right: int
 
 
 @dataclass(frozen=True)
@@ -29,7 +21,8 @@ class Data:
         collate: list of dicts -> batch.
         base: seed -> the pretrained model, its new classifier's weights drawn with the seed.
         digest: of all the data, so that results of other data are told apart.
-        questions: "validation" and "test" -> questions, where the task asks any.
+        questions: "validation" and "test" -> questions, where the task asks any: a text with each of several
+            continuations of equal length, tokens [choices, prompt + answer], and the index of its own.
     """
 
     training: Callable[[int], Dataset]
@@ -38,4 +31,4 @@ class Data:
     collate: Callable[[list[dict]], dict[str, Tensor]]
     base: Callable[[int], BaseModel]
     digest: str
-    questions: dict[str, Sequence[Question]] | None = None
+    questions: dict[str, Sequence[tuple[Tensor, int]]] | None = None
