@@ -75,8 +75,5 @@ ABLATIONS: dict[str, dict[str, Contender]] = {
 #: The task of the ablations: one that runs in seconds.
 ABLATION_TASK = "digits-rare"
 
-#: A second task, for questions that the first leaves open; ``--only`` and ``--methods`` run it.
-SECOND_ABLATION_TASK = "python-to-prose"
-
 #: Suite -> (name -> contender).
 SUITES = {"main": MAIN, "ablation": {one.name: one for table in ABLATIONS.values() for one in table.values()}}

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bench.quality.contenders import ABLATION_TASK, ABLATIONS, MAIN, SECOND_ABLATION_TASK
+from bench.quality.contenders import ABLATION_TASK, ABLATIONS, MAIN
 from bench.quality.runs import RESULTS_FOLDER, chosen_rate, rows_of_task
 from bench.quality.tasks import METRICS, TASKS
 from bench.tables import markdown
@@ -201,5 +201,5 @@ BLOCKS: dict[str, Callable[[RowsOfTask], str]] = {
     "paper": _paper_table,
     "provenance": _provenance,
     **{f"ablation-{name}": functools.partial(_ablation_table, name, ABLATION_TASK) for name in ABLATIONS},
-    "second-ablation-experts": functools.partial(_ablation_table, "experts", SECOND_ABLATION_TASK),
+    "second-ablation-experts": functools.partial(_ablation_table, "experts", "python-to-prose"),
 }
