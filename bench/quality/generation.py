@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.utils.data import StackDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,7 +25,7 @@ from transformers import (
 
 from bench.quality.data import Data
 from bench.quality.texts import FILES, PARTS, functions, part_of, source_texts
-from goat_kernels.finetuning.examples import Tensors, pack
+from goat_kernels.finetuning.examples import pack
 from goat_kernels.finetuning.models import BaseModel, base_model
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.pretraining import digest, pretrained
@@ -101,7 +102,7 @@ def _task(texts: Iterable[tuple[str, str]]) -> Data:
         order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))
         blocks[part] = packed[order[: _BLOCKS[part]]]
     # The model shifts the labels itself.
-    train, validation, test = (Tensors(input_ids=of_part, labels=of_part) for of_part in blocks.values())
+    train, validation, test = (StackDataset(input_ids=of_part, labels=of_part) for of_part in blocks.values())
     return Data(
         lambda seed: train,
         validation,
@@ -145,7 +146,7 @@ def _pretrained() -> Path:
         "python-llama",
         LlamaForCausalLM,
         LlamaConfig(**_SIZES, **_LAYERS, **tokens, max_position_embeddings=_BLOCK, tie_word_embeddings=True),
-        Tensors(input_ids=blocks, labels=blocks),
+        StackDataset(input_ids=blocks, labels=blocks),
         FinetuneOptions(max_steps=_PRETRAINING_STEPS, batch_size=16, seed=0),
         _LEARNING_RATE,
         identity={"data": digest(blocks), "steps": _PRETRAINING_STEPS, "learning rate": _LEARNING_RATE},

@@ -12,12 +12,11 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+from torch.utils.data import StackDataset
 from transformers import AutoModelForImageClassification, default_data_collator
 
 from bench.quality.data import Data
 from goat_kernels.finetuning import demo
-from goat_kernels.finetuning.demo import changed_appearance, digits_data
-from goat_kernels.finetuning.examples import Tensors
 from goat_kernels.finetuning.models import base_model
 from goat_kernels.finetuning.pretraining import digest
 
@@ -35,8 +34,8 @@ _TILES_TO_TRAIN, _FIRST_TEST_TILE = 1200, 1500
 
 def turned_digits() -> Data:
     """All ten digits, black and white exchanged and turned by a quarter; pretrained on 0-5 as they are."""
-    images, ids = digits_data()
-    return _task(changed_appearance(images), ids)
+    images, ids = demo.digits_data()
+    return _task(demo.changed_appearance(images), ids)
 
 
 def rare_digits() -> Data:
@@ -44,7 +43,7 @@ def rare_digits() -> Data:
 
     The seed draws the training examples. Two columns of eight are covered, another pair in each image.
     """
-    images, ids = digits_data()
+    images, ids = demo.digits_data()
     generator = torch.Generator().manual_seed(0)
     noisy = images + 0.3 * torch.randn(images.shape, generator=generator)
     covered = torch.randint(0, 7, (len(images), 1), generator=generator) + torch.arange(2)  # [count, 2]
@@ -86,10 +85,10 @@ def _task(images: Tensor, ids: Tensor, parts: list[list[int]] | None = None, per
     train, *others = parts
     classes = int(ids.max()) + 1
 
-    def part(indices: list[int]) -> Tensors:
-        return Tensors(pixel_values=images[indices], labels=ids[indices])
+    def part(indices: list[int]) -> StackDataset:
+        return StackDataset(pixel_values=images[indices], labels=ids[indices])
 
-    def training(seed: int) -> Tensors:
+    def training(seed: int) -> StackDataset:
         if per_class is None:
             return part(train)
         rng = random.Random(seed)
