@@ -22,15 +22,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit code, 2 for input that cannot be used."""
     # Nothing here comes from the hub, so nothing may ask it anything.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        _run(arguments)
-    except CommandError as error:
-        print(f"bench.quality: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _run(arguments: list[str] | None) -> None:
     import torch
     import transformers
 
@@ -38,29 +29,32 @@ def _run(arguments: list[str] | None) -> None:
     from bench.quality.runs import RESULTS_FOLDER, rows_of_task, run_task
     from bench.quality.tasks import TASKS
 
+    known = SUITES["main"] | SUITES["ablation"]
     parser = argparse.ArgumentParser(
         prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", choices=SUITES, default="main", help="(default: main)")
     parser.add_argument("--only", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="contenders of the suite (default: all)")
+    parser.add_argument("--methods", nargs="+", choices=known, metavar="NAME", help="(default: all of the suite)")
     parser.add_argument("--seeds", type=int, default=5, help="test runs of each contender (default: 5)")
     parser.add_argument("--results", type=Path, metavar="FOLDER", default=RESULTS_FOLDER, help="(default: %(default)s)")
     parser.add_argument("--status", action="store_true", help="say what of it is there, and run nothing")
     options = parser.parse_args(arguments)
-    known = SUITES[options.suite]
-    if unknown := [name for name in options.methods or () if name not in known]:
-        raise CommandError(f"--methods {' '.join(unknown)} is unknown; it must be among {', '.join(known)}")
     torch.set_num_threads(1)  # the models are small
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    chosen = [known[method] for method in options.methods or known]
+    chosen = [known[method] for method in options.methods or SUITES[options.suite]]
     for task in options.only or (TASKS if options.suite == "main" else [ABLATION_TASK]):
         if options.status:
             done = [row["contender"] for row in rows_of_task(options.results, task)]
             print(f"{task}: " + ", ".join(f"{one.name} {done.count(one.name)}" for one in chosen))
-        else:
+            continue
+        try:
             run_task(task, chosen, options.results, options.seeds)
+        except CommandError as error:
+            print(f"bench.quality: error: {error}", file=sys.stderr)
+            return 2
+    return 0
 
 
 if __name__ == "__main__":

