@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -11,8 +11,7 @@ from torch.utils.data import Dataset
 from goat_kernels.finetuning.models import BaseModel
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """A task's data and model, loaded.
 
     Attributes:

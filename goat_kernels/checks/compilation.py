@@ -104,7 +104,7 @@ def compile_case(case: Case) -> dict:
     registers, spilled, loops = _amd_resources(text) if is_amd else _nvidia_resources(compiled.asm["cubin"])
     instruction = next((name for name in _MATRIX_INSTRUCTIONS if name in text), "")
     multiplies = "PRECISION" in launch.constants and launch.constants.get("WITH_PREFILL", True)
-    needs_instruction = multiplies and case.layer.dtype.itemsize == 2
+    multiplies_well = bool(instruction) or not (multiplies and case.layer.dtype.itemsize == 2)
     return {
         "kernel": launch.name,
         "registers": registers,
@@ -113,9 +113,7 @@ def compile_case(case: Case) -> dict:
         "matrix_instruction": instruction,
         "loops": loops,
         **{f"tile_{name}": value for name, value in asdict(launch.tile).items()},
-        "fault": fault_of(
-            spilled, shared, KNOWN_TARGETS[case.target].shared_bytes, instruction or not needs_instruction
-        ),
+        "fault": fault_of(spilled, shared, KNOWN_TARGETS[case.target].shared_bytes, multiplies_well),
     }
 
 
