@@ -25,10 +25,10 @@ from transformers import (
 
 from bench.quality.data import Data
 from bench.quality.texts import FILES, PARTS, functions, part_of, source_texts
-from goat_kernels.finetuning.examples import pack
 from goat_kernels.finetuning.models import BaseModel, base_model
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.pretraining import digest, pretrained
+from goat_kernels.finetuning.tasks import pack
 
 #: Files of Python's library, and steps of the pretraining on them.
 _PRETRAINING_FILES, _PRETRAINING_STEPS = 500, 800

@@ -16,9 +16,8 @@ from torch.utils.data import StackDataset
 from transformers import AutoModelForImageClassification, default_data_collator
 
 from bench.quality.data import Data
-from goat_kernels.finetuning import demo
+from goat_kernels.finetuning import pretraining
 from goat_kernels.finetuning.models import base_model
-from goat_kernels.finetuning.pretraining import digest
 
 #: Training images per class of the rare digits.
 _RARE = 15
@@ -34,8 +33,8 @@ _TILES_TO_TRAIN, _FIRST_TEST_TILE = 1200, 1500
 
 def turned_digits() -> Data:
     """All ten digits, black and white exchanged and turned by a quarter; pretrained on 0-5 as they are."""
-    images, ids = demo.digits_data()
-    return _task(demo.changed_appearance(images), ids)
+    images, ids = pretraining.digits_data()
+    return _task(pretraining.changed_appearance(images), ids)
 
 
 def rare_digits() -> Data:
@@ -43,7 +42,7 @@ def rare_digits() -> Data:
 
     The seed draws the training examples. Two columns of eight are covered, another pair in each image.
     """
-    images, ids = demo.digits_data()
+    images, ids = pretraining.digits_data()
     generator = torch.Generator().manual_seed(0)
     noisy = images + 0.3 * torch.randn(images.shape, generator=generator)
     covered = torch.randint(0, 7, (len(images), 1), generator=generator) + torch.arange(2)  # [count, 2]
@@ -77,7 +76,7 @@ def _task(images: Tensor, ids: Tensor, parts: list[list[int]] | None = None, per
         parts: None takes the digits' halves: a third of the held-out one is the validation data.
         per_class: draw so many training images of each class with the seed, in place of all.
     """
-    folder, train, held_out = demo.pretrained_digits("auto", demo.PRETRAINING)
+    folder, train, held_out = pretraining.pretrained_digits("auto", pretraining.PRETRAINING)
     if parts is None:
         random.Random(0).shuffle(held_out)
         count = round(len(held_out) / 3)
@@ -100,5 +99,5 @@ def _task(images: Tensor, ids: Tensor, parts: list[list[int]] | None = None, per
         *map(part, others),
         default_data_collator,
         lambda seed: base_model(str(folder), AutoModelForImageClassification, seed, "float32", num_labels=classes),
-        digest(images, ids, *map(torch.tensor, parts)),
+        pretraining.digest(images, ids, *map(torch.tensor, parts)),
     )

@@ -23,8 +23,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 from bench.quality.data import Data
 from goat_kernels.command_errors import CommandError
-from goat_kernels.finetuning.examples import Texts
 from goat_kernels.finetuning.models import base_model
+from goat_kernels.finetuning.tasks import Prepared, encode
 
 #: The classes of ``library_of_docstring``; "python" is the standard library.
 LIBRARIES = ("python", "torch", "transformers", "scikit-learn", "scipy", "numpy", "matplotlib", "peft")
@@ -160,7 +160,9 @@ def _task(found: dict[str, list[tuple]], per_class: dict[str, int], max_length: 
             classes[example[1]].append(example)
         parts[part] = [example for label in sorted(classes) for example in classes[label][: per_class[part]]]
         rng.shuffle(parts[part])
-    train, validation, test = (Texts(*zip(*part, strict=True), tokenizer, max_length) for part in parts.values())
+    prepare = functools.partial(encode, tokenizer, truncation=True, max_length=max_length)
+    pairs = (zip(*part, strict=True) for part in parts.values())
+    train, validation, test = (Prepared(texts, prepare, labels) for texts, labels in pairs)
     labels = 1 + max(label for _, label in parts["train"])
     return Data(
         lambda seed: train,

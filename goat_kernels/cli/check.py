@@ -33,16 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare every option of ``goat-kernels check``."""
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
-        "--traffic",
-        action="store_true",
-        help="count the bytes that each kernel loads and stores, and hold them against what its tiles and the design "
-        "imply, in place of checking results",
+        "--traffic", action="store_true", help="instead, count the bytes that each kernel moves, against the design"
     )
     modes.add_argument(
         "--compile",
         action="store_true",
-        help="compile some 150 kernels that cover each kernel and tile, for sm_80, sm_90, sm_100 and gfx942, and "
-        "look for spills, too much shared memory and missing matrix instructions, in place of checking results",
+        help="instead, compile some 150 kernels for sm_80, sm_90, sm_100 and gfx942, and look for spills, too much "
+        "shared memory and missing matrix instructions",
     )
     parser.add_argument("--all", action="store_true", help="with --compile: every form and rank, some 3000 kernels")
     parser.add_argument("--dtype", choices=_DTYPES, help="check this dtype of x alone (default: all three)")
@@ -50,11 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns the exit code.
-
-    Raises:
-        CommandError: a file that cannot be written, or a mode that this machine cannot run.
-    """
+    """Run the command; CommandError for a file that cannot be written, or a mode that this machine cannot run."""
     target = arguments.json
     if target is not None and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
         raise CommandError(f"--json {target!r} needs the name of a file in a folder that exists")
@@ -117,16 +110,13 @@ def _needs_interpreter(*, traffic: bool) -> bool:
 
 
 def _run_in_process_of_its_own(arguments: argparse.Namespace, *, interpret: bool) -> int:
-    """The same command where Triton interprets, or does not: it reads the variable when it is first imported.
-
-    The interpreter runs with one thread: its tensors are so small that a second one only gets in the way.
-    """
+    """The same command where Triton interprets, or does not: it reads the variable when it is first imported."""
     command = [sys.executable, "-m", "goat_kernels", "check"]
     for name, value in vars(arguments).items():
         if name in ("traffic", "compile", "all", "dtype", "json") and value not in (None, False):
             command += [f"--{name}"] + ([] if value is True else [value])
     environment = {name: value for name, value in os.environ.items() if name != _INTERPRET}
-    if interpret:
+    if interpret:  # with one thread: the tensors are so small that a second one only gets in the way
         environment = {"OMP_NUM_THREADS": "1", **environment, _INTERPRET: "1"}
     sys.stdout.flush()
     return subprocess.run(command, env=environment).returncode

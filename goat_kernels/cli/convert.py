@@ -58,11 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns the exit code.
-
-    Raises:
-        CommandError: a source that cannot be converted, missing information, or an output that exists.
-    """
+    """Run the command; CommandError for a source that cannot be converted, or an output that exists."""
     source = f"SOURCE {arguments.source!r}"
     try:
         fields = json.loads((Path(arguments.source) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -79,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"{source} is an adapter of this package; did you mean --to-lora-approximate?")
     if arguments.to_lora_approximate and not ours:
         raise CommandError(f"--to-lora-approximate needs an adapter of this package, and {source} is another")
-    if arguments.to_lora_approximate and (arguments.inputs is None or arguments.base_model is None):
+    if ours and (arguments.inputs is None or arguments.base_model is None):
         raise CommandError("--to-lora-approximate needs --base-model and --inputs, on which its error is measured")
     try:
         (_approximate if ours else _convert)(arguments, fields)
@@ -91,13 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace, fields: dict) -> None:
     from goat_kernels.peft.convert import from_goat_peft, from_lora
 
-    common = {"base_model": _base_model(arguments, fields), "allow_pickle": arguments.allow_pickle}
+    options = {"base_model": _base_model(arguments, fields), "allow_pickle": arguments.allow_pickle}
     if fields.get("peft_type") == "GOAT":
-        options = {"scaling": arguments.scaling, "eta": arguments.eta, "rho": arguments.rho}
-        adapter = from_goat_peft(arguments.source, **common, **options)
+        options |= {"scaling": arguments.scaling, "eta": arguments.eta, "rho": arguments.rho}
+        adapter = from_goat_peft(arguments.source, **options)
     else:
-        options = {"initial_adapter": arguments.initial_adapter, "on_residual_base": arguments.residual_base}
-        adapter = from_lora(arguments.source, **common, **options)
+        options |= {"initial_adapter": arguments.initial_adapter, "on_residual_base": arguments.residual_base}
+        adapter = from_lora(arguments.source, **options)
     adapter.save(arguments.output, overwrite=arguments.overwrite)
     print(f"{len(adapter.tensors)} tensors written to {arguments.output}; import goat_kernels.peft to load it")
 

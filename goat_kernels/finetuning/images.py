@@ -15,13 +15,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from goat_kernels.command_errors import CommandError, one_line
-from goat_kernels.finetuning.data import Examples, is_hidden, local_path, looks_like_path, read_hub, visible_files
-from goat_kernels.finetuning.texts import as_labels
+from goat_kernels.finetuning.data import Examples, as_labels, files_in, hidden, local_path, looks_like_path, read_hub
 
 # --- folders ------------------------------------------------------------------------------------------------------
 
@@ -39,12 +38,9 @@ _NEEDS = "a folder with one subfolder of images per class"
 def image_suffixes() -> frozenset[str]:
     """The suffixes of all formats that Pillow decodes, in lower case."""
     registered = Image.registered_extensions()  # also fills Image.OPEN
-    openers = {kind: opener for kind, (opener, _) in Image.OPEN.items() if kind != "MPEG"}
-    # Of some formats Pillow knows only the beginning, to tell what they are.
-    stubs = {
-        kind for kind, one in openers.items() if isinstance(one, type) and issubclass(one, ImageFile.StubImageFile)
-    }
-    return frozenset(suffix for suffix, kind in registered.items() if kind in openers.keys() - stubs)
+    # Of these formats Pillow knows only the beginning, to tell what they are.
+    decoded = Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+    return frozenset(suffix for suffix, kind in registered.items() if kind in decoded)
 
 
 def read_images(argument: str, source: str, image_column: str, label_column: str) -> Examples:
@@ -57,7 +53,7 @@ def read_images(argument: str, source: str, image_column: str, label_column: str
     path = _folder(argument, source)
     items, labels, others = [], [], Counter()
     for folder in _subfolders(path):
-        for file in visible_files(folder):
+        for file in files_in(folder):
             if _is_image(file):
                 items.append(file)
                 labels.append(folder.name)
@@ -65,7 +61,7 @@ def read_images(argument: str, source: str, image_column: str, label_column: str
                 others[file.suffix.lower() or "no suffix"] += 1
     if not items:
         raise CommandError(f"{named} holds no class subfolders with images; it needs {_NEEDS}")
-    strays = sum(_is_image(child) and not is_hidden(child.name) for child in path.iterdir() if child.is_file())
+    strays = sum(_is_image(child) and not hidden(child.name) for child in path.iterdir() if child.is_file())
     if strays:
         print(f"{named}: left out {strays} images outside of the class subfolders")
     if others:
@@ -77,16 +73,15 @@ def read_images(argument: str, source: str, image_column: str, label_column: str
 def split_folders(data: str, eval_data: str | None) -> tuple[str, str | None]:
     """``--data`` and ``--eval-data`` as they are, or the split folders inside ``--data`` in their place.
 
-    The subfolders of ``data`` are splits where all of them that hold images have such names and hold class subfolders;
-    classes of such names, with images directly in them, stay classes.
+    The subfolders of ``data`` are splits where all of them that hold images have such names and hold class subfolders.
     """
     if not looks_like_path(data):
         return data, eval_data
     # Subfolder that holds images -> the names of its own subfolders that do.
     classes = {
-        folder: {below.name for below in _subfolders(folder) if _has_images(below)}
+        folder: {below.name for below in _subfolders(folder) if any(map(_is_image, files_in(below)))}
         for folder in _subfolders(_folder("--data", data))
-        if _has_images(folder)
+        if any(map(_is_image, files_in(folder)))
     }
     training = [folder for name in _TRAINING for folder in classes if folder.name.lower() == name]
     held_out = [folder for name in _HELD_OUT for folder in classes if folder.name.lower() == name]
@@ -127,11 +122,7 @@ def _folder(argument: str, source: str) -> Path:
 
 
 def _subfolders(folder: Path) -> Sequence[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not is_hidden(child.name))
-
-
-def _has_images(folder: Path) -> bool:
-    return any(map(_is_image, visible_files(folder)))
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not hidden(child.name))
 
 
 def _is_image(file: Path) -> bool:
@@ -146,18 +137,12 @@ Extremes = dict[str, tuple[float, float]]
 #: Those modes in words, and the ranges that are tried before the data's own.
 UNBOUNDED = {"I": ("32-bit integer", (255, 65535)), "F": ("float", (1, 255))}
 
-#: Bad files that a message names.
-_NAMED = 5
-
 
 def open_image(item: object) -> Image.Image:
     """Decode one image whole, its first frame if there are several, turned as its EXIF orientation says.
 
-    Args:
-        item: a file; an image or a record with ``bytes`` or ``path``, as data sets on the hub have them.
-
-    Raises:
-        Exception: whatever the decoder of the format raises, which is of a dozen types.
+    ``item`` is a file; an image or a record with ``bytes`` or ``path``, as data sets on the hub have them. Raises
+    whatever the decoder of the format raises, which is of a dozen types.
     """
     if isinstance(item, dict):
         item = item.get("bytes") or item.get("path")
@@ -178,11 +163,7 @@ def to_rgb(image: Image.Image, extremes: Extremes) -> Image.Image:
     """``image`` in mode RGB, on white where it is transparent.
 
     16-bit pixels are divided by 65535. 32-bit integers and floats have no range of their own: the data set has, one for
-    all its images, so that one stays brighter than another (:func:`pixel_range`).
-
-    Args:
-        image: of any mode.
-        extremes: over the whole data set, from :func:`check_images`.
+    all its images (:func:`pixel_range`), so that one stays brighter than another.
     """
     if image.mode.startswith("I;16"):
         return _scaled(image, 0, 65535)
@@ -195,11 +176,8 @@ def to_rgb(image: Image.Image, extremes: Extremes) -> Image.Image:
 
 
 def pixel_range(mode: str, extremes: Extremes) -> tuple[float, float]:
-    """What becomes black and what becomes white, in images of a mode without a range.
-
-    That is 0 to 255 or 65535 (floats: 0 to 1 or 255) if all pixels of the data set are in there, otherwise 0, or its
-    lowest pixel if that is negative, to its highest.
-    """
+    """What becomes black and what becomes white, in images of a mode without a range: the first of ``UNBOUNDED`` that
+    holds all pixels of the data set; otherwise from 0, or the lowest pixel where that is negative, to the highest."""
     low, high = extremes[mode]
     if low >= 0:
         return 0, next((limit for limit in UNBOUNDED[mode][1] if high <= limit), high)
@@ -215,14 +193,9 @@ def _scaled(image: Image.Image, low: float, high: float) -> Image.Image:
 
 
 def check_images(argument: str, source: str, examples: Examples, skip: bool, extremes: Extremes) -> Examples:
-    """Decode all images, with a progress bar, so that none ends the training; returns those that can be read.
+    """Decode all images of ``source``, so that none ends the training; returns those that can be read.
 
-    Args:
-        argument: the option that named the source, for messages.
-        source: folder or id.
-        examples: the images with their classes.
-        skip: whether to leave out what cannot be read.
-        extremes: updated with the pixels of these images.
+    Updates ``extremes`` with their pixels.
 
     Raises:
         CommandError: some cannot be read and ``skip`` is false, or none can.
@@ -244,22 +217,14 @@ def check_images(argument: str, source: str, examples: Examples, skip: bool, ext
         except Exception as error:  # see open_image
             local = isinstance(items, list) and isinstance(items[i], Path)  # the hub's may raise once more
             name = str(items[i].relative_to(Path(source).expanduser())) if local else f"row {i + 1}"
-            bad.append(f"{name} ({_reason(error)})")
+            unknown = isinstance(error, Image.UnidentifiedImageError)
+            reason = "no format of an image, or damaged at its beginning" if unknown else one_line(error, 100)
+            bad.append(f"{name} ({reason or type(error).__name__})")
     if bad:
-        named = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+        named = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
         count = f"{argument} {source!r}: {len(bad)} of {len(items)} images"
-        if not skip:
-            raise CommandError(
-                f"{count} cannot be read: {named}. They need to be replaced or removed, or --skip-bad-files to go on "
-                "without"
-            )
-        if not good:
-            raise CommandError(f"{count} cannot be read: {named}. There is no other")
+        if not (skip and good):
+            needs = "They need to be replaced or removed, or --skip-bad-files to go on without"
+            raise CommandError(f"{count} cannot be read: {named}. {'There is no other' if skip else needs}")
         print(f"{count} are left out: {named}")
     return Examples(Subset(items, good), [examples.labels[i] for i in good])
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "no format of an image, or damaged at its beginning"
-    return one_line(error, 100) or type(error).__name__

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from goat_kernels.finetuning.options import FinetuneOptions
 
-#: (options, the fields that every configuration shares) -> the configuration.
-ConfigOf = Callable[["FinetuneOptions", dict], "PeftConfig"]
-
 
 @dataclass(frozen=True)
 class Method:
@@ -27,13 +24,14 @@ class Method:
         meaning: in words, for tables and help texts.
         rates_of: the method whose default learning rates it takes where it has none of its own.
         colour: in figures; colour-blind safe, after Okabe and Ito.
-        config: makes the adapter's configuration; None where the model's own weights train.
+        config: (options, the fields that every configuration shares) -> the adapter's configuration; None where the
+            model's own weights train.
     """
 
     meaning: str
     rates_of: str
     colour: str
-    config: ConfigOf | None = None
+    config: Callable[[FinetuneOptions, dict], PeftConfig] | None = None
 
 
 def _alpha(options: FinetuneOptions) -> float:

@@ -26,26 +26,17 @@ from goat_kernels.peft import GoatConfig
 HEAD_NAMES = ("classifier", "score", "pre_classifier", "classification_head", "head", "fc")
 
 #: Settings as error messages name them -> the options that set them.
-_OPTION_OF_SETTING = {
-    "backend": "--backend",
-    "rank_pattern": "--rank",
-    "exclude_modules": "--exclude-modules",
-    **{
-        field.metadata["setting"]: f"--{field.name.replace('_', '-')}"
-        for field in fields(FinetuneOptions)
-        if "setting" in field.metadata
-    },
+_OPTION_OF_SETTING = {"rank_pattern": "--rank"} | {
+    field.metadata.get("setting", field.name): f"--{field.name.replace('_', '-')}" for field in fields(FinetuneOptions)
 }
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A pretrained model that can be loaded any number of times, each time bit-equal.
+    """A pretrained model: ``load`` returns a fresh copy, each time bit-equal, a new head's random weights too.
 
-    Attributes:
-        load: returns a fresh copy; a new head has the same random weights in each.
-        new_modules: names of the modules that did not come with the pretrained weights, or are the classifier's head:
-            every method trains them fully.
+    ``new_modules`` names the modules that did not come with the pretrained weights, or are the classifier's head: every
+    method trains them fully.
     """
 
     load: Callable[[], PreTrainedModel]
@@ -53,11 +44,7 @@ class BaseModel:
 
 
 def load_config(source: str, auto_class) -> PreTrainedConfig:
-    """The configuration of the model ``source``, checked to be of the kind that ``auto_class`` makes.
-
-    Raises:
-        CommandError: no such folder or id, or a model of another kind.
-    """
+    """The configuration of the model ``source``; CommandError where there is none, or ``auto_class`` cannot make it."""
     if looks_like_path(source):
         path = local_path("--model", source, "a folder that transformers can load")
         if not (path / "config.json").is_file():
@@ -98,26 +85,13 @@ def text_limits(config: PreTrainedConfig, auto_class) -> tuple[int | None, int |
 
 
 def base_model(source: str, auto_class, seed: int, dtype: str, **config_changes) -> BaseModel:
-    """A reloadable base model.
-
-    Args:
-        source: folder or id, checked by :func:`load_config`.
-        auto_class: one of transformers' AutoModelFor... classes.
-        seed: of the weights that the checkpoint does not have.
-        dtype: the base weights' dtype by name.
-        config_changes: such as ``num_labels``.
-    """
+    """A reloadable base model of the folder or id ``source``; ``seed`` is of the weights that the checkpoint lacks."""
 
     def load() -> tuple[PreTrainedModel, dict]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return auto_class.from_pretrained(
-                source,
-                dtype=getattr(torch, dtype),
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **config_changes,
-            )
+            more = {"ignore_mismatched_sizes": True, "output_loading_info": True, **config_changes}
+            return auto_class.from_pretrained(source, dtype=getattr(torch, dtype), **more)
 
     model, info = load()
     missing = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
@@ -144,11 +118,7 @@ def _fully_missing(model: nn.Module, missing: set[str]) -> list[str]:
 
 
 def adapter_config(method: str, options: FinetuneOptions, new_modules: tuple[str, ...]) -> PeftConfig:
-    """The PEFT configuration of a method that has one.
-
-    Raises:
-        CommandError: a hyper-parameter that the method refuses.
-    """
+    """The PEFT configuration of a method that has one; CommandError for a hyper-parameter that the method refuses."""
     targets = options.target_modules
     # all-linear would adapt the head too, which trains in full.
     excluded = [*map(_inside, new_modules), *_excluded(options).values()]
@@ -175,17 +145,12 @@ def _inside(name: str) -> str:
 
 
 def build(method: str, base: BaseModel, options: FinetuneOptions) -> PreTrainedModel | PeftModel:
-    """A fresh copy of the base model, set up so that exactly what ``method`` trains requires grad.
-
-    Raises:
-        CommandError: a hyper-parameter that the method refuses.
-    """
+    """A fresh copy of the base model, set up so that exactly what ``method`` trains requires grad."""
     model = base.load()
-    if method == "full":
-        return model
     if method == "head":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(name.startswith(f"{module}.") for module in base.new_modules))
+    if METHODS[method].config is None:
         return model
     torch.manual_seed(options.seed)
     config = adapter_config(method, options, base.new_modules)
@@ -214,8 +179,8 @@ def check_adapters(base: BaseModel, options: FinetuneOptions) -> None:
         return
     configs = [adapter_config(name, options, base.new_modules) for name in with_adapters]
     ours = [config for config in configs if isinstance(config, GoatConfig)]
-    with options_named():
-        if ours:
+    if ours:
+        with options_named():
             resolve_backend(options.backend, training_device(options), torch.float32)
     model = base.load()
     for name, pattern in _excluded(options).items():
@@ -250,8 +215,7 @@ def options_named() -> Iterator[None]:
 def save(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Write what is needed to have the model back: the adapter, or the whole model."""
     # "auto" would ask the hub whether the base model's vocabulary was resized; nothing here resizes it.
-    extra = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(folder, **extra)
+    model.save_pretrained(folder, **({"save_embedding_layers": False} if isinstance(model, PeftModel) else {}))
 
 
 def load_back(method: str, base: BaseModel, folder: Path, device: torch.device) -> PreTrainedModel | PeftModel:

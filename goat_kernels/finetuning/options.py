@@ -14,11 +14,59 @@ from functools import partial
 
 from goat_kernels.command_errors import CommandError
 from goat_kernels.finetuning.methods import METHODS
-from goat_kernels.finetuning.recipes import RECIPES, TASKS
 from goat_kernels.rules import INIT_RULES, SCALING_RULES
 from goat_kernels.settings import RESIDUAL_FORMS, AdapterSettings
 
 _SETTINGS = {declared.name: declared for declared in fields(AdapterSettings)}
+
+# --- defaults: by task, and by the paper's recipe for a domain ----------------------------------------------------
+
+_ENCODER = {"methods": "lora,goat", "epochs": 3, "batch_size": 16, "eta": 1.0}
+
+#: ``--task`` -> its defaults. eta is the paper's: 1 for ViT and RoBERTa, 0.1 for Llama at a learning rate of 1e-4.
+TASKS: dict[str, dict] = {
+    # A tiny model. One thread keeps its pace on a busy machine, and its results the same on any number of cores.
+    "digits": {"methods": "head,full,lora,goat", "epochs": 18, "batch_size": 32, "eta": 1.0, "threads": 1},
+    "image-classification": _ENCODER,
+    "text-classification": _ENCODER,
+    "causal-lm": {"methods": "lora,goat", "epochs": 1, "batch_size": 4, "eta": 0.1},
+}
+
+#: For pretrained encoders the usual ones (GOAT: the paper's).
+_ENCODER_RATES = {"head": 1e-3, "full": 2e-5, "lora": 2e-4, "goat": 1e-4}
+
+#: ``--task`` -> learning rates by method; one that is not there takes that of ``Method.rates_of``.
+RATES: dict[str, dict[str, float]] = {
+    "digits": {"head": 2e-2, "full": 1e-3, "lora": 2e-3, "goat": 2e-3},
+    "image-classification": _ENCODER_RATES,
+    "text-classification": _ENCODER_RATES,
+    "causal-lm": {"full": 1e-5, "lora": 1e-4, "goat": 1e-4},
+}
+
+
+def _recipe(task: str, name: str, model: str, rank: int, learning_rate: float, **more) -> dict:
+    """The paper's settings (arXiv 2502.16894) for a domain; epochs and batch size, which depend on the data, are the
+    task's."""
+    summary = f"{name}, E 8, K 2, R {rank}" + (f", eta {more['eta']}" if "eta" in more else "")
+    paper = {"rank": rank, "eta": 1.0, "dropout": 0.05, "learning_rates": {"goat": learning_rate}}
+    return {"task": task, "summary": summary, "model": model, **paper, **more}
+
+
+def _generation(rank: int, learning_rate: float, targets: str, **more) -> dict:
+    """The recipe of a language model on a prompt and its response."""
+    more |= {"text_column": "prompt,response", "dtype": "bfloat16"}
+    more["target_modules"] = tuple(f"{name}_proj" for name in targets.split())
+    name, model = "LLaMA2-7B, a prompt and its response", "meta-llama/Llama-2-7b-hf"
+    return _recipe("causal-lm", name, model, rank, learning_rate, **more)
+
+
+#: ``--recipe`` -> its ``--task``, a summary for the help text, and options (none that names data).
+RECIPES: dict[str, dict] = {
+    "image": _recipe("image-classification", "CLIP ViT-B/32", "openai/clip-vit-base-patch32", 8, 1e-4),
+    "glue": _recipe("text-classification", "RoBERTa-large", "FacebookAI/roberta-large", 32, 1e-4),
+    "nlg": _generation(8, 2e-5, "q k v o gate up down", max_length=1024),
+    "commonsense": _generation(32, 1e-4, "q k v up down", max_length=512, eta=0.1),
+}
 
 # --- from text on the command line to values ----------------------------------------------------------------------
 
@@ -26,14 +74,7 @@ _SETTINGS = {declared.name: declared for declared in fields(AdapterSettings)}
 def number(
     kind: type = float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], float]:
-    """A parser of numbers, for argparse.
-
-    Args:
-        kind: int or float.
-        least: lower bound, included.
-        above: lower bound, excluded.
-        below: upper bound, excluded.
-    """
+    """A parser of numbers (int or float) for argparse; ``least`` is included, ``above`` and ``below`` are not."""
     bounds = {f"at least {least:g}": least, f"above {above:g}": above, f"below {below:g}": below}
     need = " and ".join(text for text, bound in bounds.items() if math.isfinite(bound))
 
@@ -102,11 +143,10 @@ def _option(group: str, default: object, help_text: str, **more):
 
     Args:
         group: its heading in the help text.
-        default: where neither the command line nor the recipe nor the task (``recipes.TASKS``) has a value.
+        default: where neither the command line nor the recipe nor the task (``TASKS``) has a value.
         help_text: what it is for.
-        more: ``shown``, what the help text has as the default in place of ``default``; ``choices``, ``metavar`` as
-            argparse takes them; ``flag``, the option's name where it is not the field's; the bounds of
-            :func:`number`; ``setting``, see :func:`_setting`.
+        more: ``shown``, what the help text has as the default in place of ``default``; ``flag``, the option's name
+            where it is not the field's; ``choices``, ``metavar``, and the bounds of :func:`number`.
     """
     made = {"default_factory": dict} if default is dict else {"default": default}
     return field(**made, metadata={"group": group, "help": help_text, **more})
@@ -222,7 +262,7 @@ class FinetuneOptions:
         dict,
         "one number for all methods, or for some of them: full=1e-5,lora=2e-4",
         shown="by task and method; for the digits "
-        + ", ".join(f"{name} {rate:g}" for name, rate in TASKS["digits"]["learning_rates"].items()),
+        + ", ".join(f"{name} {rate:g}" for name, rate in RATES["digits"].items()),
         flag="--learning-rate",
         metavar="LR",
     )
@@ -239,9 +279,7 @@ class FinetuneOptions:
         least=1,
     )
     dtype: str = _training(
-        "float32",
-        "the base model's dtype; adapters stay in float32",
-        choices=("float32", "bfloat16", "float16"),
+        "float32", "the base model's dtype; adapters stay in float32", choices=("float32", "bfloat16", "float16")
     )
 
     def fingerprint(self) -> dict[str, object]:
@@ -254,12 +292,8 @@ class FinetuneOptions:
 def settle(given: Mapping[str, object]) -> FinetuneOptions:
     """Complete the options of the command line from the recipe and then from the task's defaults.
 
-    Args:
-        given: field -> value, for the options on the command line; ``methods`` and ``learning_rates`` are text. Other
-            keys are ignored.
-
-    Raises:
-        CommandError: an option that contradicts another, or that the task does not know.
+    ``given`` is field -> value; ``methods`` and ``learning_rates`` are text, and other keys are ignored. CommandError
+    for an option that contradicts another, or that the task does not know.
     """
     given = {declared.name: given[declared.name] for declared in fields(FinetuneOptions) if declared.name in given}
     name, task = given.get("recipe"), given.get("task")
@@ -287,8 +321,7 @@ def settle(given: Mapping[str, object]) -> FinetuneOptions:
         raise CommandError("--resume and --overwrite exclude each other: the one keeps --output, the other replaces it")
     values = {**TASKS[task], **recipe, **given, "task": task}
     values.pop("summary", None)
-    by_task = TASKS[task]["learning_rates"]
-    rates = {method: by_task.get(method, by_task.get(row.rates_of)) for method, row in METHODS.items()}
+    rates = {method: RATES[task].get(method, RATES[task].get(row.rates_of)) for method, row in METHODS.items()}
     rates = {method: rate for method, rate in rates.items() if rate is not None} | recipe.get("learning_rates", {})
     values["methods"] = _methods(values["methods"], task)
     values["learning_rates"] = _learning_rates(given.get("learning_rates"), rates)

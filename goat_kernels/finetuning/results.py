@@ -8,18 +8,14 @@ None. A method that diverged has no saved model and no held-out metric.
     trainable_parameters    numbers that the optimiser updated
     saved_in                where the trained model is, inside the output folder; None where the method diverged
     reload_bit_equal        whether the saved model, loaded back, gave the same outputs bit for bit; None likewise
-
-    from ``train.train``
-    steps                   optimiser steps done; fewer than planned after an interruption, or where the run diverged
+    steps                   optimiser steps done; fewer than planned where the run diverged
     diverged_at_step        the step whose loss was NaN or infinite, after which the run was stopped, or that left
                             trained parameters so; None where all is finite
     loss_steps, losses      the training loss, and the steps at which it was taken: the mean since the previous entry
-    time_per_step_ms        median over the steps since the run was started or resumed, from the batch being there to
-                            the weights being updated; NaN where none was left to do
+    time_per_step_ms        median since the run was started or resumed, from the batch being there to the weights
+                            being updated; None where no step was left to do
     peak_memory_mib         how far memory rose above where it stood before the model was loaded
     peak_memory_source      what ``peak_memory_mib`` measures, in words
-
-    from ``tasks.evaluate``
     metric                  accuracy or perplexity
     held_out                accuracy in 0..1 (an output that is NaN counts as wrong), or perplexity
     held_out_standard_error sqrt(p (1 - p) / n) of an accuracy p; of a perplexity, from the spread of the blocks'
@@ -30,10 +26,10 @@ None. A method that diverged has no saved model and no held-out metric.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from posixpath import commonpath, dirname
 
 import numpy as np
 import peft
@@ -46,29 +42,19 @@ from tabulate import tabulate
 from goat_kernels.files import atomic_path
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.options import FinetuneOptions
-
-#: More layers than this are named by their first and last, and those in between.
-_NAMED_LAYERS = 40
+from goat_kernels.training.report import RouterStatistics, draw_load
 
 
 def format_table(rows: Sequence[dict], title: str) -> str:
     """The table in plain text, with what its columns mean underneath."""
     first = next((row for row in rows if row["held_out"] is not None), rows[0])
-    table = tabulate(
-        [
-            [
-                METHODS[row["method"]].meaning,
-                _with_error(row),
-                f"{row['trainable_parameters']:,}",
-                "-" if row["time_per_step_ms"] is None else f"{row['time_per_step_ms']:.1f}",
-                f"{row['peak_memory_mib']:.0f}",
-            ]
-            for row in rows
-        ],
-        headers=["method", f"held-out {first['metric']}", "trainable", "ms/step", "peak MiB"],
-        colalign=("left", "right", "right", "right", "right"),
-        disable_numparse=True,
-    )
+    cells = []
+    for row in rows:
+        time = "-" if row["time_per_step_ms"] is None else f"{row['time_per_step_ms']:.1f}"
+        numbers = [_with_error(row), f"{row['trainable_parameters']:,}", time, f"{row['peak_memory_mib']:.0f}"]
+        cells.append([METHODS[row["method"]].meaning, *numbers])
+    headers = ["method", f"held-out {first['metric']}", "trainable", "ms/step", "peak MiB"]
+    table = tabulate(cells, headers, colalign=["left", *["right"] * 4], disable_numparse=True)
     lines = [title, "", table, ""]
     if first["held_out"] is not None:
         examples = "blocks" if first["metric"] == "perplexity" else "examples"
@@ -117,13 +103,14 @@ def results_json(description: str, options: FinetuneOptions, rows: Sequence[dict
 def write_figure(path: Path, rows: Sequence[dict], title: str) -> None:
     """Write results.png: the loss of every method, and how GOAT's layers use their experts."""
     load = next((row["load_by_layer"] for row in rows if row["load_by_layer"]), {})
+    layers = {name: RouterStatistics(math.nan, tuple(shares)) for name, shares in load.items()}
     height = min(max(4.5, 1.6 + 0.17 * len(load)), 9)
     figure = Figure(figsize=(12 if load else 7, height), layout="constrained")
     figure.suptitle(title, fontsize=10)
     left, *right = figure.subplots(1, 2 if load else 1, squeeze=False, width_ratios=(3, 2) if load else None)[0]
     draw_losses(left, rows)
     if load:
-        _draw_load(right[0], load)
+        draw_load(right[0], layers, "Experts' load by layer, on the held-out data")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
@@ -149,18 +136,3 @@ def draw_losses(axes: Axes, rows: Sequence[dict]) -> None:
     axes.grid(True, which="major", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-
-
-def _draw_load(axes: Axes, load_by_layer: dict[str, list[float]]) -> None:
-    load = np.array(list(load_by_layer.values()))  # [layers, E]
-    even = load.sum(axis=1).mean() / load.shape[1]
-    image = axes.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 * even, interpolation="nearest")
-    axes.set(xlabel="expert", title="Experts' load by layer, on the held-out data")
-    axes.set_xticks(range(load.shape[1]) if load.shape[1] <= 16 else range(0, load.shape[1], 4))
-    paths = [name.replace(".", "/") for name in load_by_layer]
-    shared = commonpath([dirname(path) for path in paths])
-    names = [path.removeprefix(f"{shared}/").replace("/", ".") for path in paths]
-    every = max(1, -(-len(names) // _NAMED_LAYERS))
-    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
-    bar = axes.figure.colorbar(image, ax=axes, extend="max")
-    bar.set_label(f"share of tokens that use the expert (even: {even:.3g}, white)")

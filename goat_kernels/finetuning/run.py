@@ -21,16 +21,8 @@ from torch import nn
 
 from goat_kernels.command_errors import CommandError, Interrupted, one_line
 from goat_kernels.files import write_json, written_whole
+from goat_kernels.finetuning import models
 from goat_kernels.finetuning.methods import METHODS
-from goat_kernels.finetuning.models import (
-    build,
-    check_adapters,
-    load_back,
-    outputs,
-    save,
-    trainable_parameters,
-    training_device,
-)
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.output import check_output, claim_output
 from goat_kernels.finetuning.results import format_table, results_json, write_figure
@@ -46,16 +38,15 @@ def run(options: FinetuneOptions) -> list[dict]:
     """Run every method of ``options`` and write the report; returns the rows of the table (``results``).
 
     Raises:
-        CommandError: the model, the data, the adapters or the output folder do not work out, and nothing was trained;
-            or a file could not be written, and what is complete is in the output folder.
-        Interrupted: Ctrl-C after the output folder was begun; a method's checkpoint is there where one was training.
+        CommandError: input that cannot be used, before anything is trained; or a file that cannot be written.
+        Interrupted: Ctrl-C after the output folder was begun.
     """
     root = Path(options.output).expanduser()
     check_output(root, options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     task = load_task(options)
-    check_adapters(task.base, options)
+    models.check_adapters(task.base, options)
     claim_output(root, options)
     try:
         return _run_methods(task, options, root)
@@ -93,10 +84,7 @@ def _run_methods(task: Task, options: FinetuneOptions, root: Path) -> list[dict]
 
 
 def _warm_up(task: Task, options: FinetuneOptions) -> None:
-    """One step that is not measured: the first one loads libraries, which cost more memory than the digits' model does.
-
-    Not for a model of the user's own, where the libraries weigh little and a step may take long.
-    """
+    """One step that is not measured: the first one loads libraries, which cost more memory than the digits' model."""
     with TemporaryDirectory() as scratch:
         once = replace(options, max_steps=1)
         train(task.base.load, task.train, task.collate, once, 0.0, Path(scratch), description="warming up")
@@ -108,40 +96,34 @@ def _run_method(method: str, task: Task, options: FinetuneOptions, folder: Path)
         print(f"{method}: done before")
         return _read_json(result_file)
     folder.mkdir(exist_ok=True)
-    saved = folder / ("model" if METHODS[method].config is None else "adapter")
-    model = None
-    if not trained_file.is_file():
-        model = _train_method(method, task, options, saved, trained_file)
+    model = None if trained_file.is_file() else _train_method(method, task, options, folder)
     row = _read_json(trained_file)
-    if row["diverged_at_step"] is not None:
+    if row["diverged_at_step"] is not None:  # the last checkpoint is all there is, and stays
         row |= {"metric": task.metric, "held_out": None, "held_out_standard_error": None, "held_out_examples": 0}
-        row["load_by_layer"] = {}
-    else:
-        device = training_device(options)
-        if model is None:
-            model = load_back(method, task.base, saved, device)
-        row |= evaluate(model, task, options.batch_size, device, f"{method}: evaluating")
-    write_json(result_file, row)
-    if row["diverged_at_step"] is None:  # otherwise the last checkpoint is all there is
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        write_json(result_file, row | {"load_by_layer": {}})
+        return _read_json(result_file)
+    device = models.training_device(options)
+    if model is None:
+        model = models.load_back(method, task.base, folder.parent / row["saved_in"], device)
+    write_json(result_file, row | evaluate(model, task, options.batch_size, device, f"{method}: evaluating"))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return _read_json(result_file)
 
 
-def _train_method(
-    method: str, task: Task, options: FinetuneOptions, saved: Path, trained_file: Path
-) -> nn.Module | None:
-    """Train, save to ``saved`` and write ``trained_file``; returns the model as loaded back from there.
+def _train_method(method: str, task: Task, options: FinetuneOptions, folder: Path) -> nn.Module | None:
+    """Train, save and write ``TRAINED_FILE``; returns the model as loaded back on a fresh base.
 
     A model that diverged is not saved: nobody is to take it for a trained one. Returns None for it.
     """
+    saved, device = folder / ("model" if METHODS[method].config is None else "adapter"), models.training_device(options)
     with stop_signal() as stop:
         model, record = train(
-            lambda: build(method, task.base, options),
+            lambda: models.build(method, task.base, options),
             task.train,
             task.collate,
             options,
             options.learning_rates[method],
-            saved.parent / "checkpoints",
+            folder / "checkpoints",
             description=f"{method}: training",
             stop=stop,
             callbacks=[GoatCallback()] if METHODS[method].rates_of == "goat" else [],
@@ -149,39 +131,29 @@ def _train_method(
         steps, diverged = record["steps"], record["diverged_at_step"] is not None
         if not diverged and steps < steps_of(len(task.train), options):
             raise Interrupted(f"{method} stopped after step {steps}; a checkpoint is written. {_how_to_go_on(options)}")
-        count = trainable_parameters(model)
         reloaded, bit_equal = None, None
         if not diverged:
             with written_whole(saved) as temporary:  # what a user put beside an earlier run's files stays
-                save(model, temporary)
-            reloaded, bit_equal = _load_back_and_compare(method, model, task, options, saved)
+                models.save(model, temporary)
+            batch = task.collate([task.held_out[i] for i in range(min(options.batch_size, len(task.held_out)))])
+            batch.pop("labels")
+            expected = models.outputs(model, batch, device)
+            reloaded = models.load_back(method, task.base, saved, device)
+            # As torch.equal, to which NaN is not the NaN it was saved as.
+            found = models.outputs(reloaded, batch, device)
+            bit_equal = torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
         trained = {
             "method": method,
             "learning_rate": options.learning_rates[method],
-            "trainable_parameters": count,
+            "trainable_parameters": models.trainable_parameters(model),
             "saved_in": None if diverged else f"{method}/{saved.name}",
             "reload_bit_equal": bit_equal,
         }
-        write_json(trained_file, trained | record)
+        write_json(folder / TRAINED_FILE, trained | record)
         if stop.requested:
             done = f"diverged at step {steps}" if diverged else "is trained and saved"
             raise Interrupted(f"{method} {done}. {_how_to_go_on(options)}")
     return reloaded
-
-
-def _load_back_and_compare(
-    method: str, model: nn.Module, task: Task, options: FinetuneOptions, saved: Path
-) -> tuple[nn.Module, bool]:
-    """The saved model on a freshly loaded base, and whether its outputs are those of ``model``, bit for bit."""
-    device = training_device(options)
-    count = min(options.batch_size, len(task.held_out))
-    batch = task.collate([task.held_out[i] for i in range(count)])
-    batch.pop("labels")
-    expected = outputs(model, batch, device)
-    reloaded = load_back(method, task.base, saved, device)
-    # As torch.equal, to which NaN is not the NaN it was saved as.
-    found = outputs(reloaded, batch, device)
-    return reloaded, torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _read_json(file: Path) -> dict:

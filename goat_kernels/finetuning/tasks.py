@@ -8,61 +8,49 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, StackDataset, Subset
 from tqdm.auto import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    default_data_collator,
-)
 
 from goat_kernels.command_errors import CommandError, one_line
-from goat_kernels.finetuning import demo
-from goat_kernels.finetuning.data import Examples, describe_classes, split
-from goat_kernels.finetuning.examples import IGNORED, Images, Responses, Tensors, Texts, from_chats, pack
-from goat_kernels.finetuning.images import (
-    UNBOUNDED,
-    check_images,
-    open_image,
-    pixel_range,
-    read_images,
-    split_folders,
-    to_rgb,
-)
+from goat_kernels.finetuning import images, pretraining
+from goat_kernels.finetuning.data import Examples, describe_classes, read_texts, split
 from goat_kernels.finetuning.models import BaseModel, base_model, classifier, load_config, text_limits
 from goat_kernels.finetuning.options import FinetuneOptions
-from goat_kernels.finetuning.texts import read_texts
 from goat_kernels.training import router_statistics
+
+#: The label of a token that the loss leaves out, in torch and transformers.
+IGNORED = -100
+
+
+class Prepared(Dataset):
+    """``prepare(item)`` of each item when it is asked for, with its class id as ``labels`` where there are classes."""
+
+    def __init__(self, items: Sequence, prepare: Callable[[object], dict], ids: Sequence[int] | None = None) -> None:
+        self._items, self._prepare, self._ids = items, prepare, ids
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, i: int) -> dict:
+        example = self._prepare(self._items[i])
+        return example if self._ids is None else {**example, "labels": self._ids[i]}
 
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that the methods share.
+    """Everything that the methods share: data sets of dicts, a pretrained model, and ``accuracy`` or ``perplexity``."""
 
-    Attributes:
-        description: one line for the report.
-        train: data set of dicts, for training.
-        held_out: the same, for measuring.
-        collate: list of dicts -> batch.
-        base: the pretrained model.
-        metric: ``"accuracy"`` or ``"perplexity"``.
-    """
-
-    description: str
+    description: str  # one line for the report
     train: Dataset
     held_out: Dataset
     collate: Callable[[list[dict]], dict[str, Tensor]]
@@ -71,80 +59,80 @@ class Task:
 
 
 def load_task(options: FinetuneOptions) -> Task:
-    """Read the data and find the model.
-
-    Raises:
-        CommandError: the model or the data cannot be used.
-    """
-    load = {
-        "digits": _digits,
-        "image-classification": _image_classification,
-        "text-classification": _text_classification,
-        "causal-lm": _causal_lm,
-    }
-    return load[options.task](options)
+    """Read the data and find the model; CommandError where one cannot be used."""
+    classification = {"image-classification": _image_classification, "text-classification": _text_classification}
+    return {"digits": _digits, "causal-lm": _causal_lm, **classification}[options.task](options)
 
 
 def _digits(options: FinetuneOptions) -> Task:
-    images, ids = demo.digits_data()
-    folder, *halves = demo.pretrained_digits(options.device, demo.PRETRAINING)
+    pixels, ids = pretraining.digits_data()
+    folder, *halves = pretraining.pretrained_digits(options.device, pretraining.PRETRAINING)
     names = [str(i) for i in range(10)]
     print(describe_classes(names, *(ids[half].tolist() for half in halves)))
-    images = demo.changed_appearance(images)
-    train, held_out = (Tensors(pixel_values=images[half], labels=ids[half]) for half in halves)
+    pixels = pretraining.changed_appearance(pixels)
+    train, held_out = (StackDataset(pixel_values=pixels[half], labels=ids[half]) for half in halves)
     description = (
-        f"digits: ViT pretrained on 0-{demo.PRETRAINING_CLASSES - 1} as they are -> all ten, inverted and rotated; "
+        f"digits: ViT pretrained on 0-{pretraining.CLASSES - 1} as they are -> all ten, inverted and rotated; "
         f"{len(train)} images to train on, {len(held_out)} held out"
     )
-    base = classifier(str(folder), AutoModelForImageClassification, options, names)
-    return Task(description, train, held_out, default_data_collator, base, "accuracy")
+    base = classifier(str(folder), transformers.AutoModelForImageClassification, options, names)
+    return Task(description, train, held_out, transformers.default_data_collator, base, "accuracy")
 
 
 def _image_classification(options: FinetuneOptions) -> Task:
-    config = load_config(options.model, AutoModelForImageClassification)
+    config = load_config(options.model, transformers.AutoModelForImageClassification)
     read, extremes = [], {}
-    for argument, source in _sources(*split_folders(options.data, options.eval_data)).items():
-        examples = read_images(argument, source, options.image_column, options.label_column)
-        read.append(check_images(argument, source, examples, options.skip_bad_files, extremes))
+    for source in _sources(*images.split_folders(options.data, options.eval_data)):
+        examples = images.read_images(*source, options.image_column, options.label_column)
+        read.append(images.check_images(*source, examples, options.skip_bad_files, extremes))
     for mode in extremes:
-        low, high = pixel_range(mode, extremes)
-        print(f"{UNBOUNDED[mode][0]} pixels are scaled: {low:g} is black, {high:g} is white")
+        low, high = images.pixel_range(mode, extremes)
+        print(f"{images.UNBOUNDED[mode][0]} pixels are scaled: {low:g} is black, {high:g} is white")
     parts, names = _classified(options, *read)
     pixels = _image_transform(options.model, config)
-    train, held_out = (
-        Images(items, ids, lambda item: pixels(to_rgb(open_image(item), extremes))) for items, ids in parts
-    )
-    base = classifier(options.model, AutoModelForImageClassification, options, names)
-    return Task(_describe(options), train, held_out, default_data_collator, base, "accuracy")
+
+    def prepare(item) -> dict[str, Tensor]:
+        return {"pixel_values": pixels(images.to_rgb(images.open_image(item), extremes))}
+
+    train, held_out = (Prepared(items, prepare, ids) for items, ids in parts)
+    base = classifier(options.model, transformers.AutoModelForImageClassification, options, names)
+    return Task(_describe(options), train, held_out, transformers.default_data_collator, base, "accuracy")
 
 
 def _text_classification(options: FinetuneOptions) -> Task:
-    tokenizer, positions, rows = _text_model(options, AutoModelForSequenceClassification)
+    auto_class = transformers.AutoModelForSequenceClassification
+    tokenizer, positions, rows = _text_model(options, auto_class)
     positions = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
-    special = tokenizer.num_special_tokens_to_add(pair="," in options.text_column)
-    length = _max_length(options, positions, 1 + special)
-    sources = _sources(options.data, options.eval_data).items()
-    read = [read_texts(*source, options.text_column, options.label_column) for source in sources]
+    length = _max_length(options, positions, 1 + tokenizer.num_special_tokens_to_add(pair="," in options.text_column))
+    columns = (options.text_column, options.label_column)
+    read = [read_texts(*source, *columns) for source in _sources(options.data, options.eval_data)]
     parts, names = _classified(options, *read)
-    train, held_out = (Texts(items, ids, tokenizer, length) for items, ids in parts)
-    highest = _report_cut([train, held_out], length, options)
-    _check_tokens(options.model, tokenizer, max(highest, tokenizer.pad_token_id), rows)
-    base = classifier(
-        options.model, AutoModelForSequenceClassification, options, names, pad_token_id=tokenizer.pad_token_id
-    )
-    return Task(_describe(options), train, held_out, DataCollatorWithPadding(tokenizer), base, "accuracy")
+    prepare = partial(encode, tokenizer, truncation=True, max_length=length)
+    train, held_out = (Prepared(items, prepare, ids) for items, ids in parts)
+    items = [item for items, _ in parts for item in items]
+    every = (encode(tokenizer, item, verbose=False)["input_ids"] for item in items)
+    highest = _report_cut(every, len(items), length, options)
+    padding = tokenizer.pad_token_id
+    _check_tokens(options.model, tokenizer, max(highest, padding), rows)
+    base = classifier(options.model, auto_class, options, names, pad_token_id=padding)
+    return Task(_describe(options), train, held_out, transformers.DataCollatorWithPadding(tokenizer), base, "accuracy")
 
 
 def _causal_lm(options: FinetuneOptions) -> Task:
-    tokenizer, positions, rows = _text_model(options, AutoModelForCausalLM)
+    tokenizer, positions, rows = _text_model(options, transformers.AutoModelForCausalLM)
     length = _max_length(options, positions, 2)
-    sources = _sources(options.data, options.eval_data).items()
+    sources = _sources(options.data, options.eval_data)
     items = {source[0]: read_texts(*source, options.text_column, None).items for source in sources}
     if "," in options.text_column:
-        parts = [Responses(argument, pairs, tokenizer, length) for argument, pairs in items.items()]
-        highest = max(_report_cut(parts, length, options), tokenizer.pad_token_id)
+        for name, pairs in items.items():
+            if isinstance(pairs[0], str) or len(pairs[0]) != 2:
+                raise CommandError(f"{name} needs two columns, a prompt and its response, as --text-column names them")
+        parts = [Prepared(pairs, partial(encode_response, tokenizer, length)) for pairs in items.values()]
+        both = (_prompt_and_response(tokenizer, pair) for pairs in items.values() for pair in pairs)
+        every = (prompt + response for prompt, response in both)
+        highest = max(_report_cut(every, sum(map(len, parts)), length, options), tokenizer.pad_token_id)
         tokenizer.padding_side = "right"
-        collate = DataCollatorForSeq2Seq(tokenizer)
+        collate = transformers.DataCollatorForSeq2Seq(tokenizer)
     else:
         chats = {name: not isinstance(those[0], str) for name, those in items.items()}
         if len(set(chats.values())) > 1:
@@ -152,24 +140,24 @@ def _causal_lm(options: FinetuneOptions) -> Task:
             raise CommandError(f"{has}; both need the same, or the perplexity is not that of the training's format")
         block = min(options.block_size, positions or options.block_size)
         blocks = [
-            pack(name, from_chats(name, those, tokenizer) if chats[name] else those, tokenizer, block)
+            pack(name, _from_chats(name, those, tokenizer) if chats[name] else those, tokenizer, block)
             for name, those in items.items()
         ]
-        parts = [Tensors(input_ids=tokens, labels=tokens) for tokens in blocks]  # the model shifts the labels itself
+        parts = [StackDataset(input_ids=tokens, labels=tokens) for tokens in blocks]  # the model shifts the labels
         highest = max(int(tokens.max()) for tokens in blocks)
-        collate = default_data_collator
+        collate = transformers.default_data_collator
     _check_tokens(options.model, tokenizer, highest, rows)
     if len(parts) == 1:
         halves = split(len(parts[0]), None, options.eval_fraction, options.seed, "--data")
         parts = [Subset(parts[0], half) for half in halves]
     # A language model's output is no new module, whatever its name.
-    base = BaseModel(base_model(options.model, AutoModelForCausalLM, options.seed, options.dtype).load, ())
+    base = BaseModel(base_model(options.model, transformers.AutoModelForCausalLM, options.seed, options.dtype).load, ())
     return Task(_describe(options), *parts, collate, base, "perplexity")
 
 
-def _sources(data: str, eval_data: str | None) -> dict[str, str]:
-    """Option -> source, of the options that are given."""
-    return {"--data": data} | ({"--eval-data": eval_data} if eval_data is not None else {})
+def _sources(data: str, eval_data: str | None) -> list[tuple[str, str]]:
+    """(option, source) of the options that are given."""
+    return [("--data", data)] + ([("--eval-data", eval_data)] if eval_data is not None else [])
 
 
 def _describe(options: FinetuneOptions) -> str:
@@ -206,7 +194,7 @@ def _classified(
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 
 
-def _text_model(options: FinetuneOptions, auto_class) -> tuple[PreTrainedTokenizerBase, int | None, int | None]:
+def _text_model(options: FinetuneOptions, auto_class) -> tuple:
     """The tokenizer of --model, and its :func:`text_limits`."""
     source = options.model
     config = load_config(source, auto_class)
@@ -217,7 +205,7 @@ def _text_model(options: FinetuneOptions, auto_class) -> tuple[PreTrainedTokeniz
             f"--model {source!r} has no tokenizer; it needs one of the files {', '.join(_TOKENIZER_FILES)}"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise CommandError(f"--model {source!r} has no tokenizer that could be loaded ({one_line(error)})") from None
     if tokenizer.pad_token is None:
@@ -233,10 +221,9 @@ def _max_length(options: FinetuneOptions, positions: int | None, least: int) -> 
     return min(options.max_length, positions or options.max_length)
 
 
-def _report_cut(parts: list[Texts] | list[Responses], length: int, options: FinetuneOptions) -> int:
-    """Print how many texts are too long; returns the highest token id of all."""
-    cut, highest, count = 0, 0, sum(map(len, parts))
-    every = (part.tokens(i) for part in parts for i in range(len(part)))
+def _report_cut(every: Iterable[list[int]], count: int, length: int, options: FinetuneOptions) -> int:
+    """Print how many of ``count`` texts, given as tokens, are too long; returns the highest token id of all."""
+    cut, highest = 0, 0
     for tokens in tqdm(every, desc="counting tokens", total=count, leave=False):
         cut += len(tokens) > length
         highest = max(highest, *tokens, 0)
@@ -256,18 +243,82 @@ def _check_tokens(source: str, tokenizer, highest: int, rows: int | None) -> Non
         )
 
 
+def encode(tokenizer, item: str | tuple[str, str], **options) -> dict:
+    """A text, or a pair of texts, in tokens."""
+    return tokenizer(*([item] if isinstance(item, str) else item), **options)
+
+
+def _prompt_and_response(tokenizer, pair: tuple[str, str]) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt and of its response, which ends with the end-of-text token."""
+    prompt, response = tokenizer(list(pair), add_special_tokens=False, verbose=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        prompt = [tokenizer.bos_token_id, *prompt]
+    if tokenizer.eos_token_id is not None:
+        response = [*response, tokenizer.eos_token_id]
+    return prompt, response
+
+
+def encode_response(tokenizer, max_length: int, pair: tuple[str, str]) -> dict[str, list[int]]:
+    """A prompt with its response; the loss is on the response alone.
+
+    What is too long loses the beginning of its prompt, and the end of its response where that alone is too long.
+    """
+    prompt, response = _prompt_and_response(tokenizer, pair)
+    response = response[: max_length - 1]
+    prompt = prompt[-(max_length - len(response)) :]
+    tokens = [*prompt, *response]
+    labels = [*[IGNORED] * len(prompt), *response]
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+
+
+def _from_chats(argument: str, chats: Sequence[list[dict]], tokenizer) -> list[str]:
+    """Each chat as one text, by the tokenizer's chat template.
+
+    Raises:
+        CommandError: a tokenizer without a template, or a chat that the template refuses.
+    """
+    if not tokenizer.chat_template:
+        raise CommandError(
+            f"{argument} has chat messages, and the tokenizer of --model has no chat template; it needs a model for "
+            "chats, or texts"
+        )
+    texts = []
+    for number, chat in enumerate(chats, start=1):
+        try:
+            texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
+        except Exception as error:  # a template raises what it likes
+            raise CommandError(
+                f"{argument}: row {number} does not fit the tokenizer's chat template ({one_line(error)})"
+            ) from None
+    return texts
+
+
+def pack(argument: str, texts: Sequence[str], tokenizer, block: int) -> Tensor:
+    """All texts one after the other, an end-of-text token behind each, cut into blocks [count, block]."""
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    tokens: list[int] = []
+    for text in texts:
+        # A whole book is one text here, so the tokenizer's warning about its length means nothing.
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+    count = len(tokens) // block
+    if count == 0:
+        raise CommandError(
+            f"{argument} has {len(tokens)} tokens, less than one block of {block}; "
+            "it needs more text, or a smaller --block-size"
+        )
+    return torch.tensor(tokens[: count * block]).reshape(count, block)
+
+
 # --- images -------------------------------------------------------------------------------------------------------
 
 
 def _image_transform(source: str, config) -> Callable[[Image.Image], Tensor]:
     """RGB image -> pixel values [C, H, W], by the model's own processor where it has one."""
     try:
-        processor = AutoImageProcessor.from_pretrained(source)
+        processor = transformers.AutoImageProcessor.from_pretrained(source)
     except (OSError, ImportError) as error:
-        folder = Path(source)
-        if isinstance(error, ImportError) and not (
-            folder.is_dir() and not (folder / "preprocessor_config.json").exists()
-        ):
+        bare = Path(source).is_dir() and not (Path(source) / "preprocessor_config.json").exists()
+        if isinstance(error, ImportError) and not bare:
             raise CommandError(
                 f"--model {source}: this version of transformers prepares images with torchvision alone; install "
                 "torchvision, or a newer transformers"
@@ -302,17 +353,22 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, device: torch.device
         batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch).logits
-        scores.append((_correct if accuracy else _block_losses)(logits, labels).cpu())
+        if accuracy:
+            score = (logits.argmax(dim=-1) == labels) & ~logits.isnan().any(dim=-1)
+        else:  # the mean loss of each sequence over the tokens that have one, in float32
+            shifted, labels = logits[:, :-1].float().transpose(1, 2), labels[:, 1:]
+            losses = nn.functional.cross_entropy(shifted, labels, reduction="none")
+            score = losses.sum(dim=1) / (labels != IGNORED).sum(dim=1)
+        scores.append(score.cpu())
         for name, layer in router_statistics(model).items():
             load[name] += torch.tensor(layer.load) * len(labels)
     score = torch.cat(scores).double()
-    count, held_out, error = len(score), score.mean().item(), None
+    count, held_out = len(score), score.mean().item()
     if accuracy:
         error = math.sqrt(held_out * (1 - held_out) / count)
     else:
         held_out = score.mean().exp().item()
-        if count > 1:
-            error = held_out * score.std().item() / math.sqrt(count)  # d exp(m) = exp(m) dm
+        error = held_out * score.std().item() / math.sqrt(count) if count > 1 else None  # d exp(m) = exp(m) dm
     return {
         "metric": task.metric,
         "held_out": held_out,
@@ -320,13 +376,3 @@ def evaluate(model: nn.Module, task: Task, batch_size: int, device: torch.device
         "held_out_examples": count,
         "load_by_layer": {name: (total / count).tolist() for name, total in load.items()},
     }
-
-
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(dim=-1) == labels) & ~logits.isnan().any(dim=-1)
-
-
-def _block_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of each sequence [batch] over the tokens that have one, in float32."""
-    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-    return losses.sum(dim=1) / (labels[:, 1:] != IGNORED).sum(dim=1)

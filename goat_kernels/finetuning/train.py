@@ -34,11 +34,8 @@ _SAMPLE_S = 0.005
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[SimpleNamespace]:
-    """Turn the first Ctrl-C into a request to stop after the running step; a second one interrupts at once.
-
-    The yielded object's ``requested`` is true after the first. Outside the main thread, where Python delivers no
-    signals, nothing is installed.
-    """
+    """Turn the first Ctrl-C into a request to stop after the running step, the yielded object's ``requested``; a second
+    one interrupts at once."""
     stop = SimpleNamespace(requested=False)
 
     def handle(number, frame) -> None:
@@ -47,9 +44,6 @@ def stop_signal() -> Iterator[SimpleNamespace]:
         stop.requested = True
         tqdm.write("stopping after this step and writing a checkpoint; Ctrl-C again to stop at once")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     previous = signal.signal(signal.SIGINT, handle)
     try:
         yield stop
@@ -73,8 +67,7 @@ def train(
 
     Args:
         build_model: makes the model; called inside the memory measurement.
-        dataset: of dicts that ``collate`` makes a batch of.
-        collate: list of dicts -> the model's keyword arguments.
+        dataset, collate: dicts, and what makes a list of them the model's keyword arguments.
         options: batch size, steps, seed and so on.
         learning_rate: at its highest; it rises over the warm-up and then falls linearly to 0.
         folder: for checkpoints.
@@ -95,10 +88,19 @@ def train(
             # them) under other names than their modules have. Trainer skips those without an error, and trains on from
             # the base weights.
             model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
-        trainer = _Trainer(
+        trainer = Trainer(
             model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=[watch, *callbacks]
         )
-        trainer.watch = watch
+        training_step = trainer.training_step
+
+        def watched_step(*args, **kwargs) -> Tensor:
+            loss = training_step(*args, **kwargs)
+            # Each batch's: what is logged is a mean, of many steps in a long run.
+            if watch.diverged_at_step is None and not torch.isfinite(loss).all():
+                watch.diverged_at_step = trainer.state.global_step + 1
+            return loss
+
+        trainer.training_step = watched_step
         trainer.remove_callback(PrinterCallback)
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else trainer.state
         if state.global_step < arguments.max_steps:
@@ -176,12 +178,8 @@ def _finite_parameters(model: PreTrainedModel | PeftModel) -> bool:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[SimpleNamespace]:
-    """Measure by how many MiB memory rises, at its peak, above the level at the start.
-
-    The yielded object has ``peak_mib`` when the block ends, and ``source``, what was measured. On a GPU that is the
-    memory allocated by torch (exact). On a CPU it is the resident memory of the process, sampled every 5 ms; memory
-    that the process has freed but still holds is returned to the system first, where psutil can do that.
-    """
+    """Measure by how many MiB memory rises, at its peak, above the level at the start: ``peak_mib`` of the yielded
+    object when the block ends, of what ``source`` says."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -190,7 +188,7 @@ def peak_memory(device: torch.device) -> Iterator[SimpleNamespace]:
         yield memory
         memory.peak_mib = (torch.cuda.max_memory_allocated(device) - start) / 2**20
         return
-    if hasattr(psutil, "heap_trim"):
+    if hasattr(psutil, "heap_trim"):  # returns what the process has freed but still holds to the system
         psutil.heap_trim()
     process, done = psutil.Process(), threading.Event()
     memory = SimpleNamespace(source="resident memory of the process", peak_mib=0.0)
@@ -212,17 +210,12 @@ def peak_memory(device: torch.device) -> Iterator[SimpleNamespace]:
 
 
 class _Watch(TrainerCallback):
-    """What happens around every optimiser step: its time, the progress bar, and whether the run is to stop there.
-
-    Attributes:
-        steps_ms: wall time of every step since the process started; a checkpoint does not keep it.
-        diverged_at_step: the first step with a loss, or a checkpoint's weights, that are NaN or infinite; or None.
-    """
+    """What happens around every optimiser step: its time, the progress bar, and whether the run is to stop there."""
 
     def __init__(self, description: str, device: torch.device, stop: SimpleNamespace | None) -> None:
         self._description, self._device, self._stop = description, device, stop
-        self.steps_ms: list[float] = []
-        self.diverged_at_step: int | None = None
+        self.steps_ms: list[float] = []  # since the process started; a checkpoint does not keep it
+        self.diverged_at_step: int | None = None  # the first with a NaN or infinity in the loss or a checkpoint
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._bar = tqdm(desc=self._description, total=state.max_steps, initial=state.global_step, unit="step")
@@ -254,15 +247,3 @@ class _Watch(TrainerCallback):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
-
-
-class _Trainer(Trainer):
-    """Has ``watch`` look at the loss of every batch: what is logged is a mean, of many steps in a long run."""
-
-    watch: _Watch
-
-    def training_step(self, *args, **kwargs) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.watch.diverged_at_step is None and not torch.isfinite(loss).all():
-            self.watch.diverged_at_step = self.state.global_step + 1
-        return loss

@@ -7,6 +7,16 @@ from goat_kernels.training.report import RouterReport, RouterStatistics, router_
 
 if TYPE_CHECKING:
     from goat_kernels.training.callback import GoatCallback
+else:  # a type checker would take it to mean that every name exists
+
+    def __getattr__(name: str):
+        # The callback's base class needs transformers, which takes seconds to import and is not needed for the rest.
+        if name == "GoatCallback":
+            from goat_kernels.training.callback import GoatCallback
+
+            return GoatCallback
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "GoatCallback",
@@ -18,14 +28,3 @@ __all__ = [
     "router_report",
     "router_statistics",
 ]
-
-
-if not TYPE_CHECKING:  # a type checker would take it to mean that every name exists
-
-    def __getattr__(name: str):
-        # The callback's base class needs transformers, which takes seconds to import and is not needed for the rest.
-        if name == "GoatCallback":
-            from goat_kernels.training.callback import GoatCallback
-
-            return GoatCallback
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

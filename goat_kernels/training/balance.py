@@ -1,9 +1,9 @@
 """The scale that carries the balance loss through any trainer: what the trainer multiplies its loss by.
 
-A routed layer adds ``balance_coefficient * balance_scale`` to the gradient of its balance loss in its own backward, so
-the balance loss needs no place in the trainer's loss. What is left is the factor that the trainer applies to its loss
-afterwards (1 / accumulation steps, the loss scale of float16, the number of processes). :class:`BalanceScale` measures
-it: an identity on ``outputs.loss`` whose backward receives exactly that factor, before any layer's backward runs.
+A routed layer adds ``balance_coefficient * balance_scale`` to the gradient of its balance loss in its own backward.
+What is left is the factor that the trainer applies to its loss afterwards (1 / accumulation steps, the loss scale of
+float16, the number of processes). :class:`BalanceScale` measures it: an identity on ``outputs.loss`` whose backward
+receives exactly that factor, before any layer's backward runs.
 
     forward pre-hook    scale <- default (1, or what GoatCallback sets for trainers that compute their own loss)
     forward hook        outputs.loss <- identity(outputs.loss), a copy, since trainers edit the loss in place
@@ -29,24 +29,17 @@ _IGNORED_LABEL = -100
 
 
 class BalanceScale:
-    """One model's balance scale: a 0-d float32 tensor per device, shared by the routed modules there.
-
-    Attributes:
-        default: the scale of a forward whose loss is not seen.
-    """
+    """One model's balance scale: a 0-d float32 tensor per device, shared by the routed modules there."""
 
     def __init__(self) -> None:
-        self.default = 1.0
+        self.default = 1.0  # the scale of a forward whose loss is not seen
         self._tensors: dict[torch.device, Tensor] = {}
         self._modules: list[RoutedModule] = []
         self._handles: list = []
 
     def reset(self) -> None:
-        """Write the default.
-
-        Through ``.data``: the tensors are inputs of graphs that torch.compile saves, and those graphs must see the
-        new value rather than an error about a changed input.
-        """
+        """Write the default."""
+        # Through .data: torch.compile's saved graphs must see the new value, not an error about a changed input.
         for tensor in self._tensors.values():
             tensor.data.fill_(self.default)
 

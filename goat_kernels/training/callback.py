@@ -110,11 +110,8 @@ def _set_default(model, value: float) -> None:
 
 
 def _guard_training(trainer: Trainer, model) -> None:
-    """Put the default back where training ends in an exception, which Trainer tells no callback of.
-
-    A loop of the user's own would otherwise use the scale of a step that never ended. The trainer's method that runs an
-    epoch is wrapped until training ends either way.
-    """
+    """Put the default back where training ends in an exception, which Trainer tells no callback of: a loop of the
+    user's own would otherwise use the scale of a step that never ended. The method that runs an epoch is wrapped."""
     _unguard(trainer)  # a training that failed before its first epoch has left its wrapper there
     run_epoch = trainer._run_epoch
 
@@ -153,9 +150,7 @@ def _trainer_that_calls(callback: GoatCallback) -> Trainer | None:
     """The trainer whose event ``callback`` is handling, found among the callers; None where something else calls.
 
     Trainer hands callbacks no way to itself or to its list of callbacks, and it tells them of no exception. Without the
-    trainer, `test_training_report::test_every_callback_reads_the_entries`, `::test_reaches_report_to` and
-    `test_training_balance::test_an_exception_in_training_leaves_no_scale_behind` fail; the entries then reach the
-    history and later callbacks alone.
+    trainer the entries reach the history and later callbacks alone.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -169,8 +164,8 @@ def _trainer_that_calls(callback: GoatCallback) -> Trainer | None:
 def _order_callbacks(callback: GoatCallback, handler: CallbackHandler) -> None:
     """Order the trainer's callbacks: ``callback``, the others, and last those that print.
 
-    Trainer's own callbacks, which write the logs to ``report_to``, come before the user's, so they would read the logs
-    before ``callback`` adds to them. A new list, since Trainer is going through the present one.
+    Trainer's own, which write to ``report_to``, come before the user's and would read the logs before ``callback`` adds
+    to them. A new list, since Trainer is going through the present one.
     """
     others = [c for c in handler.callbacks if c is not callback and not isinstance(c, _ShortConsole)]
     console = [c for c in others if _prints(c)]

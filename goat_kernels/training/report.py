@@ -48,27 +48,18 @@ class RouterStatistics:
 
 
 def router_statistics(model: nn.Module) -> dict[str, RouterStatistics]:
-    """The routing statistics of every layer that has run, by its name in ``model``; one transfer per device."""
-    rows = {}
+    """The routing statistics of every layer that has run, by its name in ``model``; one transfer per layer."""
+    statistics = {}
     for name, module in routed_modules(model):
         if (balance_loss := module.balance_loss) is not None:
-            rows[name] = torch.cat((balance_loss.reshape(1).double(), module.expert_load.double()))
-    numbers: dict[str, list[float]] = {}
-    for device in {row.device for row in rows.values()}:
-        here = {name: row for name, row in rows.items() if row.device == device}
-        read = torch.cat(list(here.values())).cpu().split([len(row) for row in here.values()])
-        numbers |= {name: row.tolist() for name, row in zip(here, read, strict=True)}
-    return {name: RouterStatistics(numbers[name][0], tuple(numbers[name][1:])) for name in rows}
+            loss, *load = torch.cat((balance_loss.reshape(1).double(), module.expert_load.double())).tolist()
+            statistics[name] = RouterStatistics(loss, tuple(load))
+    return statistics
 
 
 @dataclass(frozen=True)
 class RouterReport:
-    """The routing of a model's last forward; ``print`` shows the table.
-
-    Attributes:
-        layers: the statistics of each layer that has run, by its name in the model.
-        idle: names of routed layers that have not run.
-    """
+    """The routing of a model's last forward: of the ``layers`` that have run, by name; ``idle`` names the others."""
 
     layers: dict[str, RouterStatistics]
     idle: tuple[str, ...] = ()
@@ -113,20 +104,23 @@ class RouterReport:
         except ImportError as error:
             raise ImportError("the heatmap needs matplotlib: pip install matplotlib") from error
 
-        names, layers = _short_names(list(self.layers)), list(self.layers.values())
-        experts = max(len(layer.load) for layer in layers)
-        relative = [[*layer.relative_load, *[float("nan")] * (experts - len(layer.load))] for layer in layers]
-        figure = Figure(figsize=(7, min(max(3.0, 1.6 + 0.17 * len(layers)), 12)), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
-        axes.set(xlabel="expert", title="Experts' load by layer, in the last forward")
-        axes.set_xticks(range(0, experts, 1 if experts <= _LISTED_EXPERTS else 4))
-        every = -(-len(names) // _NAMED_LAYERS)
-        axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
-        figure.colorbar(image, ax=axes, extend="max").set_label("load over an even load (1: even, white)")
+        figure = Figure(figsize=(7, min(max(3.0, 1.6 + 0.17 * len(self.layers)), 12)), layout="constrained")
+        draw_load(figure.subplots(), self.layers, "Experts' load by layer, in the last forward")
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
         return path
+
+
+def draw_load(axes, layers: dict[str, RouterStatistics], title: str) -> None:
+    """Draw the load over an even load, layers x experts, into matplotlib's ``axes``."""
+    names, experts = _short_names(list(layers)), max(len(layer.load) for layer in layers.values())
+    relative = [[*layer.relative_load, *[math.nan] * (experts - len(layer.load))] for layer in layers.values()]
+    image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+    axes.set(xlabel="expert", title=title)
+    axes.set_xticks(range(0, experts, 1 if experts <= _LISTED_EXPERTS else 4))
+    every = -(-len(names) // _NAMED_LAYERS)
+    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
+    axes.figure.colorbar(image, ax=axes, extend="max").set_label("load over an even load (1: even, white)")
 
 
 def router_report(model: nn.Module, heatmap: str | os.PathLike | None = None) -> RouterReport:

@@ -19,7 +19,7 @@ from bench.quality.runs import chosen_rate, rows_of_task, run_task
 from bench.quality.tasks import TASKS
 from bench.results import append
 from goat_kernels.command_errors import CommandError
-from goat_kernels.finetuning import demo
+from goat_kernels.finetuning import pretraining
 from goat_kernels.finetuning.methods import METHODS
 from goat_kernels.finetuning.models import build, trainable_parameters
 from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
@@ -35,7 +35,7 @@ def _small(tmp_path_factory):
     """Tiny models, little data, two steps at one rate; one cache for all tests here."""
     encoder = str(tmp_path_factory.mktemp("encoder"))
     small = {
-        demo: {"PRETRAINING": demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)},
+        pretraining: {"PRETRAINING": pretraining.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)},
         generation: {
             "_PRETRAINING_FILES": 4,
             "_PRETRAINING_STEPS": 2,

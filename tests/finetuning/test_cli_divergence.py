@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_cli_finetune import TINY, finetune, tiny_demo
 
 from goat_kernels.files import write_json
-from goat_kernels.finetuning import demo, run
+from goat_kernels.finetuning import models, pretraining
 from goat_kernels.finetuning.results import draw_losses, format_table
 from goat_kernels.finetuning.tasks import Task, evaluate
 
@@ -89,7 +89,7 @@ def test_no_checkpoint_has_weights_that_are_not_finite(tiny_demo):
 
 
 def test_a_pretraining_that_diverges_is_not_cached(tiny_demo, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "PRETRAINING", demo.Pretraining(**{**vars(TINY), "learning_rate": 1e39}))
+    monkeypatch.setattr(pretraining, "PRETRAINING", pretraining.Pretraining(**{**vars(TINY), "learning_rate": 1e39}))
     assert finetune("--methods", "head") == 2
     assert "the pretraining of digits-vit diverged at step" in capsys.readouterr().err
     assert not list((tiny_demo / "cache").iterdir())
@@ -97,14 +97,14 @@ def test_a_pretraining_that_diverges_is_not_cached(tiny_demo, monkeypatch, capsy
 
 @pytest.mark.long
 def test_outputs_that_are_nan_before_and_after_are_bit_equal(tiny_demo, monkeypatch):
-    real = run.outputs
+    real = models.outputs
 
     def with_nan(*args):
         found = real(*args)
         found[0] = math.nan
         return found
 
-    monkeypatch.setattr(run, "outputs", with_nan)
+    monkeypatch.setattr(models, "outputs", with_nan)
     assert finetune("--methods", "head") == 0
     assert strict_json(tiny_demo / "goat-output" / "results.json")["methods"][0]["reload_bit_equal"] is True
 

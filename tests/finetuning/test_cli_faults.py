@@ -13,7 +13,7 @@ from test_cli_finetune import TINY, assert_same_weights, weights
 from transformers import TrainerState
 
 from goat_kernels.cli import main
-from goat_kernels.finetuning import demo, pretraining, run
+from goat_kernels.finetuning import models, pretraining, run
 
 OPTIONS = ["--methods", "goat", "--max-steps", "6", "--batch-size", "100", "--rank", "8", "--experts", "4"]
 OPTIONS += ["--dropout", "0.1", "--save-steps", "2", "--device", "cpu"]
@@ -28,7 +28,7 @@ def whole(tmp_path_factory):
     """The folder of a run that nothing happened to, and the cache that it filled."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "PRETRAINING", TINY)
+        patch.setattr(pretraining, "PRETRAINING", TINY)
         patch.setenv(pretraining.CACHE_VARIABLE, str(folder / "cache"))
         patch.chdir(folder)
         assert finetune("--output", "out") == 0
@@ -38,7 +38,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def place(whole, tmp_path, monkeypatch):
     """An empty folder to run in, with the pretrained model in the cache; what only takes time is left out."""
-    monkeypatch.setattr(demo, "PRETRAINING", TINY)
+    monkeypatch.setattr(pretraining, "PRETRAINING", TINY)
     monkeypatch.setattr(run, "_warm_up", lambda task, options: None)
     monkeypatch.setattr(run, "write_figure", lambda path, results, title: path.write_bytes(b"figure"))
     monkeypatch.setenv(pretraining.CACHE_VARIABLE, str(whole / "cache"))
@@ -70,11 +70,11 @@ def _ctrl_c_arrives():
 PHASES = {
     "start-up": (run, "load_task"),
     "pretraining": (pretraining, "train"),
-    "checking": (run, "check_adapters"),
+    "checking": (models, "check_adapters"),
     "warming-up": (run, "_warm_up"),
-    "building": (run, "build"),
-    "saving": (run, "save"),
-    "loading-back": (run, "load_back"),
+    "building": (models, "build"),
+    "saving": (models, "save"),
+    "loading-back": (models, "load_back"),
     "evaluating": (run, "evaluate"),
     "report": (run, "results_json"),
     "figure": (run, "write_figure"),

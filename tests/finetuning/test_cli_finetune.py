@@ -14,22 +14,22 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from goat_kernels.cli import main
-from goat_kernels.finetuning import demo, pretraining
+from goat_kernels.finetuning import models, pretraining
 from goat_kernels.finetuning.methods import METHODS
+from goat_kernels.finetuning.options import TASKS
 from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
-from goat_kernels.finetuning.recipes import TASKS
 
 DEFAULT_METHODS = TASKS["digits"]["methods"].split(",")
 
 #: Small enough for a test, large enough for every part to have something to do.
-TINY = demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
+TINY = pretraining.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
 QUICK = ["--max-steps", "4", "--batch-size", "8", "--rank", "8", "--experts", "4"]
 
 
 @pytest.fixture
 def tiny_demo(monkeypatch, tmp_path):
     """A tiny model and a cache of its own; the test runs in an empty folder."""
-    monkeypatch.setattr(demo, "PRETRAINING", TINY)
+    monkeypatch.setattr(pretraining, "PRETRAINING", TINY)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -130,7 +130,7 @@ def test_second_run_takes_the_pretrained_model_from_the_cache(tiny_demo, capsys,
 @pytest.mark.long
 def test_another_pretraining_has_another_place_in_the_cache(tiny_demo, monkeypatch):
     assert finetune("--methods", "head", "--output", "first") == 0
-    monkeypatch.setattr(demo, "PRETRAINING", demo.Pretraining(**{**vars(TINY), "steps": 2}))
+    monkeypatch.setattr(pretraining, "PRETRAINING", pretraining.Pretraining(**{**vars(TINY), "steps": 2}))
     assert finetune("--methods", "head", "--output", "second") == 0
     assert len(list((tiny_demo / "cache").iterdir())) == 2
 
@@ -241,9 +241,7 @@ def test_resume_needs_a_run(tiny_demo, capsys):
 
 @pytest.mark.long
 def test_a_reload_that_differs_is_reported(tiny_demo, capsys, monkeypatch):
-    from goat_kernels.finetuning import run
-
-    real = run.load_back
+    real = models.load_back
 
     def damaged(method, *args):
         model = real(method, *args)
@@ -251,7 +249,7 @@ def test_a_reload_that_differs_is_reported(tiny_demo, capsys, monkeypatch):
             next(p for name, p in model.named_parameters() if name.endswith("classifier.bias")).add_(1e-3)
         return model
 
-    monkeypatch.setattr(run, "load_back", damaged)
+    monkeypatch.setattr(models, "load_back", damaged)
     assert finetune("--methods", "full") == 1
     assert "bit-equal outputs: False" in capsys.readouterr().out
 
@@ -268,9 +266,9 @@ SIGINT_SCRIPT = textwrap.dedent(
     socket.getaddrinfo = socket.socket.connect = refuse
 
     from goat_kernels.cli import main
-    from goat_kernels.finetuning import demo
+    from goat_kernels.finetuning import pretraining
 
-    demo.PRETRAINING = demo.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
+    pretraining.PRETRAINING = pretraining.Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
     sys.exit(main(sys.argv[1:]))
     """
 )

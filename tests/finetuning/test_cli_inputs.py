@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import BertConfig, GPT2Config, ViTConfig
 
 from goat_kernels.cli import main
-from goat_kernels.finetuning import demo
+from goat_kernels.finetuning import pretraining
 from goat_kernels.finetuning.pretraining import CACHE_VARIABLE
 from goat_kernels.rules import INIT_RULES, SCALING_RULES
 
@@ -125,7 +125,7 @@ READING = {
 @pytest.fixture
 def tiny_pretraining(monkeypatch):
     """The demonstration's model at its real width (for the check of the rank), but hardly trained."""
-    monkeypatch.setattr(demo, "PRETRAINING", demo.Pretraining(layers=1, steps=1))
+    monkeypatch.setattr(pretraining, "PRETRAINING", pretraining.Pretraining(layers=1, steps=1))
 
 
 @pytest.mark.parametrize(("arguments", "parts"), CASES.values(), ids=CASES.keys())
@@ -140,7 +140,7 @@ def test_bad_input(arguments, parts, capsys, tiny_pretraining):
 @pytest.mark.parametrize(("arguments", "parts"), READING.values(), ids=READING.keys())
 def test_bad_text_data(arguments, parts):
     from goat_kernels.command_errors import CommandError
-    from goat_kernels.finetuning.texts import read_texts
+    from goat_kernels.finetuning.data import read_texts
 
     with pytest.raises(CommandError) as caught:
         read_texts("--data", *arguments)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,9 @@ from transformers import (
 )
 
 from goat_kernels.cli import build_parser, main
-from goat_kernels.finetuning.examples import IGNORED, Responses
 from goat_kernels.finetuning.methods import METHODS
-from goat_kernels.finetuning.options import settle
-from goat_kernels.finetuning.recipes import RECIPES
+from goat_kernels.finetuning.options import RECIPES, settle
+from goat_kernels.finetuning.tasks import IGNORED, Prepared, encode_response
 
 __all__ = ["bert", "photos", "vit"]  # fixtures
 
@@ -139,7 +139,7 @@ def test_recipes_of_generation_on_a_tiny_llama(recipe, targets):
 def test_the_loss_is_on_the_response_alone():
     save_tokenizer("tokenizer")
     tokenizer = AutoTokenizer.from_pretrained("tokenizer")
-    responses = Responses("--data", [("the good film", "bad book"), ("a", "fine")], tokenizer, max_length=5)
+    responses = Prepared([("the good film", "bad book"), ("a", "fine")], partial(encode_response, tokenizer, 5))
     words = {word: tokenizer.convert_tokens_to_ids(word) for word in ("good", "film", "bad", "book", "a", "fine")}
     end = tokenizer.eos_token_id
     # The first is one token too long, and loses the beginning of its prompt.

@@ -18,9 +18,8 @@ from transformers import (
 )
 
 from goat_kernels.command_errors import CommandError
-from goat_kernels.finetuning.data import describe_classes
+from goat_kernels.finetuning.data import describe_classes, read_texts
 from goat_kernels.finetuning.models import text_limits
-from goat_kernels.finetuning.texts import read_texts
 
 __all__ = ["bert"]  # fixture
 

@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from goat_kernels.cli import main
-from goat_kernels.finetuning.data import split
-from goat_kernels.finetuning.texts import read_texts
+from goat_kernels.finetuning.data import read_texts, split
 
 QUICK = ["--rank", "8", "--experts", "4", "--batch-size", "8", "--device", "cpu"]
 WORDS = ["good", "fine", "nice", "bad", "poor", "awful", "film", "book", "the", "a"]
