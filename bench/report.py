@@ -73,14 +73,12 @@ def pages(root: Path) -> dict[Path, str]:
 
 def figures(root: Path) -> dict[Path, tuple[Draw, object]]:
     """Figure -> what draws it, and the data that it has to be drawn from."""
-    rows, rows_of_task, found = read_folder(root / RESULTS_FOLDER), quality.read(root), {}
+    rows, found = read_folder(root / RESULTS_FOLDER), {}
     for suite, draw in FIGURES.items():
         for device in ("cpu", "cuda"):
             of_figure = newest(rows, suite, device)
             if timed(of_figure):
                 found[FIGURES_FOLDER / _figure_name(suite, device)] = draw, of_figure
-    if rows_of_task:
-        found |= {FIGURES_FOLDER / name: (draw, rows_of_task) for name, draw in quality.FIGURES.items()}
     return found
 
 

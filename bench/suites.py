@@ -21,8 +21,7 @@ from bench.results import CASE_FIELDS, finished_cases, part_of
 from bench.timing import in_words
 from bench.tuning import tuning_rows
 from goat_kernels.backends import why_not_auto
-from goat_kernels.checks.ahead import compile_ahead
-from goat_kernels.checks.problem import Problem, make_problem
+from goat_kernels.checks.problem import Problem, compile_ahead, make_problem
 
 
 @dataclass(frozen=True)

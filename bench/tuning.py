@@ -20,8 +20,7 @@ from bench.passes import PASSES, expected_of, results_error
 from bench.steps import too_far, worst
 from bench.timing import in_words
 from goat_kernels.backends import why_not_auto
-from goat_kernels.checks.ahead import compile_ahead
-from goat_kernels.checks.problem import LayerCase, make_problem, run_passes
+from goat_kernels.checks.problem import LayerCase, compile_ahead, make_problem, run_passes
 from goat_kernels.kernels.configs import (
     RANKED,
     Choice,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,15 +11,7 @@ from torch.utils.data import Dataset
 from goat_kernels.finetuning.models import BaseModel
 
 
-class Question(NamedTuple):
-    """A text and continuations of equal length: the index of its own, and tokens [choices, prompt + answer]."""
-
-    tokens: Tensor
-    right: int
-
-
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """A task's data and model, loaded.
 
     Attributes:
@@ -29,7 +20,8 @@ class Data:
         collate: list of dicts -> batch.
         base: seed -> the pretrained model, its new classifier's weights drawn with the seed.
         digest: of all the data, so that results of other data are told apart.
-        questions: "validation" and "test" -> questions, where the task asks any.
+        questions: "validation" and "test" -> questions, where the task asks any: a text with each of several
+            continuations of equal length, tokens [choices, prompt + answer], and the index of its own.
     """
 
     training: Callable[[int], Dataset]
@@ -38,4 +30,4 @@ class Data:
     collate: Callable[[list[dict]], dict[str, Tensor]]
     base: Callable[[int], BaseModel]
     digest: str
-    questions: dict[str, Sequence[Question]] | None = None
+    questions: dict[str, Sequence[tuple[Tensor, int]]] | None = None

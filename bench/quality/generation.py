@@ -1,12 +1,13 @@
 """Generation: a small Llama, pretrained here on Python source, goes on to C++ headers or to prose.
 
-Measured are the perplexity on files that neither training saw, and how often a text makes its own
-continuation likelier more than it does three others (``data.Question``).
+Measured are the perplexity on files that neither training saw, and how often a text makes its own continuation likelier
+more than it does three others.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,24 +23,27 @@ from transformers import (
     default_data_collator,
 )
 
-from bench.quality.corpora import PARTS, functions, part_of, texts
-from bench.quality.data import Data, Question
+from bench.quality.data import Data
+from bench.quality.texts import FILES, PARTS, functions, part_of, source_texts
 from goat_kernels.finetuning.models import BaseModel, base_model
 from goat_kernels.finetuning.options import FinetuneOptions
 from goat_kernels.finetuning.pretraining import digest, pretrained
 from goat_kernels.finetuning.tasks import pack
 
-#: Files of Python's library and steps of its pretraining.
-_PRETRAINING, _QUICK_PRETRAINING = (500, 800), (4, 2)
+#: Files of Python's library, and steps of the pretraining on them.
+_PRETRAINING_FILES, _PRETRAINING_STEPS = 500, 800
 _LEARNING_RATE = 2e-3
 
-#: Files that C++ headers are taken from, and of each library whose docstrings are prose.
-_CPP_FILES, _PROSE_FILES, _QUICK_FILES = 400, 200, 6
+#: Of the Llama.
+_SIZES = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 344}
+_LAYERS = {"num_hidden_layers": 4, "num_attention_heads": 4}
+
+#: Files that C++ headers are taken from.
+_CPP_FILES = 400
 
 #: Tokens in a block, and blocks in each part, at most.
 _BLOCK = 128
 _BLOCKS = {"train": 800, "validation": 80, "test": 160}
-_QUICK_BLOCKS = 8
 
 #: The token between texts.
 _END = 0
@@ -51,55 +55,52 @@ _PROMPT, _ANSWER, _CHOICES = 64, 24, 4
 _PROSE_OF = ("scikit-learn", "scipy", "numpy", "matplotlib")
 
 
-def to_cpp(quick: bool) -> Data:
-    """From Python to torch's C++ headers."""
-    parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for name, text in texts("torch", "include/**/*.h", _QUICK_FILES if quick else _CPP_FILES):
-        parts[part_of("torch", name)].append(text)
-    return _task(parts, quick)
+def to_cpp() -> Data:
+    """A small Llama pretrained on Python source goes on to C++ headers."""
+    return _task((part_of("torch", name), text) for name, text in source_texts("torch", "include/**/*.h", _CPP_FILES))
 
 
-def to_prose(quick: bool) -> Data:
-    """From Python to the docstrings of four libraries, whole."""
-    parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for function in functions(_QUICK_FILES if quick else _PROSE_FILES):
-        if function.library in _PROSE_OF and len(function.docstring) > 200:
-            parts[part_of(function.library, function.file)].append(function.docstring)
-    return _task(parts, quick)
+def to_prose() -> Data:
+    """The same Llama goes on to the prose of docstrings."""
+    return _task(
+        (part_of(function.library, function.file), function.docstring)
+        for function in functions(FILES)
+        if function.library in _PROSE_OF and len(function.docstring) > 200
+    )
 
 
 @torch.no_grad()
-def share_answered(model: nn.Module, questions: list[Question], device: torch.device) -> float:
-    """Share of the questions whose own continuation gains the most likelihood from the text before it.
+def share_answered(model: nn.Module, questions: Sequence[tuple[Tensor, int]], device: torch.device) -> float:
+    """Share of the questions (``Data.questions``) whose own continuation gains the most from the text before it.
 
     The gain, log p(answer | text) - log p(answer | end of text), does not ask which answer is common by itself.
     """
+
+    def losses(tokens: Tensor, start: int) -> Tensor:
+        """-log p of what begins at ``start`` [choices], given what is before."""
+        logits = model(input_ids=tokens).logits[:, start - 1 : -1].transpose(1, 2).float()
+        return nn.functional.cross_entropy(logits, tokens[:, start:], reduction="none").sum(dim=1)
+
     right = 0
-    for question in questions:
-        tokens = question.tokens.to(device)
+    for tokens, own in questions:
+        tokens = tokens.to(device)
         alone = tokens[:, _PROMPT - 1 :].clone()
         alone[:, 0] = _END
-        gains = _answer_losses(model, alone, 1) - _answer_losses(model, tokens, _PROMPT)
-        right += int(gains.argmax()) == question.right
+        right += int((losses(alone, 1) - losses(tokens, _PROMPT)).argmax()) == own
     return right / len(questions)
 
 
-def _answer_losses(model: nn.Module, tokens: Tensor, start: int) -> Tensor:
-    """-log p of what begins at ``start`` [choices], given what is before."""
-    logits = model(input_ids=tokens).logits[:, start - 1 : -1]
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), tokens[:, start:], reduction="none")
-    return losses.sum(dim=1)
-
-
-def _task(parts: dict[str, list[str]], quick: bool) -> Data:
-    folder = _pretrained(quick)
+def _task(texts: Iterable[tuple[str, str]]) -> Data:
+    """Data of texts, each with its part."""
+    folder, found, blocks = _pretrained(), {part: [] for part in PARTS}, {}
+    for part, text in texts:
+        found[part].append(text)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    blocks = {}
-    for part, of_part in parts.items():
+    for part, of_part in found.items():
         random.Random(0).shuffle(of_part)
         packed = pack(part, of_part, tokenizer, _BLOCK)
         order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))
-        blocks[part] = packed[order[: _QUICK_BLOCKS if quick else _BLOCKS[part]]]
+        blocks[part] = packed[order[: _BLOCKS[part]]]
     # The model shifts the labels itself.
     train, validation, test = (StackDataset(input_ids=of_part, labels=of_part) for of_part in blocks.values())
     return Data(
@@ -113,30 +114,26 @@ def _task(parts: dict[str, list[str]], quick: bool) -> Data:
     )
 
 
-def _questions(blocks: Tensor) -> list[Question]:
+def _questions(blocks: Tensor) -> list[tuple[Tensor, int]]:
     """One question per block [count, block]; the wrong continuations are the same places of other blocks."""
-    rng = random.Random(0)
-    questions = []
+    rng, questions = random.Random(0), []
     for i in range(len(blocks)):
-        others = rng.sample([j for j in range(len(blocks)) if j != i], min(_CHOICES, len(blocks)) - 1)
-        choices = [i, *others]
+        choices = [i, *rng.sample([j for j in range(len(blocks)) if j != i], _CHOICES - 1)]
         rng.shuffle(choices)
         prompts = blocks[i, :_PROMPT].expand(len(choices), -1)
         tokens = torch.cat([prompts, blocks[choices, _PROMPT : _PROMPT + _ANSWER]], dim=1)
-        questions.append(Question(tokens, choices.index(i)))
+        questions.append((tokens, choices.index(i)))
     return questions
 
 
-def _pretrained(quick: bool) -> Path:
+def _pretrained() -> Path:
     """The folder of the Llama and its tokenizer."""
-    files, steps = _QUICK_PRETRAINING if quick else _PRETRAINING
-    vocabulary = 300 if quick else 1024
-    source = [text for _, text in texts("python", "*.py", files)]
+    source = [text for _, text in source_texts("python", "*.py", _PRETRAINING_FILES)]
     # Byte pairs learned from Python alone; any other text is spelled with them, down to single bytes.
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer, pairs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=_SIZES["vocab_size"],
         special_tokens=["<end>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -144,26 +141,14 @@ def _pretrained(quick: bool) -> Path:
     pairs.train_from_iterator(source, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<end>", pad_token="<end>")
     blocks = pack("Python's library", source, tokenizer, _BLOCK)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32 if quick else 128,
-        intermediate_size=64 if quick else 344,
-        num_hidden_layers=1 if quick else 4,
-        num_attention_heads=2 if quick else 4,
-        max_position_embeddings=_BLOCK,
-        tie_word_embeddings=True,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=_END,
-    )
-    options = FinetuneOptions(max_steps=steps, batch_size=16, seed=0)
+    tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": _END}
     return pretrained(
         "python-llama",
         LlamaForCausalLM,
-        config,
+        LlamaConfig(**_SIZES, **_LAYERS, **tokens, max_position_embeddings=_BLOCK, tie_word_embeddings=True),
         StackDataset(input_ids=blocks, labels=blocks),
-        options,
+        FinetuneOptions(max_steps=_PRETRAINING_STEPS, batch_size=16, seed=0),
         _LEARNING_RATE,
-        identity={"data": digest(blocks), "steps": steps, "learning rate": _LEARNING_RATE},
+        identity={"data": digest(blocks), "steps": _PRETRAINING_STEPS, "learning rate": _LEARNING_RATE},
         beside=tokenizer.save_pretrained,
     )

@@ -16,18 +16,8 @@ from torch.utils.data import StackDataset
 from transformers import AutoModelForImageClassification, default_data_collator
 
 from bench.quality.data import Data
+from goat_kernels.finetuning import pretraining
 from goat_kernels.finetuning.models import base_model
-from goat_kernels.finetuning.pretraining import (
-    PRETRAINING,
-    Pretraining,
-    changed_appearance,
-    digest,
-    digits_data,
-    pretrained_digits,
-)
-
-_QUICK = Pretraining(hidden_size=32, layers=1, heads=2, patch_size=4, steps=3)
-_QUICK_EXAMPLES = 24
 
 #: Training images per class of the rare digits.
 _RARE = 15
@@ -41,25 +31,30 @@ _BANDS = 4
 _TILES_TO_TRAIN, _FIRST_TEST_TILE = 1200, 1500
 
 
-def turned_digits(quick: bool) -> Data:
-    """All ten digits, in the demonstration's changed appearance."""
-    images, ids = digits_data()
-    return _task(changed_appearance(images), ids, quick)
+def turned_digits() -> Data:
+    """All ten digits, black and white exchanged and turned by a quarter; pretrained on 0-5 as they are."""
+    images, ids = pretraining.digits_data()
+    return _task(pretraining.changed_appearance(images), ids)
 
 
-def rare_digits(quick: bool) -> Data:
-    """Noisy digits, two of eight columns covered; ``_RARE`` training images per class, drawn with the seed."""
-    images, ids = digits_data()
+def rare_digits() -> Data:
+    """All ten digits, noisy and partly covered, fifteen examples of each; the same pretrained model.
+
+    The seed draws the training examples. Two columns of eight are covered, another pair in each image.
+    """
+    images, ids = pretraining.digits_data()
     generator = torch.Generator().manual_seed(0)
     noisy = images + 0.3 * torch.randn(images.shape, generator=generator)
-    # Two columns of eight are covered, another pair in each image.
     covered = torch.randint(0, 7, (len(images), 1), generator=generator) + torch.arange(2)  # [count, 2]
     columns = torch.zeros(len(images), 8).scatter_(1, covered, 1.0)[:, None, None, :]
-    return _task(noisy.masked_fill(columns > 0, 0.0), ids, quick, per_class=_RARE)
+    return _task(noisy.masked_fill(columns > 0, 0.0), ids, per_class=_RARE)
 
 
-def photo_tiles(quick: bool) -> Data:
-    """Grey tiles [count, 1, 8, 8] of scikit-learn's two photographs; the classes are four horizontal bands of each."""
+def photo_tiles() -> Data:
+    """Which of eight regions of two photographs a tile of 16x16 pixels comes from; the same pretrained model.
+
+    The regions are four horizontal bands of each of scikit-learn's photographs.
+    """
     tiles, ids, side = [], [], _TILE // 2
     for number, photograph in enumerate(load_sample_images().images):
         grey = torch.from_numpy(photograph.astype("float32")).mean(dim=2)
@@ -70,27 +65,23 @@ def photo_tiles(quick: bool) -> Data:
         ids.append(number * _BANDS + bands.repeat_interleave(columns))
     order = torch.randperm(sum(map(len, ids)), generator=torch.Generator().manual_seed(0))
     parts = [part.tolist() for part in order.tensor_split([_TILES_TO_TRAIN, _FIRST_TEST_TILE])]
-    return _task(torch.cat(tiles), torch.cat(ids), quick, parts)
+    return _task(torch.cat(tiles), torch.cat(ids), parts)
 
 
-def _task(
-    images: Tensor, ids: Tensor, quick: bool, parts: list[list[int]] | None = None, per_class: int | None = None
-) -> Data:
+def _task(images: Tensor, ids: Tensor, parts: list[list[int]] | None = None, per_class: int | None = None) -> Data:
     """Data of the images whose indices are in ``parts`` (training, validation, test).
 
     Args:
         images, ids: of all examples.
-        quick: fewer examples, and a smaller model.
         parts: None takes the digits' halves: a third of the held-out one is the validation data.
         per_class: draw so many training images of each class with the seed, in place of all.
     """
-    folder, digits, held_out = pretrained_digits("auto", _QUICK if quick else PRETRAINING)
+    folder, train, held_out = pretraining.pretrained_digits("auto", pretraining.PRETRAINING)
     if parts is None:
         random.Random(0).shuffle(held_out)
         count = round(len(held_out) / 3)
-        parts = [digits, held_out[:count], held_out[count:]]
+        parts = [train, held_out[:count], held_out[count:]]
     train, *others = parts
-    others = [part[:_QUICK_EXAMPLES] if quick else part for part in others]
     classes = int(ids.max()) + 1
 
     def part(indices: list[int]) -> StackDataset:
@@ -108,5 +99,5 @@ def _task(
         *map(part, others),
         default_data_collator,
         lambda seed: base_model(str(folder), AutoModelForImageClassification, seed, "float32", num_labels=classes),
-        digest(images, ids, *map(torch.tensor, (train, *others))),
+        pretraining.digest(images, ids, *map(torch.tensor, parts)),
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from bench import results
@@ -26,72 +25,46 @@ from goat_kernels.finetuning.train import train
 RESULTS_FOLDER = results.RESULTS_FOLDER / "quality"
 
 #: Fields that say which run a row is.
-KEY_FIELDS = ("task", "contender", "stage", "learning_rate", "seed", "steps", "batch_size", "quick", "data")
+KEY_FIELDS = ("task", "contender", "stage", "learning_rate", "seed", "steps", "batch_size", "data")
 
 #: The seed of the runs that choose the learning rate, which is none of the test runs'.
 TUNING_SEED = 1000
-
-#: Points kept of a loss curve.
-_CURVE_POINTS = 50
 
 
 def rows_of_task(folder: Path, task: str) -> list[dict]:
     """In the order in which they were written; where two processes did the same run, the first."""
     path, first = folder / f"{task}.jsonl", {}
     for row in results.read_rows(path) if path.is_file() else ():
-        first.setdefault(_key(row), row)
+        first.setdefault(results.part_of(row, KEY_FIELDS), row)
     return list(first.values())
 
 
-def _key(row: dict) -> tuple:
-    return tuple(row[name] for name in KEY_FIELDS)
-
-
-def run_task(
-    name: str,
-    contenders: Iterable[Contender],
-    folder: Path,
-    *,
-    seeds: int = 5,
-    quick: bool = False,
-    device: str = "auto",
-    status: bool = False,
-) -> None:
+def run_task(name: str, contenders: Sequence[Contender], folder: Path, seeds: int = 5) -> None:
     """Run what of a task's comparison is not in ``folder`` yet, with a progress bar; each run is written at once.
 
     Args:
         name: a key of ``TASKS``.
         contenders: what is compared.
         folder: where the results are.
-        seeds: test runs of each contender; 2 with ``quick``.
-        quick: everything in small, for tests.
-        device: ``"auto"`` or ``"cpu"``.
-        status: print how many of the runs are there, and run nothing.
+        seeds: test runs of each contender.
     """
-    contenders, task = list(contenders), TASKS[name].quick() if quick else TASKS[name]
-    seeds = range(2 if quick else seeds)
-    total = len(contenders) * (len(task.rates) + len(seeds))
-    if status:
-        names = {one.name for one in contenders}
-        times = [r["time_s"] for r in rows_of_task(folder, name) if r["contender"] in names and r["quick"] == quick]
-        print(f"{name}: {len(times)} of {total} runs, {sum(times) / max(len(times), 1):.1f} s each")
-        return
-    data = task.load(quick)
-    with tqdm(total=total, desc=name, unit="run") as bar:
+    task = TASKS[name]
+    data = task.load()
+    with tqdm(total=len(contenders) * (len(task.rates) + seeds), desc=name, unit="run") as bar:
 
         def run(contender: Contender, stage: str, rate: float, seed: int) -> None:
             row = {"task": name, "contender": contender.name, "stage": stage, "learning_rate": rate, "seed": seed}
-            row |= {"steps": task.steps, "batch_size": task.batch_size, "quick": quick, "data": data.digest[:16]}
+            row |= {"steps": task.steps, "batch_size": task.batch_size, "data": data.digest[:16]}
             bar.set_postfix_str(f"{contender.name}, {stage}, {rate:g}, seed {seed}")
-            if _key(row) not in map(_key, rows_of_task(folder, name)):
-                results.append(folder / f"{name}.jsonl", {**row, **_run(task, contender, row, device, data)})
+            if not any(row.items() <= done.items() for done in rows_of_task(folder, name)):
+                results.append(folder / f"{name}.jsonl", {**row, **_run(task, contender, row, data)})
             bar.update()
 
         for contender in contenders:
             for rate in task.rates:
                 run(contender, "validation", rate, TUNING_SEED)
             rate = chosen_rate(rows_of_task(folder, name), contender.name, task.metric)
-            for seed in seeds:
+            for seed in range(seeds):
                 run(contender, "test", rate, seed)
 
 
@@ -109,21 +82,18 @@ def chosen_rate(rows: list[dict], contender: str, metric: str) -> float | None:
     return max(tuning, key=rank)["learning_rate"] if tuning else None
 
 
-def _run(task: QualityTask, contender: Contender, row: dict, device: str, data: Data) -> dict:
+def _run(task: QualityTask, contender: Contender, row: dict, data: Data) -> dict:
     """One training and its measurement: what the row lacks."""
-    start, seed, stage = time.perf_counter(), row["seed"], row["stage"]
+    start, seed, stage, method = time.perf_counter(), row["seed"], row["stage"], contender.method
     base = data.base(seed)
-    options = replace(
-        contender.options(base), max_steps=task.steps, batch_size=task.batch_size, seed=seed, device=device
-    )
+    options = replace(contender.options, max_steps=task.steps, batch_size=task.batch_size, seed=seed)
     device = training_device(options)
-    steps, losses = [], []
-    if contender.method == "head" and not base.new_modules:
+    if method == "head" and not base.new_modules:
         model = base.load().to(device).requires_grad_(False)  # a language model as it is: there is no head to train
     else:
         with TemporaryDirectory() as scratch:
-            model, record = train(
-                lambda: build(contender.method, base, options),
+            model, _ = train(
+                lambda: build(method, base, options),
                 data.training(seed),
                 data.collate,
                 options,
@@ -131,24 +101,15 @@ def _run(task: QualityTask, contender: Contender, row: dict, device: str, data: 
                 Path(scratch),
                 description=contender.name,
             )
-        steps, losses = record["loss_steps"], record["losses"]
     held_out = getattr(data, stage)
     measured = Task(task.summary, held_out, held_out, data.collate, base, task.metric)
-    evaluation = evaluate(model, measured, 2 * task.batch_size, device, stage)
-    scores = {task.metric: evaluation["held_out"]}
+    scores = {task.metric: evaluate(model, measured, 2 * task.batch_size, device, stage)["held_out"]}
     if data.questions is not None:
         scores["accuracy"] = share_answered(model, data.questions[stage], device)
-    at = np.unique(np.linspace(0, len(losses) - 1, _CURVE_POINTS).astype(int)) if losses else []
-    # The mean of the losses since the previous point, at each point.
-    curve = [float(part.mean()) for part in np.split(np.array(losses), at[:-1] + 1)] if losses else []
     return {
         "scores": scores,
         "trainable_parameters": trainable_parameters(model),
-        "rank": None if contender.method in ("head", "full") else options.rank,
-        "losses": curve,
-        "loss_steps": [steps[i] for i in at],
-        # The routers of one seed are enough to look at.
-        "load_by_layer": evaluation["load_by_layer"] if stage == "test" and seed == 0 else {},
+        "rank": None if method in ("head", "full") else options.rank,
         "time_s": time.perf_counter() - start,
         **describe(device),
     }

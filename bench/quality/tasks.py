@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from bench.quality.data import Data
@@ -24,85 +23,40 @@ class Metric(NamedTuple):
 METRICS = {"accuracy": Metric(1, 100, 1, "accuracy, %"), "perplexity": Metric(-1, 1, 2, "perplexity")}
 
 
-@dataclass(frozen=True)
-class QualityTask:
+class QualityTask(NamedTuple):
     """One task.
 
     Attributes:
-        summary: one line.
-        load: whether in small (for tests) -> its data and model.
+        load: gives its data and model; the first line of its docstring says what the task is.
         steps, batch_size: the training of every method.
         domain: as in the paper: image classification, language understanding, generation.
         metric: what the learning rate is chosen by, a key of ``METRICS``.
         rates: the learning rates that every method chooses from.
     """
 
-    summary: str
-    load: Callable[[bool], Data]
+    load: Callable[[], Data]
     steps: int
     batch_size: int
     domain: str
     metric: str
     rates: tuple[float, ...]
 
-    def quick(self) -> QualityTask:
-        """In two steps at one rate, for tests."""
-        return replace(self, steps=2, rates=self.rates[:1])
+    @property
+    def summary(self) -> str:
+        return self.load.__doc__.splitlines()[0].rstrip(".")
 
 
-_IMAGES = {"domain": "image classification", "metric": "accuracy", "rates": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
-_GENERATION = {"domain": "generation", "metric": "perplexity", "rates": (3e-4, 1e-3, 3e-3, 1e-2)}
-_TEXTS = {"domain": "language understanding", "metric": "accuracy", "rates": (1e-4, 3e-4, 1e-3, 3e-3)}
+_IMAGES = ("image classification", "accuracy", (3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
+_GENERATION = ("generation", "perplexity", (3e-4, 1e-3, 3e-3, 1e-2))
+_TEXTS = ("language understanding", "accuracy", (1e-4, 3e-4, 1e-3, 3e-3))
 
 #: Cheapest first: the order in which they run.
 TASKS: dict[str, QualityTask] = {
-    "digits-turned": QualityTask(
-        "all ten digits, black and white exchanged and turned by a quarter; pretrained on 0-5 as they are",
-        turned_digits,
-        steps=200,
-        batch_size=32,
-        **_IMAGES,
-    ),
-    "digits-rare": QualityTask(
-        "all ten digits, noisy and partly covered, fifteen examples of each; the same pretrained model",
-        rare_digits,
-        steps=150,
-        batch_size=16,
-        **_IMAGES,
-    ),
-    "photo-tiles": QualityTask(
-        "which of eight regions of two photographs a tile of 16x16 pixels comes from; the same pretrained model",
-        photo_tiles,
-        steps=200,
-        batch_size=32,
-        **_IMAGES,
-    ),
-    "python-to-cpp": QualityTask(
-        "a small Llama pretrained on Python source goes on to C++ headers",
-        to_cpp,
-        steps=100,
-        batch_size=8,
-        **_GENERATION,
-    ),
-    "python-to-prose": QualityTask(
-        "the same Llama goes on to the prose of docstrings",
-        to_prose,
-        steps=100,
-        batch_size=8,
-        **_GENERATION,
-    ),
-    "docstring-library": QualityTask(
-        "MiniLM: which of eight libraries a docstring comes from",
-        library_of_docstring,
-        steps=200,
-        batch_size=8,
-        **_TEXTS,
-    ),
-    "docstring-signature": QualityTask(
-        "MiniLM: whether a docstring is that of a function's signature or of another function in its module",
-        signature_matches,
-        steps=200,
-        batch_size=8,
-        **_TEXTS,
-    ),
+    "digits-turned": QualityTask(turned_digits, 200, 32, *_IMAGES),
+    "digits-rare": QualityTask(rare_digits, 150, 16, *_IMAGES),
+    "photo-tiles": QualityTask(photo_tiles, 200, 32, *_IMAGES),
+    "python-to-cpp": QualityTask(to_cpp, 100, 8, *_GENERATION),
+    "python-to-prose": QualityTask(to_prose, 100, 8, *_GENERATION),
+    "docstring-library": QualityTask(library_of_docstring, 200, 8, *_TEXTS),
+    "docstring-signature": QualityTask(signature_matches, 200, 8, *_TEXTS),
 }

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from goat_kernels.checks.problem import LayerCase, make_problem, name_of, run_pa
 from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.kernels.passes import TritonPasses
-from goat_kernels.kernels.tiles import Tile
 
 #: What a matrix instruction looks like in PTX or in AMD's assembly, the best first.
 _MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
@@ -43,48 +42,6 @@ class Case:
     layer: LayerCase
     index: int
     tf32: bool = False
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler says of one kernel.
-
-    Attributes:
-        kernel, target, tile: which.
-        layer: for what it was compiled.
-        registers: per thread (vector registers on AMD).
-        spilled_bytes: per thread; local memory that registers did not hold.
-        shared_bytes: per program.
-        occupancy: share of the multiprocessor's warps that registers and shared memory let run, 0 to 1.
-        matrix_instruction: the best that was found, or "".
-        loops: instructions of each loop in the machine code, in its order: what a warp issues for a step of it. A step
-            of few bytes and many instructions cannot keep up with the memory.
-        multiplies_halves: whether it multiplies half-precision matrices, and so must use one.
-        limit_shared_bytes: what the target has per program.
-    """
-
-    kernel: str
-    target: str
-    tile: Tile
-    layer: LayerCase
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    occupancy: float
-    matrix_instruction: str
-    loops: tuple[int, ...]
-    multiplies_halves: bool
-    limit_shared_bytes: int
-
-    def fault(self) -> str | None:
-        """None, or what is wrong with it."""
-        if self.spilled_bytes:
-            return f"spills {self.spilled_bytes} bytes"
-        if self.shared_bytes > self.limit_shared_bytes:
-            return f"takes {self.shared_bytes} bytes of shared memory of {self.limit_shared_bytes}"
-        if self.multiplies_halves and not self.matrix_instruction:
-            return "multiplies half-precision matrices without matrix instructions"
-        return None
 
 
 def record(layer: LayerCase, target: str, tf32: bool = False) -> list[Launch]:
@@ -123,8 +80,21 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(fn, signature, constants, {(position,): [["tt.divisibility", 16]] for position in aligned})
 
 
-def compile_case(case: Case) -> Compiled:
-    """Compile one launch; raises what the compiler raises."""
+def compile_case(case: Case) -> dict:
+    """Compile one launch; raises what the compiler raises.
+
+    Returns:
+        What the compiler says of the kernel:
+
+        kernel: its name.
+        registers, spilled_bytes: per thread (vector registers on AMD); local memory that registers did not hold.
+        shared_bytes: per program.
+        matrix_instruction: the best that was found, or "".
+        loops: instructions of each loop in the machine code, in its order: what a warp issues for a step of it. A step
+            of few bytes and many instructions cannot keep up with the memory.
+        tile_*: the fields of its tile.
+        fault: None, or what is wrong with it.
+    """
     launch = record(case.layer, case.target, case.tf32)[case.index]
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
     is_amd = case.target.startswith("gfx")
@@ -132,21 +102,28 @@ def compile_case(case: Case) -> Compiled:
     compiled = triton.compile(source_of(launch), target=target, options=options)
     text, shared = compiled.asm["amdgcn" if is_amd else "ptx"], compiled.metadata.shared
     registers, spilled, loops = _amd_resources(text) if is_amd else _nvidia_resources(compiled.asm["cubin"])
+    instruction = next((name for name in _MATRIX_INSTRUCTIONS if name in text), "")
     multiplies = "PRECISION" in launch.constants and launch.constants.get("WITH_PREFILL", True)
-    return Compiled(
-        kernel=launch.name,
-        target=case.target,
-        tile=launch.tile,
-        layer=case.layer,
-        registers=registers,
-        spilled_bytes=spilled,
-        shared_bytes=shared,
-        occupancy=_occupancy(registers, shared, launch.tile.warps, case.target),
-        matrix_instruction=next((name for name in _MATRIX_INSTRUCTIONS if name in text), ""),
-        loops=loops,
-        multiplies_halves=multiplies and case.layer.dtype.itemsize == 2,
-        limit_shared_bytes=KNOWN_TARGETS[case.target].shared_bytes,
-    )
+    multiplies_well = bool(instruction) or not (multiplies and case.layer.dtype.itemsize == 2)
+    return {
+        "kernel": launch.name,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": shared,
+        "matrix_instruction": instruction,
+        "loops": loops,
+        **{f"tile_{name}": value for name, value in asdict(launch.tile).items()},
+        "fault": fault_of(spilled, shared, KNOWN_TARGETS[case.target].shared_bytes, multiplies_well),
+    }
+
+
+def fault_of(spilled_bytes: int, shared_bytes: int, most_shared_bytes: int, multiplies_well: bool) -> str | None:
+    """None, or what is wrong with a kernel; ``multiplies_well``: half-precision matrices by matrix instructions."""
+    if spilled_bytes:
+        return f"spills {spilled_bytes} bytes"
+    if shared_bytes > most_shared_bytes:
+        return f"takes {shared_bytes} bytes of shared memory of {most_shared_bytes}"
+    return None if multiplies_well else "multiplies half-precision matrices without matrix instructions"
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int, tuple[int, ...]]:
@@ -199,18 +176,6 @@ def _amd_resources(assembly: str) -> tuple[int, int, tuple[int, ...]]:
     return registers, max(4 * spilled, private), tuple(loops)
 
 
-def _occupancy(registers: int, shared_bytes: int, warps: int, target: str) -> float:
-    """The share of a multiprocessor's warps that can run at once; on AMD, of a compute unit's."""
-    if target == "gfx942":  # four SIMDs of 512 vector registers and 8 waves each
-        by_registers = 4 * min(8, 512 // max(registers, 1)) // warps
-        most_warps, most_programs = 32, 16
-    else:
-        by_registers = 65536 // (max(registers, 1) * 32 * warps)
-        most_warps, most_programs = 64, 32
-    by_shared = KNOWN_TARGETS[target].shared_bytes // max(shared_bytes, 1)
-    return min(most_warps, warps * min(by_registers, by_shared, most_programs)) / most_warps
-
-
 def layers(*, everything: bool) -> Iterator[LayerCase]:
     """Layers whose launches cover every kernel and rank bucket; with ``everything`` also every tile and form."""
     square = functools.partial(LayerCase, N=4096, M=4096)
@@ -261,19 +226,12 @@ def cases(*, everything: bool) -> list[Case]:
     return list(found.values())
 
 
-def compile_all(chosen: Iterable[Case]) -> Iterator[tuple[Case, Compiled | BaseException]]:
+def compile_all(chosen: Iterable[Case]) -> Iterator[tuple[Case, dict | BaseException]]:
     """Compile cases of :func:`cases` on all processors; each as it is done with the compiler's account or its error."""
-    crashed: list[Case] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(compile_case, case): case for case in chosen}
         for done in as_completed(futures):
             result = done.exception() or done.result()
-            if isinstance(result, BrokenProcessPool):  # this case crashed the compiler, or another one did
-                crashed.append(futures[done])
-            else:
-                yield futures[done], result
-    for case in crashed:  # each in a process of its own
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            error = (done := pool.submit(compile_case, case)).exception()
-            crash = RuntimeError("the compiler crashed") if isinstance(error, BrokenProcessPool) else None
-            yield case, crash or error or done.result()
+            if isinstance(result, BrokenProcessPool):
+                result = RuntimeError("the compiler crashed, on this kernel or on another one that says so")
+            yield futures[done], result

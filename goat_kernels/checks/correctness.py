@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,13 +39,6 @@ DTYPES: tuple[tuple[torch.dtype, torch.dtype], ...] = (
 _DROPOUT_P = 0.2
 
 
-class CaseGroup(NamedTuple):
-    """Cases of one shape and dtypes, in several forms: a block of the table."""
-
-    title: str
-    cases: tuple[LayerCase, ...]
-
-
 #: (with a frozen pair or without, dropout)
 _ALL_FORMS = ((False, 0.0), (False, _DROPOUT_P), (True, 0.0), (True, _DROPOUT_P))
 _WITHOUT_DROPOUT = ((False, 0.0), (True, 0.0))
@@ -59,8 +51,8 @@ _REAL = (
 )
 
 
-def groups(*, interpreted: bool, dtypes: tuple[torch.dtype, ...]) -> list[CaseGroup]:
-    """What to check, in order.
+def groups(*, interpreted: bool, dtypes: tuple[torch.dtype, ...]) -> list[tuple[str, list[LayerCase]]]:
+    """What to check, in order: (title, cases of one shape and dtypes in several forms), each a block of the table.
 
     Args:
         interpreted: sizes for the interpreter, in which a GPU with few multiprocessors is imitated, so that they take
@@ -72,7 +64,7 @@ def groups(*, interpreted: bool, dtypes: tuple[torch.dtype, ...]) -> list[CaseGr
         if dtype in dtypes:
             for title, sizes, forms in _interpreted(dtype, adapter_dtype) if interpreted else _REAL:
                 layer = LayerCase(**sizes, dtype=dtype, adapter_dtype=adapter_dtype)
-                found.append(CaseGroup(title, tuple(replace(layer, path=path, dropout_p=p) for path, p in forms)))
+                found.append((title, [replace(layer, path=path, dropout_p=p) for path, p in forms]))
     return found
 
 
@@ -271,49 +263,33 @@ def run_layer(function: Callable, problem: Problem, **options) -> dict[str, Tens
 # --- replay -------------------------------------------------------------------------------------------------------
 
 #: Forward and backward of one layer, so many times: the first two run the passes.
-STEPS = 3
+_STEPS = 3
 
 
-@dataclass(frozen=True)
-class Replay:
-    """What came of ``STEPS`` equal steps of a layer.
-
-    Attributes:
-        is_on: whether GOAT_KERNELS_REPLAY leaves replay on.
-        calls, replayed: calls into the backend, one for a forward and one for a backward; how many were replayed.
-        identical: whether every step gave the bits of the first.
-        refusals: why calls without a plan have none.
-    """
-
-    is_on: bool
-    calls: int
-    replayed: int
-    identical: bool
-    refusals: tuple[str, ...]
-
-    def fault(self) -> str | None:
-        """None, or what is wrong with it."""
-        if not self.identical:
-            return "a repeated step gives other bits than the first"
-        if self.is_on and not self.replayed:
-            return f"it is on, and no call was replayed: {', '.join(self.refusals) or 'launches are observed'}"
-        return None
-
-
-def check_replay(case: LayerCase, device: torch.device) -> Replay:
-    """``STEPS`` equal steps of the layer ``case`` on the Triton backend."""
-    from goat_kernels.kernels.replay import Plans  # imports Triton
+def check_replay(case: LayerCase, device: torch.device) -> tuple[str, str | None]:
+    """Equal steps of the layer ``case`` on the Triton backend: what came of them in words, and the fault, if any."""
+    from goat_kernels.kernels.replay import REPLAY_VARIABLE, Plans  # imports Triton
 
     passes, problem = get_backend("triton"), make_problem(case, device)
     before, passes.plans = passes.plans, Plans()  # what ran before does not count, and nothing is left behind
     try:
         with forced_target(case.target):
-            first, *others = (run_layer(goat_linear, problem, backend="triton") for _ in range(STEPS))
+            first, *others = (run_layer(goat_linear, problem, backend="triton") for _ in range(_STEPS))
         plans = passes.plans
     finally:
         passes.plans = before
     identical = all(torch.equal(_bits(first[name]), _bits(other[name])) for other in others for name in first)
-    return Replay(plans.is_on, plans.calls, plans.replayed, identical, tuple(dict.fromkeys(plans.refusals())))
+    switch = f"on ({REPLAY_VARIABLE}=0 turns it off)"
+    if not plans.is_on:
+        switch = f"off ({REPLAY_VARIABLE}=0), every call runs the passes"
+    bits = "with the bits of the first" if identical else "with OTHER BITS than the first"
+    told = f"{switch}: {_STEPS} steps of one layer, {plans.replayed} of {plans.calls} calls replayed, {bits}"
+    if not identical:
+        return told, "a repeated step gives other bits than the first"
+    if plans.is_on and not plans.replayed:
+        refusals = ", ".join(dict.fromkeys(plans.refusals())) or "launches are observed"
+        return told, f"it is on, and no call was replayed: {refusals}"
+    return told, None
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

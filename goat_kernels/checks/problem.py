@@ -5,8 +5,9 @@ Letters as everywhere: T tokens, N in_features, M out_features, R total rank, E 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from goat_kernels.dropout import expert_slots, keep_masks, keep_scale
-from goat_kernels.kernels.configs import KNOWN_TARGETS, Target
+from goat_kernels.kernels.configs import KNOWN_TARGETS, Target, current_target, forced_target, forced_tile
+from goat_kernels.kernels.launch import Launch, observed
+from goat_kernels.kernels.tiles import Tile
 from goat_kernels.passes import Adapter, Passes
 from goat_kernels.reference import select_top_k
 
@@ -172,6 +175,40 @@ def run_passes(
     with around("input_prefill"):
         results["input_prefill"] = passes.input_prefill(adapter, routing, gradient._replace(partial_B=None))
     return results
+
+
+def compile_ahead(
+    problems: Iterable[Problem], device: torch.device, tiles: Iterable[tuple[str, Tile]] | None = None
+) -> None:
+    """Compile every launch of a forward and backward of ``problems`` for ``device`` on all processors; none is made.
+
+    Args:
+        problems: on "meta": their tensors need no values.
+        device: a GPU.
+        tiles: (kernel, tile) to compile with, each in turn, in place of the tiles that would be taken. Errors are
+            left to the launches: a tile that does not fit raises again there.
+    """
+    import triton
+
+    from goat_kernels.kernels.passes import TritonPasses
+
+    with (
+        forced_target(current_target(device)),
+        ThreadPoolExecutor() as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+        observed(_compile),
+    ):
+        for problem in problems:
+            if tiles is None:
+                run_passes(TritonPasses(), problem)
+            for kernel, tile in tiles or ():
+                with forced_tile(kernel, tile), suppress(Exception):
+                    run_passes(TritonPasses(), problem)
+
+
+def _compile(launch: Launch) -> None:
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
+    launch.kernel.warmup(**launch.arguments, **launch.constants, grid=launch.grid, **options)
 
 
 def dropout_masks(problem: Problem, seed: Tensor) -> Tensor:

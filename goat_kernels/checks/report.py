@@ -14,9 +14,8 @@ import torch
 import goat_kernels
 from goat_kernels.backends import ENVIRONMENT_VARIABLE, available_backends, resolve_backend, why_not_auto
 from goat_kernels.checks import correctness, traffic
-from goat_kernels.checks.ahead import compile_ahead
-from goat_kernels.checks.correctness import STEPS, check_replay
-from goat_kernels.checks.problem import LayerCase, make_problem, name_of
+from goat_kernels.checks.correctness import check_replay
+from goat_kernels.checks.problem import LayerCase, compile_ahead, make_problem, name_of
 from goat_kernels.checks.traffic import Moved, StreamPasses
 from goat_kernels.command_errors import CommandError
 
@@ -71,28 +70,30 @@ def report_correctness(dtypes: Sequence[torch.dtype], *, interpreted: bool) -> F
     # Without a GPU the torch backend alone would take the real sizes too, but slowly.
     groups = correctness.groups(interpreted=not on_gpu, dtypes=tuple(dtypes))
     if on_gpu and backend == "triton":
-        compile_ahead((make_problem(case, "meta") for group in groups for case in group.cases), device)
+        compile_ahead((make_problem(case, "meta") for _, cases in groups for case in cases), device)
         print(f"Kernels compiled in {time.perf_counter() - start:.0f} s; Triton keeps them for the next time.")
     machine = torch.cuda.get_device_name() if on_gpu else "Triton's interpreter" if interpreted else "CPU"
     common = {"check": "correctness", "backend": backend, "machine": machine, **versions}
     rows, failures, ran = [], [], []
-    for group in groups:
+    for title, cases in groups:
         compared: dict[LayerCase, list[dict]] = {}
-        for case in group.cases:
+        for case in cases:
             try:
                 compared[case] = correctness.compare(case, backend, device)
             except Exception as error:  # whatever a driver or a compiler raises here is a result, and others follow
                 what = f"raised {type(error).__name__}: {_one_line(error)}"
                 failures.append(f"{case}: {what}")
                 rows.append({**common, **_of_case(case), "what": what, "passed": False})
-        _print_group(group, compared)
+        _print_group(f"{cases[0].dtypes}; {title}: {cases[0].sizes}", compared)
         ran += compared
         for case, of_case in compared.items():
             rows += [{**common, **_of_case(case), **row} for row in of_case]
             wrong = [row for row in of_case if not row["passed"]]
             failures += [f"{_label([row])}: {_errors(row)} above {row['bound']:.0e}; {case}" for row in wrong]
     if backend == "triton" and ran:
-        failures += _report_replay(ran[0], device)
+        told, fault = check_replay(ran[0], device)
+        print(f"\nReplay is {told}.")
+        failures += [] if fault is None else [f"replay: {fault}"]
     passed = sum(row["passed"] for row in rows)
     print(f"\n{passed} of {len(rows)} within bounds, {time.perf_counter() - start:.0f} s")
     # JSON has no NaN.
@@ -111,13 +112,13 @@ def _what_auto_picks(device: torch.device, dtype: torch.dtype) -> str:
     return "; ".join([f"auto picks {picked} for {name_of(dtype)}", *because])
 
 
-def _print_group(group: correctness.CaseGroup, compared: dict[LayerCase, list[dict]]) -> None:
+def _print_group(heading: str, compared: dict[LayerCase, list[dict]]) -> None:
     """One line for each pass and result, one column for each form that ran."""
-    first, last_row = group.cases[0], next((rows[-1] for rows in compared.values()), {})
+    last_row = next((rows[-1] for rows in compared.values()), {})
     beside = " (torch's)" if last_row.get("torch_error") is not None else ""
     if last_row.get("lora_error") is not None:
         beside += ", | that of PEFT's float32-adapter LoRA arithmetic"
-    print(f"\n{first.dtypes}; {group.title}: {first.sizes}; relative error{beside}")
+    print(f"\n{heading}; relative error{beside}")
     print(" " * 36 + "".join(f"{case.form:31}" for case in compared) + "bound")
     for rows in zip(*compared.values(), strict=True):
         verdict = "pass" if all(row["passed"] for row in rows) else "FAIL"
@@ -134,21 +135,6 @@ def _label(rows: Sequence[dict]) -> str:
 def _errors(row: dict) -> str:
     torch_error = "" if row["torch_error"] is None else f" ({row['torch_error']:.1e})"
     return f"{row['error']:.1e}{torch_error}" + ("" if row["lora_error"] is None else f" | {row['lora_error']:.1e}")
-
-
-def _report_replay(case: LayerCase, device: torch.device) -> list[str]:
-    """Print whether calls are replayed, and how many of one layer's are; failures."""
-    from goat_kernels.kernels.replay import REPLAY_VARIABLE
-
-    found = check_replay(case, device)
-    bits = "with the bits of the first" if found.identical else "with OTHER BITS than the first"
-    switch = f"on ({REPLAY_VARIABLE}=0 turns it off)"
-    if not found.is_on:
-        switch = f"off ({REPLAY_VARIABLE}=0), every call runs the passes"
-    print(
-        f"\nReplay is {switch}: {STEPS} steps of one layer, {found.replayed} of {found.calls} calls replayed, {bits}."
-    )
-    return [] if found.fault() is None else [f"replay: {found.fault()}"]
 
 
 # --- traffic --------------------------------------------------------------------------------------------------------
@@ -220,10 +206,8 @@ def report_compilation(everything: bool) -> Findings:
     start, common = time.perf_counter(), {"check": "compilation", **_versions()}
     chosen = cases(everything=everything)
     print(f"{len(chosen)} kernels, compiled by Triton {common['triton']} for GPUs that are not here")
-    print(
-        f"{'kernel':24} {'target':8}{'x':9}{'tile':26}{'registers':>9}{'spilled':>8}{'shared':>8}{'occupancy':>10}  "
-        f"{'matrix instruction':19}{'instructions of its loops'}"
-    )
+    heads = f"{'kernel':24} {'target':8}{'x':9}{'tile':26}{'registers':>9}{'spilled':>8}{'shared':>8}"
+    print(f"{heads}  {'matrix instruction':19}instructions of its loops")
     rows, failures = [], []
     for case, result in compile_all(chosen):
         row = {**common, "target": case.target, **_of_case(case.layer)}
@@ -231,20 +215,18 @@ def report_compilation(everything: bool) -> Findings:
             failures.append(f"{case}: {type(result).__name__}: {_one_line(result)}")
             rows.append({**row, "fault": _one_line(result)})
             continue
-        fault, tile = result.fault(), result.tile
-        if fault is not None:
-            failures.append(f"{result.kernel} on {case.target}: {fault}; {result.layer}, {tile}")
-        size = f"{tile.rows} x {tile.features}" + f" x {tile.rank}" * bool(tile.rank)
+        row |= result
+        rows.append(row)
+        size = " x ".join(str(row[f"tile_{side}"]) for side in ("rows", "features", "rank") if row[f"tile_{side}"])
+        tile = f"{size}, {row['tile_warps']} warps, {row['tile_stages']}"
+        if row["fault"] is not None:
+            failures.append(f"{row['kernel']} on {case.target}: {row['fault']}; {case.layer}, tile {tile}")
         print(
-            f"{result.kernel:24} {result.target:8}{name_of(result.layer.dtype):9}"
-            f"{f'{size}, {tile.warps} warps, {tile.stages}':26}"
-            f"{result.registers:9}{result.spilled_bytes:8}{result.shared_bytes:8}{result.occupancy:10.0%}  "
-            f"{result.matrix_instruction or '-':19}{' '.join(map(str, result.loops)) or '-'}"
-            f"{'' if fault is None else '  FAIL: ' + fault}",
+            f"{row['kernel']:24} {case.target:8}{row['dtype']:9}{tile:26}"
+            f"{row['registers']:9}{row['spilled_bytes']:8}{row['shared_bytes']:8}  "
+            f"{row['matrix_instruction'] or '-':19}{' '.join(map(str, row['loops'])) or '-'}"
+            f"{'' if row['fault'] is None else '  FAIL: ' + row['fault']}",
             flush=True,
         )
-        fields = ("kernel", "registers", "spilled_bytes", "shared_bytes", "occupancy", "matrix_instruction", "loops")
-        tiles = {f"tile_{name}": value for name, value in dataclasses.asdict(tile).items()}
-        rows.append({**row, **{name: getattr(result, name) for name in fields}, **tiles, "fault": fault})
     print(f"\n{len(rows)} compiled, {len(failures)} faults, {time.perf_counter() - start:.0f} s")
     return rows, failures

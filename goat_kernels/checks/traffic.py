@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -39,8 +40,7 @@ DESIGNED_PASSES = {
 }
 
 
-@dataclass(frozen=True)
-class TrafficCase:
+class TrafficCase(NamedTuple):
     """A layer to count; ``fused``: whether it takes the kernels that ``DESIGNED_PASSES`` describes."""
 
     name: str
@@ -87,8 +87,7 @@ class Moved:
         return (self.read_bytes, self.written_bytes) == self.planned
 
 
-@dataclass(frozen=True)
-class StreamPasses:
+class StreamPasses(NamedTuple):
     """How often a whole layer went through x, y, dY or dX in one direction, and how often it may; None: no bound."""
 
     direction: str

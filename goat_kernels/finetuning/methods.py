@@ -26,15 +26,12 @@ class Method:
         colour: in figures; colour-blind safe, after Okabe and Ito.
         config: (options, the fields that every configuration shares) -> the adapter's configuration; None where the
             model's own weights train.
-        size: (N in_features, M out_features, R total rank, E experts) -> the parameters that train in one adapted
-            layer; None like ``config``.
     """
 
     meaning: str
     rates_of: str
     colour: str
     config: Callable[[FinetuneOptions, dict], PeftConfig] | None = None
-    size: Callable[[int, int, int, int], int] | None = None
 
 
 def _alpha(options: FinetuneOptions) -> float:
@@ -77,31 +74,17 @@ _molora, _hydralora = partial(_zero_experts, init="lora"), partial(_zero_experts
 _goat_s = partial(_goat, scaling="goat_s")
 
 
-def _lora_size(N: int, M: int, R: int, E: int) -> int:
-    return R * (N + M)
-
-
-def _experts_size(N: int, M: int, R: int, E: int) -> int:
-    return R * (N + M) + E * N
-
-
 #: Every method, in the order of tables.
 METHODS: dict[str, Method] = {
     "head": Method("only a new classifier on the frozen model", "head", "#999999"),
     "full": Method("full fine-tuning", "full", "#0072B2"),
-    "lora": Method("PEFT's LoRA", "lora", "#E69F00", _lora, _lora_size),
-    "rslora": Method("LoRA at alpha / sqrt(R)", "lora", "#D55E00", _rslora, _lora_size),
-    "dora": Method("PEFT's DoRA", "lora", "#F0E442", _dora, lambda N, M, R, E: R * (N + M) + M),
-    "pissa": Method("PEFT's PiSSA", "lora", "#CC79A7", _pissa, _lora_size),
-    "milora": Method("MiLoRA", "lora", "#882255", _milora, _lora_size),
-    "molora": Method("LoRA experts from zero (MoLoRA)", "goat", "#56B4E9", _molora, _experts_size),
-    "hydralora": Method(
-        "LoRA experts that share A (HydraLoRA)",
-        "goat",
-        "#332288",
-        _hydralora,
-        lambda N, M, R, E: R // E * N + R * M + E * N,
-    ),
-    "goat": Method("GOAT", "goat", "#009E73", _goat, _experts_size),
-    "goat_s": Method("GOAT, a scaling per expert", "goat", "#000000", _goat_s, _experts_size),
+    "lora": Method("PEFT's LoRA", "lora", "#E69F00", _lora),
+    "rslora": Method("LoRA at alpha / sqrt(R)", "lora", "#D55E00", _rslora),
+    "dora": Method("PEFT's DoRA", "lora", "#F0E442", _dora),
+    "pissa": Method("PEFT's PiSSA", "lora", "#CC79A7", _pissa),
+    "milora": Method("MiLoRA", "lora", "#882255", _milora),
+    "molora": Method("LoRA experts from zero (MoLoRA)", "goat", "#56B4E9", _molora),
+    "hydralora": Method("LoRA experts that share A (HydraLoRA)", "goat", "#332288", _hydralora),
+    "goat": Method("GOAT", "goat", "#009E73", _goat),
+    "goat_s": Method("GOAT, a scaling per expert", "goat", "#000000", _goat_s),
 }
