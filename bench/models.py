@@ -19,9 +19,8 @@ from bench.cases import FORMS, BenchSettings, Case
 from bench.layers import BALANCE_COEFFICIENT, why_not
 from bench.memory import peak_bytes
 from bench.steps import Candidate, measured
-from bench.timing import without_time
+from bench.timing import in_words
 from goat_kernels.backends import ENVIRONMENT_VARIABLE
-from goat_kernels.numerics import TOLERANCES
 
 FROZEN_MODEL, LORA_MODEL = "frozen model", "PEFT LoRA"
 
@@ -57,28 +56,26 @@ class ModelCase:
         return {**of_model, "R": self.rank, "E": Case.E, "K": Case.K}
 
 
-def _model(
-    name: str, hidden: int, wide: int, layers: int, heads: int, batch: int, length: int, rank: int, **sizes: int
-) -> ModelCase:
-    common = {
-        "hidden_size": hidden,
-        "intermediate_size": wide,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-    return ModelCase(name, common | sizes, batch, length, rank)
+def _model(name: str, widths: tuple[int, int, int, int], batch: int, length: int, rank: int, **sizes) -> ModelCase:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return ModelCase(name, dict(zip(names, widths, strict=True)) | sizes, batch, length, rank)
 
 
-def model_cases(device: str, *, quick: bool) -> tuple[ModelCase, ...]:
-    """On a GPU eight layers of a Llama of 2048 and a ViT-B/32; on a CPU small ones of the same build."""
-    if quick:
-        llama = _model("llama", 32, 80, 1, 2, batch=2, length=8, rank=8, vocab_size=64)
-        return llama, _model("vit", 32, 128, 1, 2, batch=2, length=0, rank=8, image_size=16, patch_size=8)
-    if device == "cuda":
-        llama = _model("llama", 2048, 5456, 8, 16, batch=4, length=2048, rank=32, vocab_size=32000)
-        return llama, _model("vit", 768, 3072, 12, 12, batch=64, length=0, rank=8, image_size=224, patch_size=32)
-    llama = _model("llama", 256, 672, 4, 4, batch=4, length=128, rank=32, vocab_size=1024)
-    return llama, _model("vit", 192, 768, 4, 3, batch=16, length=0, rank=8, image_size=64, patch_size=8)
+#: On a GPU eight layers of a Llama of 2048 and a ViT-B/32; on a CPU small ones of the same build.
+MODELS = {
+    "quick": (
+        _model("llama", (32, 80, 1, 2), batch=2, length=8, rank=8, vocab_size=64),
+        _model("vit", (32, 128, 1, 2), batch=2, length=0, rank=8, image_size=16, patch_size=8),
+    ),
+    "cpu": (
+        _model("llama", (256, 672, 4, 4), batch=4, length=128, rank=32, vocab_size=1024),
+        _model("vit", (192, 768, 4, 3), batch=16, length=0, rank=8, image_size=64, patch_size=8),
+    ),
+    "cuda": (
+        _model("llama", (2048, 5456, 8, 16), batch=4, length=2048, rank=32, vocab_size=32000),
+        _model("vit", (768, 3072, 12, 12), batch=64, length=0, rank=8, image_size=224, patch_size=32),
+    ),
+}
 
 
 def model_layers(case: ModelCase) -> tuple[Case, ...]:
@@ -154,7 +151,7 @@ def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
         try:
             candidates.append(_candidate(row, case, batch, settings))
         except Exception as failure:  # whatever a peer or a driver raises is a result, and others follow
-            yield {**row, **without_time(failure)}
+            yield {**row, "failed": in_words(failure)}
     for row in measured(candidates, 1, settings):
         if "time_ms_p50" in row:
             unit = "tokens_per_s" if case.length else "images_per_s"
@@ -193,7 +190,6 @@ def _candidate(row: dict, case: ModelCase, batch: dict[str, Tensor], settings: B
         {**row, **memory},
         lambda copy: step,
         error,
-        TOLERANCES[settings.dtype].relative,
         ratios={"ratio": FROZEN_MODEL} | ({"lora_ratio": LORA_MODEL} if residual else {}),
     )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bench.plots import FIGURES, Draw, digest, digest_in, png
+from bench.plots import Draw, digest, digest_in, png, scaling
 from bench.quality import report as quality
 from bench.results import RESULTS_FOLDER, newest, read_folder, timed
 from bench.suites import SUITES
@@ -25,6 +25,9 @@ from bench.tables import layer_summary, provenance, summary_table
 #: Pages with blocks, and the folder of the figures, in a checkout.
 PAGES = (Path("README.md"), Path("docs/benchmarks.md"), Path("docs/quality.md"))
 FIGURES_FOLDER = Path("docs/figures")
+
+#: Device -> the figure of the suite ``scaling``.
+_SCALING = {device: FIGURES_FOLDER / f"bench-scaling-{device.replace('cuda', 'gpu')}.png" for device in ("cpu", "cuda")}
 
 _BLOCK = re.compile(r"(<!-- (bench|quality):(\S+)(?: (\w+))? -->\n).*?(<!-- /\2 -->)", re.S)
 
@@ -42,16 +45,12 @@ def _sections(rows: list[dict], device: str) -> str:
         if not timed(of_suite):
             continue
         parts += [f"### {suite.title}" + ("" if device == "cpu" else " on a GPU"), suite.explanation]
-        if name in FIGURES:
-            parts.append(f"![{suite.title}, over the frozen layer](figures/{_figure_name(name, device)})")
+        if name == "scaling":
+            parts.append(f"![{suite.title}, over the frozen layer](figures/{_SCALING[device].name})")
         parts += [suite.table(of_suite), provenance(of_suite)]
     if parts and device == "cuda":
         parts.insert(0, "## On a GPU")
     return "\n\n".join(filter(None, parts))
-
-
-def _figure_name(suite: str, device: str) -> str:
-    return f"bench-{suite}-{'cpu' if device == 'cpu' else 'gpu'}.png"
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -73,12 +72,9 @@ def pages(root: Path) -> dict[Path, str]:
 
 def figures(root: Path) -> dict[Path, tuple[Draw, object]]:
     """Figure -> what draws it, and the data that it has to be drawn from."""
-    rows, rows_of_task, found = read_folder(root / RESULTS_FOLDER), quality.read(root), {}
-    for suite, draw in FIGURES.items():
-        for device in ("cpu", "cuda"):
-            of_figure = newest(rows, suite, device)
-            if timed(of_figure):
-                found[FIGURES_FOLDER / _figure_name(suite, device)] = draw, of_figure
+    rows, rows_of_task = read_folder(root / RESULTS_FOLDER), quality.read(root)
+    of_scaling = {path: newest(rows, "scaling", device) for device, path in _SCALING.items()}
+    found = {path: (scaling, of_device) for path, of_device in of_scaling.items() if timed(of_device)}
     if rows_of_task:
         found |= {FIGURES_FOLDER / name: (draw, rows_of_task) for name, draw in quality.FIGURES.items()}
     return found

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from bench import cases, tables
 from bench.cases import BenchSettings, Case
 from bench.host import host_rows
-from bench.layer_suites import layer_rows, memory_rows
+from bench.layers import layer_rows, memory_rows
 from bench.machine import describe
-from bench.models import model_cases, model_layers, model_rows
+from bench.models import MODELS, model_layers, model_rows
 from bench.passes import kernel_rows
 from bench.results import CASE_FIELDS, finished_cases, part_of
 from bench.timing import in_words
@@ -33,39 +33,28 @@ class Suite:
         title: the heading of its section.
         table: its rows -> its tables in Markdown.
         rows: (case, settings) -> its rows.
-        cases: (device type, quick) -> what it runs, one after the other.
+        cases: ``BenchSettings.kind`` -> what it runs, one after the other.
         layers: case -> the layers whose kernels it launches, which are compiled ahead.
         shaped: whether --shape stands in for its cases.
-        without: kinds of contenders that it leaves out: a compiled layer takes seconds for each shape.
         explanation: under the heading.
     """
 
     title: str
     table: Callable[[list[dict]], str]
     rows: Callable[[object, BenchSettings], Iterator[dict]]
-    cases: Callable[..., Sequence]
+    cases: dict[str, Sequence]
     layers: Callable[[object], Sequence[Case]] = lambda case: (case,)
     shaped: bool = True
-    without: frozenset[str] = frozenset()
     explanation: str = ""
 
 
 SUITES: dict[str, Suite] = {
-    "roofline": Suite(
-        "What the machine reaches",
-        tables.roofline_table,
-        lambda case, settings: ({**row, **settings.dtypes()} for row in settings.roofline.measured),
-        lambda device, quick: (None,),
-        layers=lambda case: (),
-        shaped=False,
-        explanation="The ceilings that the floors are made of: the fastest of eleven rounds each.",
-    ),
-    "layer": Suite("One layer", tables.layer_tables, layer_rows, cases.layer_cases),
+    "layer": Suite("One layer", tables.layer_tables, layer_rows, cases.LAYERS),
     "host": Suite(
         "Host time",
         tables.host_table,
         host_rows,
-        cases.host_cases,
+        cases.HOST,
         explanation="What one call of a layer in bfloat16 costs the host; the last column says where it ran. Without a "
         "GPU the Triton contenders\nrun with a driver that launches nothing, the others at sizes at which arithmetic "
         "does not count. On a GPU the queue is empty when\na sample of 20 calls begins, and nothing is waited for. "
@@ -76,31 +65,23 @@ SUITES: dict[str, Suite] = {
         "Each pass alone",
         tables.kernels_table,
         kernel_rows,
-        cases.kernel_cases,
+        cases.KERNELS,
         explanation='"base" is the frozen layer\'s own product, into a new tensor and onto one that is there.',
     ),
     "memory": Suite(
         "Memory",
         tables.memory_table,
         memory_rows,
-        cases.memory_cases,
-        without=frozenset({"compiled"}),
+        cases.MEMORY,
         explanation="Of a forward and backward. The peak counts what the step hands out, the gradients among it, not "
         "weights and inputs.",
     ),
-    "scaling": Suite(
-        "As one size grows",
-        tables.scaling_table,
-        layer_rows,
-        cases.scaling_cases,
-        shaped=False,
-        without=frozenset({"compiled"}),
-    ),
+    "scaling": Suite("As one size grows", tables.scaling_table, layer_rows, cases.SCALING, shaped=False),
     "model": Suite(
         "Training steps of whole models",
         tables.model_table,
         model_rows,
-        model_cases,
+        MODELS,
         layers=model_layers,
         shaped=False,
         explanation="Forward, loss, backward and AdamW. Random weights; R on every linear layer but the head; the "
@@ -110,7 +91,7 @@ SUITES: dict[str, Suite] = {
         "Tiles near the table's",
         tables.tuning_table,
         tuning_rows,
-        cases.tuning_cases,
+        cases.TUNING,
         explanation="For each kernel, all its launches in a forward and backward: the table's tile and the fastest "
         "one step away from it.",
     ),
@@ -125,10 +106,8 @@ def suite_rows(name: str, settings: BenchSettings, before: Sequence[dict] = ()) 
     """
     suite, common = SUITES[name], {"cases": settings.cases, **describe(settings.device)}
     finished = finished_cases(before, name, {**common, **settings.dtypes()})
-    asked = settings.shapes if suite.shaped else ()
-    asked = asked or suite.cases(settings.device.type, quick=settings.quick)
-    to_run = [case for case in asked if case is None or part_of(case.row(), CASE_FIELDS) not in finished]
-    of_suite = dataclasses.replace(settings, without=settings.without | suite.without)
+    asked = (suite.shaped and settings.shapes) or suite.cases[settings.kind]
+    to_run = [case for case in asked if part_of(case.row(), CASE_FIELDS) not in finished]
     if why_not_auto("triton", settings.device, settings.dtype) is None:
         try:
             layers = (layer for case in to_run for layer in suite.layers(case))
@@ -140,15 +119,14 @@ def suite_rows(name: str, settings: BenchSettings, before: Sequence[dict] = ()) 
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            for row in suite.rows(case, of_suite):
+            for row in suite.rows(case, settings):
                 reason = (row["contender"], row.get("skipped"))
                 if "skipped" not in row or reason not in skipped:  # once is enough
                     yield {"suite": name, **row, **common}
                 skipped.add(reason)
         except Exception as failure:
-            of_case = {} if case is None else {**case.row(), **settings.dtypes()}
             raised = {"contender": "the rest of this case", "failed": in_words(failure)}
-            yield {"suite": name, **of_case, **raised, **common}
+            yield {"suite": name, **case.row(), **settings.dtypes(), **raised, **common}
 
 
 def problems_of(layers: Iterable[Case], dtype: torch.dtype) -> Iterator[Problem]:
