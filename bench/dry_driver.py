@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 #: The GPU that is imitated, as ``goat_kernels.kernels.configs`` names it.
@@ -52,37 +53,23 @@ class _DryLauncher:
             _notes.append(Noted(self._name, (x, y, z), arguments))
 
 
-class _DryUtils:
-    """What Triton asks of a device."""
+def _dry_driver():
+    """As much of Triton's driver, and of what that says of a device, as a launch asks for."""
+    from triton.backends.compiler import GPUTarget
 
-    @staticmethod
-    def load_binary(name, binary, shared, device):
-        return 1, 1, 32, 0, 1024  # module, function, registers, spills, most threads
-
-    @staticmethod
-    def unload_module(module) -> None: ...
-
-    @staticmethod
-    def get_device_properties(device):
-        return {"max_shared_mem": 232448}
-
-
-class _DryDriver:
-    """As much of Triton's driver as a launch asks for."""
-
-    launcher_cls = _DryLauncher
-    utils = _DryUtils
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", int(TARGET.removeprefix("sm_")), 32)
+    utils = SimpleNamespace(
+        # module, function, registers, spills, most threads
+        load_binary=lambda name, binary, shared, device: (1, 1, 32, 0, 1024),
+        unload_module=lambda module: None,
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+    )
+    return SimpleNamespace(
+        launcher_cls=_DryLauncher,
+        utils=utils,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", int(TARGET.removeprefix("sm_")), 32),
+    )
 
 
 def install() -> None:
@@ -96,7 +83,7 @@ def install() -> None:
     os.environ["TRITON_INTERPRET"] = "0"
     from triton.runtime import driver
 
-    driver.set_active(_DryDriver())
+    driver.set_active(_dry_driver())
     from goat_kernels.backends.triton_backend import TritonBackend
 
     TritonBackend.unavailable_reason = lambda self: None

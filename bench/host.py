@@ -59,7 +59,7 @@ def host_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
         new_process = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, new_process, initializer=dry_driver.install) as pool:
             rows = pool.submit(_dry_rows, case, settings, torch.get_num_threads()).result()
-    yield from ({**case.row(), **settings.dtypes(), **row} for row in rows)
+    yield from ({**settings.dtypes(), **row} for row in rows)
 
 
 def _dry_rows(case: Case, settings: BenchSettings, threads: int) -> list[dict]:

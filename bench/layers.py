@@ -332,7 +332,7 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     first = layer_problem(case, settings.dtype, settings.device)
     # Of what the frozen layer reads in a step: the least that a rotation has to push out of the cache.
     problems = copies_of(first, first.x_TN.nbytes + first.weight_MN.nbytes + first.grad_y_TM.nbytes, settings)
-    common = {**case.row(), **settings.dtypes(), "copies": len(problems)}
+    common = {"copies": len(problems)}
     if case.dropout_p:
         problems = [dataclasses.replace(p, adapter=p.adapter._replace(dropout_p=case.dropout_p)) for p in problems]
         common["checked"] = "without dropout"
@@ -362,7 +362,7 @@ def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     run, skipped = contenders_here(case, settings)
     if any(contender.kind == "compiled" for contender in run):
         torch._dynamo.reset()  # a further shape would otherwise have it compile for symbolic sizes
-    yield from ({**common, **row} for row in skipped)
+    yield from skipped
     for mode in case.modes:
         # What torch.compile makes of a backward does not run twice on one forward.
         candidates = (candidate(one, mode) for one in run if (one.kind, mode) != ("compiled", "backward"))
@@ -386,7 +386,7 @@ def memory_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     for contender in run:
         if contender.graph or contender.kind == "compiled":  # a graph's memory is reserved as long as it lives
             continue
-        row = {**case.row(), **settings.dtypes(), "mode": "both", "contender": contender.name}
+        row = {"mode": "both", "contender": contender.name}
         try:
             layer = contender.make(p)
             step = call_of("both", layer, p.x_TN, p.grad_y_TM)

@@ -118,19 +118,11 @@ def _adapted(model: nn.Module, name: str, case: ModelCase) -> nn.Module:
 
     from goat_kernels.peft import GoatConfig
 
+    common = {"r": case.rank, "target_modules": "all-linear"}
     if name == LORA_MODEL:
-        config = LoraConfig(r=case.rank, target_modules="all-linear", init_lora_weights=False)
-    else:
-        config = GoatConfig(
-            r=case.rank,
-            num_experts=Case.E,
-            top_k=Case.K,
-            target_modules="all-linear",
-            residual=METHODS[name][0],
-            balance_coefficient=BALANCE_COEFFICIENT,
-            init_weights=False,
-        )
-    return get_peft_model(model, config)
+        return get_peft_model(model, LoraConfig(**common, init_lora_weights=False))
+    experts = {"num_experts": Case.E, "top_k": Case.K, "balance_coefficient": BALANCE_COEFFICIENT}
+    return get_peft_model(model, GoatConfig(**common, **experts, residual=METHODS[name][0], init_weights=False))
 
 
 def _on(backend: str):
@@ -140,10 +132,9 @@ def _on(backend: str):
 
 def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
     """One row for each method: time of a step, tokens or images per second, peak memory of a step."""
-    common = {**case.row(), "mode": "training step", **settings.dtypes()}
     batch, candidates = _batch(case, settings), []
     for name, (_, backend) in METHODS.items():
-        row = {**common, "contender": name}
+        row = {"mode": "training step", "contender": name}
         reason = why_not(backend, settings.device, settings.dtype)
         if reason is not None:
             yield {**row, "skipped": reason}
@@ -181,17 +172,11 @@ def _candidate(row: dict, case: ModelCase, batch: dict[str, Tensor], settings: B
         return float((loss.double() - expected).abs() / expected.abs())
 
     step()  # after which the optimiser's state is there
-    memory = {
-        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
-        "peak_mib": round(peak_bytes(step, settings.device) / 2**20, 3),
-    }
+    row["trainable_parameters"] = sum(parameter.numel() for parameter in parameters)
+    row["peak_mib"] = round(peak_bytes(step, settings.device) / 2**20, 3)
     expected = _exact_loss(model, batch)
-    return Candidate(
-        {**row, **memory},
-        lambda copy: step,
-        error,
-        ratios={"ratio": FROZEN_MODEL} | ({"lora_ratio": LORA_MODEL} if residual else {}),
-    )
+    ratios = {"ratio": FROZEN_MODEL} | ({"lora_ratio": LORA_MODEL} if residual else {})
+    return Candidate(row, lambda copy: step, error, ratios=ratios)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from torch import Tensor
 from bench.cases import BenchSettings, Case, copies_of
 from bench.machine import ceilings, floor_ms
 from bench.steps import Candidate, measured, worst
-from bench.timing import in_words
 from goat_kernels.backends import get_backend, why_not_auto
 from goat_kernels.checks.correctness import gradient_parts
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
@@ -135,49 +134,32 @@ def results_error(results: object, expected: list[Tensor], problem: Problem) -> 
 
 def kernel_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     """Every pass of every backend in every form, and the base products, beside one another."""
+    machine = ceilings(settings.device, settings.dtype, quick=settings.quick)
     no_triton = why_not_auto("triton", settings.device, settings.dtype)
     backends = ["torch"] if no_triton else ["triton", "torch"]
+    if no_triton:
+        yield {"contender": "triton", "skipped": no_triton}
     for form in case.forms:
-        common = {**case.row(), **settings.dtypes(), "residual": form}
-        if no_triton:
-            yield {**common, "contender": "triton", "skipped": no_triton}
-        for row in _form_rows(case.layer(settings.dtype, form), backends, settings):
-            yield {**common, **row}
-
-
-def _form_rows(layer: LayerCase, backends: list[str], settings: BenchSettings) -> Iterator[dict]:
-    machine = ceilings(settings.device, settings.dtype, quick=settings.quick)
-    problem = make_problem(layer, settings.device)
-    problems = copies_of(problem, min(problem.x_TN.nbytes, problem.grad_y_TM.nbytes), settings)
-    expected, rides = expected_of(problem), {}
-    calls: list[dict[tuple[str, str], Callable[[], object]]] = [{} for _ in problems]  # of each copy
-    for name in backends:
-        try:
-            of_backend = [pass_calls(name, p) for p in problems]
-            rides[name] = of_backend[0]["hidden_gradient"]().partial_B is not None
-        except Exception as failure:
-            yield from ({"contender": name, "pass": one, "failed": in_words(failure)} for one in PASSES)
-            continue
-        for of_copy, passes in zip(calls, of_backend, strict=True):
-            of_copy |= {(name, one): call for one, call in passes.items()}
-    for of_copy, p in zip(calls, problems, strict=True):
-        of_copy |= {("base", one): call for one, call in base_calls(p).items()}
-    candidates = [_candidate(key, calls, expected.get(key[1]), problem) for key in calls[0]]
-    for row in measured(candidates, len(problems), settings):
-        row["copies"] = len(problems)
-        if "time_ms_p50" in row:
-            work = pass_work(layer, lora_B_rides=rides.get(row["contender"], False))[row["pass"]]
-            floor, time_ms = floor_ms(machine, *work), row["time_ms_p50"]
-            row |= {
-                "floor_bytes": work.moved_bytes,
-                "flops": work.flops,
-                "gb_per_s": work.moved_bytes / time_ms / 1e6,
-                "tflops": work.flops / time_ms / 1e9,
-                "floor_ms": floor,
-                "roofline_percent": 100 * floor / time_ms,
-                **machine,
-            }
-        yield row
+        layer = case.layer(settings.dtype, form)
+        problem = make_problem(layer, settings.device)
+        problems = copies_of(problem, min(problem.x_TN.nbytes, problem.grad_y_TM.nbytes), settings)
+        calls = [
+            {(name, one): call for name in backends for one, call in pass_calls(name, p).items()} for p in problems
+        ]
+        for of_copy, p in zip(calls, problems, strict=True):
+            of_copy |= {("base", one): call for one, call in base_calls(p).items()}
+        rides = {name: calls[0][name, "hidden_gradient"]().partial_B is not None for name in backends}
+        expected = expected_of(problem)
+        candidates = [_candidate(key, calls, expected.get(key[1]), problem) for key in calls[0]]
+        for row in measured(candidates, len(problems), settings):
+            row |= {"residual": form, "copies": len(problems)}
+            if "time_ms_p50" in row:
+                work = pass_work(layer, lora_B_rides=rides.get(row["contender"], False))[row["pass"]]
+                floor, time_ms = floor_ms(machine, *work), row["time_ms_p50"]
+                row |= {"floor_bytes": work.moved_bytes, "flops": work.flops, "floor_ms": floor, **machine}
+                row |= {"gb_per_s": work.moved_bytes / time_ms / 1e6, "tflops": work.flops / time_ms / 1e9}
+                row["roofline_percent"] = 100 * floor / time_ms
+            yield row
 
 
 def _candidate(key: tuple[str, str], calls: list[dict], expected: list[Tensor] | None, problem: Problem) -> Candidate:

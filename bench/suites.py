@@ -32,7 +32,7 @@ class Suite:
     Attributes:
         title: the heading of its section.
         table: its rows -> its tables in Markdown.
-        rows: (case, settings) -> its rows.
+        rows: (case, settings) -> its rows, without the fields that say which case and dtype it was.
         cases: ``BenchSettings.kind`` -> what it runs, one after the other.
         layers: case -> the layers whose kernels it launches, which are compiled ahead.
         shaped: whether --shape stands in for its cases.
@@ -118,15 +118,15 @@ def suite_rows(name: str, settings: BenchSettings, before: Sequence[dict] = ()) 
     for case in tqdm(to_run, desc=name, unit="case", leave=False, delay=1):
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
+        of_case = {"suite": name, **case.row(), **settings.dtypes()}
         try:
             for row in suite.rows(case, settings):
                 reason = (row["contender"], row.get("skipped"))
                 if "skipped" not in row or reason not in skipped:  # once is enough
-                    yield {"suite": name, **row, **common}
+                    yield {**of_case, **row, **common}
                 skipped.add(reason)
         except Exception as failure:
-            raised = {"contender": "the rest of this case", "failed": in_words(failure)}
-            yield {"suite": name, **case.row(), **settings.dtypes(), **raised, **common}
+            yield {**of_case, "contender": "the rest of this case", "failed": in_words(failure), **common}
 
 
 def problems_of(layers: Iterable[Case], dtype: torch.dtype) -> Iterator[Problem]:

@@ -209,11 +209,11 @@ def tuning_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     """Every kernel of the case's layers, in each form."""
     reason = why_not_auto("triton", settings.device, settings.dtype)
     if reason is not None:
-        yield {**case.row(), "contender": "tiles of the Triton kernels", "skipped": reason}
+        yield {"contender": "tiles of the Triton kernels", "skipped": reason}
         return
     for form in case.forms:
-        common = {**case.row(), **settings.dtypes(), "residual": form, "mode": "launches"}
-        yield from ({**common, **row} for row in tile_rows(case.layer(settings.dtype, form), settings.device))
+        for row in tile_rows(case.layer(settings.dtype, form), settings.device):
+            yield {"residual": form, "mode": "launches", **row}
 
 
 def tile_rows(

@@ -60,8 +60,7 @@ def test_a_case_with_dropout_times_what_drops_and_nothing_else():
     rows = {row["contender"]: row for row in layer_rows(case, quick(dtype=torch.bfloat16))}
     timed = {name for name, row in rows.items() if "time_ms_p50" in row}
     assert timed == {FROZEN, LORA, HALF_LORA, "GOAT fold, torch", "GOAT path, torch"}
-    assert all(row["dropout_p"] == 0.25 for row in rows.values())
-    table = tables.layer_tables([{**row, "suite": "layer"} for row in rows.values()])
+    table = tables.layer_tables([{**case.row(), **row} for row in rows.values()])
     assert table.startswith("Forward and backward with dropout")
 
 
