@@ -45,6 +45,10 @@ class Case:
         sizes = {letter: getattr(self, letter) for letter in "TNMREK"}
         return LayerCase(**sizes, dtype=dtype, path=form == "path", dropout_p=self.dropout_p)
 
+    def layers(self) -> tuple[Case, ...]:
+        """The layers whose kernels it launches, which are compiled ahead."""
+        return (self,)
+
     def row(self) -> dict:
         """The fields of a result that say which case it is."""
         row = {letter: getattr(self, letter) for letter in "TNMREK"}

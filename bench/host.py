@@ -132,8 +132,9 @@ def _without_plans():
 def _rows(case: Case, settings: BenchSettings, *, dry: bool) -> Iterator[dict]:
     form, hosts = case.forms[-1], []
     names = (FROZEN, LORA, HALF_LORA, f"GOAT {form}, triton", f"GOAT {form}, torch")
-    by_name = {contender.name: contender for contender in CONTENDERS}
-    for contender in (by_name[name] for name in names if by_name[name].kind not in settings.without):
+    for contender in CONTENDERS:
+        if contender.name not in names or contender.kind in settings.without:
+            continue
         is_dry = dry and contender.backend == "triton"
         reason = None if is_dry else contender.skipped_reason(settings.device, settings.dtype)
         if reason is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -28,10 +28,6 @@ COMMIT_VARIABLE = "GOAT_KERNELS_COMMIT"
 def describe(device: torch.device) -> dict:
     """The fields that every row of a run has in common; no paths and no host names."""
     cuda = device.type == "cuda"
-    packages = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -46,7 +42,7 @@ def describe(device: torch.device) -> dict:
             "goat_kernels": goat_kernels.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **packages,
+            **{name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)},
         },
     }
 

@@ -50,6 +50,13 @@ class ModelCase:
     length: int
     rank: int
 
+    def layers(self) -> tuple[Case, ...]:
+        """The shapes of its linear layers, but for a head."""
+        hidden, wide = self.sizes["hidden_size"], self.sizes["intermediate_size"]
+        length = self.length or (self.sizes["image_size"] // self.sizes["patch_size"]) ** 2 + 1
+        shapes = ((hidden, hidden), (hidden, wide), (wide, hidden))
+        return tuple(Case(self.batch * length, N, M, self.rank) for N, M in shapes)
+
     def row(self) -> dict:
         """The fields of a result that say which model it was."""
         of_model = {"model": self.name, **self.sizes, "batch": self.batch, "length": self.length}
@@ -76,14 +83,6 @@ MODELS = {
         _model("vit", (768, 3072, 12, 12), batch=64, length=0, rank=8, image_size=224, patch_size=32),
     ),
 }
-
-
-def model_layers(case: ModelCase) -> tuple[Case, ...]:
-    """The shapes of its linear layers, but for a head."""
-    hidden, wide = case.sizes["hidden_size"], case.sizes["intermediate_size"]
-    length = case.length or (case.sizes["image_size"] // case.sizes["patch_size"]) ** 2 + 1
-    shapes = ((hidden, hidden), (hidden, wide), (wide, hidden))
-    return tuple(Case(case.batch * length, N, M, case.rank) for N, M in shapes)
 
 
 def _build(case: ModelCase, settings: BenchSettings) -> nn.Module:

@@ -20,7 +20,7 @@ from bench.plots import Draw, digest, digest_in, png, scaling
 from bench.quality import report as quality
 from bench.results import RESULTS_FOLDER, newest, read_folder, timed
 from bench.suites import SUITES
-from bench.tables import layer_summary, provenance, summary_table
+from bench.tables import provenance, summary_table
 
 #: Pages with blocks, and the folder of the figures, in a checkout.
 PAGES = (Path("README.md"), Path("docs/benchmarks.md"), Path("docs/quality.md"))
@@ -33,8 +33,8 @@ _BLOCK = re.compile(r"(<!-- (bench|quality):(\S+)(?: (\w+))? -->\n).*?(<!-- /\2 
 
 
 def _summary(rows: list[dict], device: str) -> str:
-    rows, backend = newest(rows, "layer", device), "torch" if device == "cpu" else "triton"
-    return f"{summary_table(rows, backend)}\n\n{provenance(rows)} {layer_summary(rows, backend)}".rstrip()
+    rows = newest(rows, "layer", device)
+    return f"{summary_table(rows, 'torch' if device == 'cpu' else 'triton')}\n\n{provenance(rows)}"
 
 
 def _sections(rows: list[dict], device: str) -> str:

@@ -15,7 +15,7 @@ from bench.cases import BenchSettings, Case
 from bench.host import host_rows
 from bench.layers import layer_rows, memory_rows
 from bench.machine import describe
-from bench.models import MODELS, model_layers, model_rows
+from bench.models import MODELS, model_rows
 from bench.passes import kernel_rows
 from bench.results import CASE_FIELDS, finished_cases, part_of
 from bench.timing import in_words
@@ -34,7 +34,6 @@ class Suite:
         table: its rows -> its tables in Markdown.
         rows: (case, settings) -> its rows, without the fields that say which case and dtype it was.
         cases: ``BenchSettings.kind`` -> what it runs, one after the other.
-        layers: case -> the layers whose kernels it launches, which are compiled ahead.
         shaped: whether --shape stands in for its cases.
         explanation: under the heading.
     """
@@ -43,7 +42,6 @@ class Suite:
     table: Callable[[list[dict]], str]
     rows: Callable[[object, BenchSettings], Iterator[dict]]
     cases: dict[str, Sequence]
-    layers: Callable[[object], Sequence[Case]] = lambda case: (case,)
     shaped: bool = True
     explanation: str = ""
 
@@ -82,7 +80,6 @@ SUITES: dict[str, Suite] = {
         tables.model_table,
         model_rows,
         MODELS,
-        layers=model_layers,
         shaped=False,
         explanation="Forward, loss, backward and AdamW. Random weights; R on every linear layer but the head; the "
         "frozen model is its forward and the\ngradient of its embeddings.",
@@ -110,7 +107,7 @@ def suite_rows(name: str, settings: BenchSettings, before: Sequence[dict] = ()) 
     to_run = [case for case in asked if part_of(case.row(), CASE_FIELDS) not in finished]
     if why_not_auto("triton", settings.device, settings.dtype) is None:
         try:
-            layers = (layer for case in to_run for layer in suite.layers(case))
+            layers = (layer for case in to_run for layer in case.layers())
             compile_ahead(problems_of(layers, settings.dtype), settings.device)
         except Exception as failure:  # what does not compile is met again when it is launched
             warnings.warn(f"compiling ahead: {in_words(failure)}", stacklevel=2)

@@ -130,21 +130,6 @@ def summary_table(rows: list[dict], backend: str) -> str:
     return markdown(head, lines)
 
 
-def layer_summary(rows: list[dict], backend: str) -> str:
-    """From where to where GOAT's ratios to the frozen layer and to PEFT's LoRA go, over the shapes."""
-    sentences = []
-    for form in ("fold", "path"):
-        found = [row for row in in_mode(rows, "both") if row["contender"] == f"GOAT {form}, {backend}"]
-        found = [row for row in found if {"ratio_p50", "lora_ratio_p50"} <= row.keys()]
-        if found:
-            to_frozen, to_lora = ([row[f"{quantity}_p50"] for row in found] for quantity in ("ratio", "lora_ratio"))
-            sentences.append(
-                f"`{form}` takes {min(to_frozen):.2f} to {max(to_frozen):.2f} of the frozen layer's time and "
-                f"{min(to_lora):.2f} to {max(to_lora):.2f} of PEFT LoRA's"
-            )
-    return "; ".join(sentences) + "." if sentences else ""
-
-
 # --- the other suites -----------------------------------------------------------------------------------------------
 
 

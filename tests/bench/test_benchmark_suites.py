@@ -141,8 +141,8 @@ def test_neighbours_of_a_tile_are_checked_and_timed_beside_it(monkeypatch):
 
 def test_the_layers_of_a_model_are_those_that_are_compiled_ahead():
     llama, vit = models.MODELS["cuda"]
-    assert {(c.T, c.R) for c in models.model_layers(llama)} == {(8192, 32)}
-    assert {(c.T, c.N, c.M) for c in models.model_layers(vit)} == {
+    assert {(c.T, c.R) for c in llama.layers()} == {(8192, 32)}
+    assert {(c.T, c.N, c.M) for c in vit.layers()} == {
         (3200, 768, 768), (3200, 768, 3072), (3200, 3072, 768),
     }  # fmt: skip
 
@@ -195,7 +195,7 @@ def test_a_compiled_layer_is_timed_like_the_others():
 
 
 def _suite(cases, rows) -> suites.Suite:
-    return suites.Suite("", tables.layer_tables, rows, {"quick": cases}, layers=lambda case: ())
+    return suites.Suite("", tables.layer_tables, rows, {"quick": cases})
 
 
 def test_a_run_that_stopped_goes_on_with_the_case_that_it_was_in(monkeypatch):
