@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,11 +97,7 @@ class BenchSettings:
 def copies_of(problem: Problem, input_bytes: int, settings: BenchSettings) -> list[Problem]:
     """The problem and copies of it in other memory, as many as a step rotates through; ``input_bytes`` of one."""
     copies = copies_for(input_bytes, 0 if settings.quick else cache_bytes(settings.device))
-    return [problem, *(problem.map(_cloned) for _ in range(copies - 1))]
-
-
-def _cloned(value: object) -> object:
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+    return [problem, *(copy.deepcopy(problem) for _ in range(copies - 1))]
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------

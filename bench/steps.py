@@ -123,9 +123,9 @@ class Candidate:
     graph: bool = False
     ratios: Mapping[str, str] = field(default_factory=dict)
 
-    def key(self, contender: str | None = None) -> tuple:
-        """What it is called among the candidates; or what ``contender`` in its place would be."""
-        return contender or self.row["contender"], self.row.get("pass")
+    def key(self, contender: str) -> tuple:
+        """What ``contender`` in its place is called among the candidates."""
+        return contender, self.row.get("pass")
 
 
 def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettings) -> Iterator[dict]:
@@ -143,7 +143,7 @@ def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettin
         if "failed" in fields:
             yield {**candidate.row, **fields}
         else:
-            ready[candidate.key()] = candidate, step, fields
+            ready[candidate.key(candidate.row["contender"])] = candidate, step, fields
     steps = {key: step for key, (_, step, _) in ready.items()}
     samples = time_interleaved(steps, device=settings.device, copies=copies, rounds=settings.rounds)
     for key, (candidate, _, fields) in ready.items():

@@ -1,8 +1,8 @@
 """In a process of its own, without Triton's interpreter: what a replayed launch hands to a compiled kernel.
 
 A driver that launches nothing (``bench/dry_driver.py``) stands in for the GPU's, and the arguments are noted. The third
-call of a layer (replayed) has to launch the same compiled kernels on the same grids with the same numbers as the first, and its
-pointers have to be those of the first, each tensor of the first exchanged for the one that stands in its place.
+call of a layer (replayed) has to launch the same compiled kernels on the same grids with the same numbers as the first,
+and its pointers have to be those of the first, each tensor of the first exchanged for the one that stands in its place.
 """
 
 from __future__ import annotations
