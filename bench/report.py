@@ -44,13 +44,13 @@ def _sections(rows: list[dict], device: str) -> str:
         of_suite = newest(rows, name, device)
         if not timed(of_suite):
             continue
-        parts += [f"### {suite.title}" + ("" if device == "cpu" else " on a GPU"), suite.explanation]
+        parts.append(f"### {suite.title}" + ("" if device == "cpu" else " on a GPU"))
         if name == "scaling":
             parts.append(f"![{suite.title}, over the frozen layer](figures/{_SCALING[device].name})")
         parts += [suite.table(of_suite), provenance(of_suite)]
     if parts and device == "cuda":
         parts.insert(0, "## On a GPU")
-    return "\n\n".join(filter(None, parts))
+    return "\n\n".join(parts)
 
 
 def pages(root: Path) -> dict[Path, str]:

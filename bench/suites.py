@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -25,8 +25,7 @@ from goat_kernels.checks.ahead import compile_ahead
 from goat_kernels.checks.problem import Problem, make_problem
 
 
-@dataclass(frozen=True)
-class Suite:
+class Suite(NamedTuple):
     """One suite.
 
     Attributes:
@@ -35,7 +34,6 @@ class Suite:
         rows: (case, settings) -> its rows, without the fields that say which case and dtype it was.
         cases: ``BenchSettings.kind`` -> what it runs, one after the other.
         shaped: whether --shape stands in for its cases.
-        explanation: under the heading.
     """
 
     title: str
@@ -43,55 +41,16 @@ class Suite:
     rows: Callable[[object, BenchSettings], Iterator[dict]]
     cases: dict[str, Sequence]
     shaped: bool = True
-    explanation: str = ""
 
 
-SUITES: dict[str, Suite] = {
+SUITES = {
     "layer": Suite("One layer", tables.layer_tables, layer_rows, cases.LAYERS),
-    "host": Suite(
-        "Host time",
-        tables.host_table,
-        host_rows,
-        cases.HOST,
-        explanation="What one call of a layer in bfloat16 costs the host; the last column says where it ran. Without a "
-        "GPU the Triton contenders\nrun with a driver that launches nothing, the others at sizes at which arithmetic "
-        "does not count. On a GPU the queue is empty when\na sample of 20 calls begins, and nothing is waited for. "
-        '"Without plans" chooses tiles and looks kernels up at every call, as the first\ntwo calls of a shape do '
-        "([kernels.md](kernels.md#host-time)).",
-    ),
-    "kernels": Suite(
-        "Each pass alone",
-        tables.kernels_table,
-        kernel_rows,
-        cases.KERNELS,
-        explanation='"base" is the frozen layer\'s own product, into a new tensor and onto one that is there.',
-    ),
-    "memory": Suite(
-        "Memory",
-        tables.memory_table,
-        memory_rows,
-        cases.MEMORY,
-        explanation="Of a forward and backward. The peak counts what the step hands out, the gradients among it, not "
-        "weights and inputs.",
-    ),
+    "host": Suite("Host time", tables.host_table, host_rows, cases.HOST),
+    "kernels": Suite("Each pass alone", tables.kernels_table, kernel_rows, cases.KERNELS),
+    "memory": Suite("Memory", tables.memory_table, memory_rows, cases.MEMORY),
     "scaling": Suite("As one size grows", tables.scaling_table, layer_rows, cases.SCALING, shaped=False),
-    "model": Suite(
-        "Training steps of whole models",
-        tables.model_table,
-        model_rows,
-        MODELS,
-        shaped=False,
-        explanation="Forward, loss, backward and AdamW. Random weights; R on every linear layer but the head; the "
-        "frozen model is its forward and the\ngradient of its embeddings.",
-    ),
-    "tuning": Suite(
-        "Tiles near the table's",
-        tables.tuning_table,
-        tuning_rows,
-        cases.TUNING,
-        explanation="For each kernel, all its launches in a forward and backward: the table's tile and the fastest "
-        "one step away from it.",
-    ),
+    "model": Suite("Training steps of whole models", tables.model_table, model_rows, MODELS, shaped=False),
+    "tuning": Suite("Tiles near the table's", tables.tuning_table, tuning_rows, cases.TUNING),
 }
 
 
