@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,11 +34,20 @@ _SAME_RUN = (*MACHINE_FIELDS, "commit", "versions", "cases", "dtype")
 def append(path: Path, row: dict) -> None:
     """Write one row at the end of ``path``, at once; several processes may do so at the same time.
 
-    Numbers are rounded to six digits; NaN and infinity, which JSON does not have, become null.
+    Numbers are rounded to six digits; NaN and infinity, which JSON does not have, become null. What an interrupted
+    process left of a line at the end is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:  # one call, so that no line is cut off or mixed with another
-        file.write((json.dumps(_clean(row), allow_nan=False) + "\n").encode())
+    line = (json.dumps(_clean(row), allow_nan=False) + "\n").encode()
+    with path.open("ab+", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            warnings.warn(f"{path}: the last line is incomplete and is removed", stacklevel=2)
+            file.truncate(whole)
+        file.write(line)
 
 
 def _clean(value):
@@ -50,13 +61,15 @@ def _clean(value):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of one file.
+    """The rows of one file; a last line that an interrupted run did not finish is left out, with a warning.
 
     Raises:
         CommandError: a line that is not a result.
     """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if lines.pop():
+        warnings.warn(f"{path}, line {len(lines) + 1}: incomplete, and left out", stacklevel=2)
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

@@ -251,6 +251,16 @@ def test_results_of_a_run_do_not_make_its_checkout_dirty(tmp_path, monkeypatch):
     assert machine.commit() == {"commit": "abc", "commit_is_dirty": None}
 
 
+def test_a_line_that_an_interrupted_run_left_is_cut_off(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"suite": "layer", "R": 1}\n{"suite": "la')
+    with pytest.warns(UserWarning, match="line 2"):
+        assert [row["R"] for row in results.read_rows(path)] == [1]
+    with pytest.warns(UserWarning, match="removed"):
+        results.append(path, {"suite": "layer", "R": 2})
+    assert [row["R"] for row in results.read_rows(path)] == [1, 2]
+
+
 def test_numbers_are_rounded_and_not_a_number_is_null(tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
     results.append(path, {"suite": "layer", "time_ms_p50": 1.23456789, "versions": {"torch": "2"}, "losses": [1 / 3]})
