@@ -1,4 +1,4 @@
-"""Everything that measures: ``python -m bench``, which is ``goat-kernels bench``, and ``python -m bench.quality``.
+"""Everything that measures: ``goat-kernels bench``, ``goat-kernels tune`` and ``python -m bench.quality``.
 
 A *case* is a shape (cases.py), a *candidate* is one thing to time on it (steps.py), a *row* is a dict: what was
 measured, on what, and what came of it. One loop checks candidates and times them beside one another
@@ -10,10 +10,8 @@ suites.py             the suites by name: from cases to rows
 cases.py              settings of a run, and which shapes a suite runs
 timing.py, steps.py   interleaved rounds, device events, rotation through copies of the inputs; CUDA graphs; the loop
 machine.py            what a result was measured on; read and copy bandwidth, matmul rate
-memory.py             bytes saved for backward, the allocator's peak, launches of our kernels
-layers.py             the layer's contenders on shared tensors and the check of each
-layer_suites.py       layer, scaling, memory
-passes.py, extra_k.py kernels: each pass alone, its floor; the design's rival, a matmul with the rank as more of its K
+layers.py, memory.py  layer, scaling, memory: the contenders, the check of each; bytes saved, the peak, launches
+passes.py             kernels: each pass alone, its floor
 host.py               host; dry_driver.py is a driver that launches nothing, for machines without a GPU
 models.py, tuning.py  model: training steps of whole models; tuning, and the search of ``goat-kernels tune``
 results.py            rows as JSON lines: written as they come, read back, chosen

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
 
-from bench.machine import Roofline, cache_bytes, measure_roofline
+from bench.machine import cache_bytes
 from bench.timing import copies_for
 from goat_kernels.checks.problem import LayerCase, Problem, name_of
 
@@ -45,16 +46,16 @@ class Case:
         sizes = {letter: getattr(self, letter) for letter in "TNMREK"}
         return LayerCase(**sizes, dtype=dtype, path=form == "path", dropout_p=self.dropout_p)
 
+    def layers(self) -> tuple[Case, ...]:
+        """The layers whose kernels it launches, which are compiled ahead."""
+        return (self,)
+
     def row(self) -> dict:
         """The fields of a result that say which case it is."""
         row = {letter: getattr(self, letter) for letter in "TNMREK"}
         if self.varied is not None:
             row["varied"] = self.varied
         return {**row, "dropout_p": self.dropout_p} if self.dropout_p else row
-
-    def __str__(self) -> str:
-        dropout = f" dropout={self.dropout_p:g}" if self.dropout_p else ""
-        return f"T={self.T} {self.N}->{self.M} R={self.R} E={self.E} K={self.K}{dropout}"
 
 
 @dataclass
@@ -84,9 +85,9 @@ class BenchSettings:
         return "custom" if self.shapes else "standard"
 
     @property
-    def roofline(self) -> Roofline:
-        """The machine's ceilings, measured when a run first asks for them: before it times anything."""
-        return measure_roofline(self.device, self.dtype, quick=self.quick)
+    def kind(self) -> str:
+        """Which list of cases a suite runs: "quick", "cuda" or "cpu"."""
+        return "quick" if self.quick else self.device.type
 
     def dtypes(self) -> dict:
         """The fields of a result that say what the dtypes are."""
@@ -96,28 +97,12 @@ class BenchSettings:
 def copies_of(problem: Problem, input_bytes: int, settings: BenchSettings) -> list[Problem]:
     """The problem and copies of it in other memory, as many as a step rotates through; ``input_bytes`` of one."""
     copies = copies_for(input_bytes, 0 if settings.quick else cache_bytes(settings.device))
-    return [problem, *(problem.map(_cloned) for _ in range(copies - 1))]
-
-
-def _cloned(value: object) -> object:
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+    return [problem, *(copy.deepcopy(problem) for _ in range(copies - 1))]
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
 
 _BOTH = ("both",)
-
-#: The three that the torch backend was tuned for, then those that were not looked at while it was written.
-_CPU_LAYERS = (
-    Case(1536, 768, 768, 32),
-    Case(1024, 768, 3072, 32),
-    Case(512, 2048, 2048, 16),
-    Case(2048, 384, 1536, 16, modes=_BOTH),
-    Case(640, 1024, 1024, 64, modes=_BOTH),
-    Case(3200, 768, 768, 8, modes=_BOTH),
-    Case(768, 3072, 768, 32, modes=_BOTH),
-    Case(256, 4096, 4096, 8, modes=_BOTH),
-)
 
 #: The shapes that have a target, forward and backward together; the two directions apart where a shape stands for many.
 _GPU_TRAINED = (
@@ -132,67 +117,69 @@ _GPU_TRAINED = (
     Case(3200, 768, 3072, 8, modes=_BOTH),
 )
 
-_GPU_LAYERS = (
-    *_GPU_TRAINED,
-    *(Case(T, 4096, 4096, 32, modes=("inference",)) for T in (1, 16, 64)),  # decoding
-    *(replace(case, modes=_BOTH, dropout_p=0.05) for case in _GPU_TRAINED),  # every training shape a second time
-)
-
 _QUICK = (Case(48, 32, 40, 16),)
 
+#: Of the layer suite, by ``BenchSettings.kind``.
+LAYERS = {
+    "quick": _QUICK,
+    "cpu": (  # the three that the torch backend was tuned for, then those that were not looked at while it was written
+        Case(1536, 768, 768, 32),
+        Case(1024, 768, 3072, 32),
+        Case(512, 2048, 2048, 16),
+        Case(2048, 384, 1536, 16, modes=_BOTH),
+        Case(640, 1024, 1024, 64, modes=_BOTH),
+        Case(3200, 768, 768, 8, modes=_BOTH),
+        Case(768, 3072, 768, 32, modes=_BOTH),
+        Case(256, 4096, 4096, 8, modes=_BOTH),
+    ),
+    "cuda": (
+        *_GPU_TRAINED,
+        *(Case(T, 4096, 4096, 32, modes=("inference",)) for T in (1, 16, 64)),  # decoding
+        *(replace(case, modes=_BOTH, dropout_p=0.05) for case in _GPU_TRAINED),  # every training shape a second time
+    ),
+}
 
-def layer_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
-    """Of the layer suite."""
-    if quick:
-        return _QUICK
-    return _GPU_LAYERS if device == "cuda" else _CPU_LAYERS
+#: The same but for decoding and dropout.
+MEMORY = {**LAYERS, "cuda": _GPU_TRAINED}
 
+#: Each pass alone: the training shapes on a GPU, the three targets on a CPU.
+KERNELS = {**MEMORY, "cpu": LAYERS["cpu"][:3]}
 
-def memory_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
-    """The same but for decoding and dropout."""
-    return tuple(case for case in layer_cases(device, quick=quick) if "both" in case.modes and not case.dropout_p)
-
-
-def kernel_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
-    """Each pass alone: the training shapes on a GPU, the three targets on a CPU."""
-    cases = memory_cases(device, quick=quick)
-    return cases if device == "cuda" else cases[:3]
-
-
-def tuning_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
-    """Of the search around the table's tiles: the ranks that the targets name."""
-    if quick or device != "cuda":
-        return _QUICK
-    return (
+#: Of the search around the table's tiles: the ranks that the targets name.
+TUNING = {
+    "quick": _QUICK,
+    "cpu": _QUICK,
+    "cuda": (
         Case(8192, 4096, 4096, 32),
         Case(8192, 4096, 4096, 8),
         Case(8192, 5120, 13824, 128, forms=("fold",)),
         Case(16384, 8192, 8192, 64, forms=("path",)),
-    )
+    ),
+}
+
+#: Where the host decides how fast a layer is: a ViT's layer, and decoding. The same without a GPU.
+_HOST = Case(3200, 768, 768, 8, forms=("path",)), Case(1, 4096, 4096, 32, forms=("path",))
+HOST = {"quick": _QUICK, "cpu": _HOST, "cuda": _HOST}
 
 
-def host_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
-    """Where the host decides how fast a layer is: a ViT's layer, and decoding. The same without a GPU."""
-    if quick:
-        return _QUICK
-    return Case(3200, 768, 768, 8, forms=("path",)), Case(1, 4096, 4096, 32, forms=("path",))
-
-
-def scaling_cases(device: str, *, quick: bool) -> tuple[Case, ...]:
-    """T, N (= M), R, E and K one at a time from a middle; the middle is in each of the five."""
-    middle = Case(8192, 4096, 4096, 32) if device == "cuda" else Case(512, 768, 768, 32)
-    T, N, R = middle.T, middle.N, middle.R
-    values = {
-        "T": (T // 4, T // 2, T, 2 * T, 4 * T),
-        "N": (N // 4, N // 2, N, 2 * N),
-        "R": (R // 4, R // 2, R, 2 * R, 4 * R, 8 * R),
-        "E": (2, 4, 8, 16, 32),
-        "K": (1, 2, 4, 8),
-    }
-    if quick:
-        middle, values = Case(32, 32, 32, 16), {"T": (32, 64), "E": (4, 8)}
+def _one_by_one(middle: Case, **values: tuple[int, ...]) -> tuple[Case, ...]:
+    """T, N (= M), R, E and K one at a time from a middle."""
     return tuple(
         replace(middle, **({"N": value, "M": value} if name == "N" else {name: value}), modes=_BOTH, varied=name)
         for name, of_name in values.items()
         for value in of_name
     )
+
+
+def _scaling(T: int, N: int) -> tuple[Case, ...]:
+    """The middle is in each of the five."""
+    Ts, Ns = (T // 4, T // 2, T, 2 * T, 4 * T), (N // 4, N // 2, N, 2 * N)
+    Rs, Es = (8, 16, 32, 64, 128, 256), (2, 4, 8, 16, 32)
+    return _one_by_one(Case(T, N, N, 32), T=Ts, N=Ns, R=Rs, E=Es, K=(1, 2, 4, 8))
+
+
+SCALING = {
+    "quick": _one_by_one(Case(32, 32, 32, 16), T=(32, 64), E=(4, 8)),
+    "cpu": _scaling(512, 768),
+    "cuda": _scaling(8192, 4096),
+}

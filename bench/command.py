@@ -4,7 +4,7 @@ Contenders run in one process on the same inputs, interleaved round by round; ea
 inputs first, and a wrong one gets no time. What cannot run here is skipped, with a line that says why.
 
     goat-kernels bench                             the layer suite, on the GPU if there is one
-    goat-kernels bench --suite kernels memory      or: roofline, host, scaling, model, tuning, all
+    goat-kernels bench --suite kernels memory      or: host, scaling, model, tuning, all
     goat-kernels bench --shape 8192,4096,4096,32   a layer of your own: T,N,M,R
     goat-kernels bench --report                    README's and docs' tables and figures anew
 
@@ -16,19 +16,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from bench.cases import BenchSettings, Case
+from bench.layers import KINDS
+from bench.machine import describe
+from bench.results import RESULTS_FOLDER, append, file_name, read_rows, timed
+from bench.suites import SUITES, suite_rows
+from bench.tables import not_timed
 from goat_kernels.command_errors import CommandError
 
-if TYPE_CHECKING:
-    from bench.cases import BenchSettings, Case
-
-#: As in ``suites.py`` and ``layers.py``, which import torch (a test holds them together).
-SUITE_NAMES = ("roofline", "layer", "host", "kernels", "memory", "scaling", "model", "tuning")
-KINDS = ("frozen", "lora", "loop", "torch", "compiled", "triton", "graph")
-
 DTYPES = ("bfloat16", "float16", "float32")
-_ROUNDS = {"cuda": 31, "cpu": 15}
+_ROUNDS = {"quick": 2, "cuda": 31, "cpu": 15}
 
 
 def whole(text: str) -> int:
@@ -38,31 +38,31 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def _shape(text: str) -> Case:
+    try:
+        T, N, M, R = map(whole, text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} must be four whole numbers of at least 1: T,N,M,R") from None
+    if R % Case.E:
+        raise argparse.ArgumentTypeError(f"{text!r}: R = {R} must be a multiple of {Case.E}, the number of experts")
+    return Case(T, N, M, R)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare every option of ``goat-kernels bench``."""
+    flag = {"action": "store_true"}
+    parser.add_argument("--report", **flag, help="write tables and figures from bench/results; run nothing")
     parser.add_argument(
-        "--report", action="store_true", help="write tables and figures from bench/results; run nothing"
+        "--suite", nargs="+", choices=(*SUITES, "all"), default=["layer"], help="what to measure (default: layer)"
     )
-    parser.add_argument(
-        "--suite",
-        nargs="+",
-        choices=(*SUITE_NAMES, "all"),
-        default=["layer"],
-        help="what to measure (default: layer)",
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", help="append the rows to FILE (default: a new one in bench/results)"
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="with --output: a run that stopped goes on; shapes that FILE has whole, of this commit and machine, are "
-        "left out",
-    )
+    parser.add_argument("--output", metavar="FILE", help="append rows to FILE (default: a new one in bench/results)")
+    parser.add_argument("--resume", **flag, help="go on with the run that stopped and left the rows in --output")
     parser.add_argument("--rounds", type=whole, help="timed rounds of each comparison (default: 15 on a CPU, else 31)")
     parser.add_argument(
         "--shape",
         action="append",
+        type=_shape,
+        default=[],
         metavar="T,N,M,R",
         help="measure this layer in place of the standard ones, in kernels, layer, host, memory and tuning; may be "
         "repeated",
@@ -73,9 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="of x (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--threads", type=whole, help="torch threads (default: torch's own choice)")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to see that it runs; says nothing about speed"
-    )
+    parser.add_argument("--quick", **flag, help="tiny sizes, to see that it runs; says nothing about speed")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -87,14 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report:
         return _report(Path.cwd())
     settings = _settings(arguments)
-    from bench.machine import describe
-    from bench.results import RESULTS_FOLDER, append, file_name, read_rows, timed
-    from bench.suites import SUITES, suite_rows
-    from bench.tables import not_timed
-
-    suites = SUITE_NAMES if "all" in arguments.suite else tuple(dict.fromkeys(arguments.suite))
-    if {"roofline", "kernels"} & set(suites):  # the ceilings first: before anything has warmed the machine
-        suites = tuple(dict.fromkeys(("roofline", *suites)))
+    suites = list(SUITES) if "all" in arguments.suite else list(dict.fromkeys(arguments.suite))
     machine = describe(settings.device)
     output = Path(arguments.output) if arguments.output else RESULTS_FOLDER / file_name(machine, suites)
     if output.is_dir():
@@ -104,25 +95,19 @@ def run(arguments: argparse.Namespace) -> int:
     where = f"results go to {output}" if kept else "--quick keeps no results without --output"
     print(f"{machine['gpu'] or machine['cpu']}, {settings.dtypes()['dtype']}; {where}", flush=True)
     for suite in suites:
-        rows = []
+        rows = [row for row in before if row["suite"] == suite]
         for row in suite_rows(suite, settings, before):
             rows.append(row)
             if kept:
                 append(output, row)
         failed |= any("failed" in row for row in rows)
         print("\n".join([f"\n{suite}\n", *not_timed(rows)]))
-        if timed(rows):  # of a run that goes on: what it measured before too
-            of_both = [*(row for row in before if row["suite"] == suite), *rows]
-            print(f"\n{SUITES[suite].table(of_both)}", flush=True)
+        if timed(rows):
+            print(f"\n{SUITES[suite].table(rows)}", flush=True)
     return 1 if failed else 0
 
 
 def _settings(arguments: argparse.Namespace) -> BenchSettings:
-    import torch
-
-    from bench.cases import BenchSettings
-    from bench.suites import SUITES
-
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device 'cuda' needs a GPU, and PyTorch sees none")
@@ -133,37 +118,21 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
         raise CommandError("--resume needs --output, the file of the run that goes on")
     if arguments.shape and arguments.quick:
         raise CommandError("--shape does not go with --quick, which has sizes of its own")
-    shapes = tuple(_shape(text) for text in arguments.shape or ())
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
     return BenchSettings(
         device=device,
         dtype=getattr(torch, arguments.dtype or ("bfloat16" if kind == "cuda" else "float32")),
-        rounds=arguments.rounds or (2 if arguments.quick else _ROUNDS[kind]),
+        rounds=arguments.rounds or _ROUNDS["quick" if arguments.quick else kind],
         quick=arguments.quick,
-        shapes=shapes,
+        shapes=tuple(arguments.shape),
         without=frozenset(arguments.without),
     )
 
 
-def _shape(text: str) -> Case:
-    from bench.cases import Case
-
-    try:
-        T, N, M, R = map(int, text.split(","))
-    except ValueError:
-        raise CommandError(f"--shape {text!r} must be four whole numbers: T,N,M,R") from None
-    if min(T, N, M, R) < 1:
-        raise CommandError(f"--shape {text!r} must be four numbers of at least 1: T,N,M,R")
-    if R % Case.E:
-        raise CommandError(f"--shape {text!r}: R = {R} must be a multiple of {Case.E}, the number of experts")
-    return Case(T, N, M, R)
-
-
 def _report(root: Path) -> int:
-    from bench.report import PAGES, write
-    from bench.results import RESULTS_FOLDER
+    from bench.report import PAGES, write  # which needs what draws
 
     missing = [path for path in (*PAGES, RESULTS_FOLDER) if not (root / path).exists()]
     if missing:

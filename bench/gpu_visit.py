@@ -5,8 +5,8 @@
 The steps run one after the other, what is worth most first, each as a process of its own with a limit; what time is
 left at the end goes to the suites that were cut off. Run again with the same folder, the visit goes on where it
 stopped: a finished step is not repeated, and a suite leaves out the shapes that it has. The folder belongs to one state
-of the code and one GPU. In it: log.txt (what every step printed), state.json (step -> exit code, null where it was cut
-off), check.jsonl, results.jsonl (rows as in bench/results) and summary.txt.
+of the code and one GPU. In it: log.txt (what every step printed, the suites' tables among it), state.json (step -> exit
+code, null where it was cut off), check.jsonl and results.jsonl (rows as in bench/results).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from goat_kernels.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: Kept back for the summary and for a step that does not stop at once; no step starts with less than ``LEAST_S`` left.
+#: Kept back for a step that does not stop at once; no step starts with less than ``LEAST_S`` left.
 RESERVE_S, GRACE_S, LEAST_S = 15, 5, 10
 
 #: Run under compute-sanitizer: every pass of small layers, fused, in stages with dropout, decoding.
@@ -74,18 +74,14 @@ def steps_of_visit(folder: Path, *, quick: bool) -> list[Step]:
         Step("check", (*check, "--dtype", "float32") if quick else check, 90),
         Step("tests of the kernels", (*tests, *kernels), 70),
         suite("layer", 160),
-        suite("kernels", 80),  # which measures the roofline first
+        suite("kernels", 80),
         suite("host", 30),
         suite("model", 60),
         suite("memory", 20),
         suite("tuning", 60),
         suite("scaling", 60),
         Step("other tests on the GPU", (*tests, "-m", "gpu", "tests/kernels", "tests"), 150),
-        Step(
-            "compiled layers",
-            (*bench, "--suite", "layer", "--shape", "8192,4096,4096,32", "--without", "loop", "lora", "graph"),
-            60,
-        ),
+        Step("compiled layers", (*bench, "--shape", "8192,4096,4096,32", "--without", "loop", "lora", "graph"), 60),
     ]
     if quick:
         steps = [step for step in steps if "tests" not in step.name and step.name != "compiled layers"]
@@ -116,28 +112,6 @@ def run(command: Sequence[str], limit_s: float, log: TextIO) -> int | None:
         return None
 
 
-def headlines(results: Path) -> list[str]:
-    """The layer beside the frozen one and LoRA; the tiles; the passes furthest from the roofline; failures."""
-    if not results.exists():
-        return ["no results"]
-    from bench.results import KEY_FIELDS, part_of, read_rows, timed
-    from bench.tables import summary_table, tuning_table
-
-    rows = list({part_of(row, KEY_FIELDS): row for row in read_rows(results)}.values())
-    layer, tuning, passes = (timed(r for r in rows if r["suite"] == name) for name in ("layer", "tuning", "kernels"))
-    lines = []
-    if layer:
-        backend = "triton" if any(row["contender"].endswith("triton") for row in layer) else "torch"
-        lines += [summary_table(layer, backend), ""]
-    if tuning:
-        lines += [tuning_table(tuning), ""]
-    passes = sorted((row for row in passes if row["contender"] != "base"), key=lambda row: row["roofline_percent"])
-    for row in passes[:5]:
-        shape = f"{row['residual']} T={row['T']} {row['N']}->{row['M']} R={row['R']}"
-        lines.append(f"{row['roofline_percent']:4.0f} % of the roofline: {row['pass']}, {row['contender']}, {shape}")
-    return [*lines, f"{sum('failed' in row for row in rows)} rows say that something failed"]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Make a visit; 0 if every step that ran ended well."""
     start = time.monotonic()
@@ -150,11 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.json"
     codes: dict[str, int | None] = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
-    deadline, steps, tried = (
-        start + 60 * options.minutes - RESERVE_S,
-        steps_of_visit(folder, quick=options.quick),
-        set(),
-    )
+    deadline, tried = start + 60 * options.minutes - RESERVE_S, set()
+    steps = steps_of_visit(folder, quick=options.quick)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         for step in [*steps, *(step for step in steps if step.resumes)]:
             left_s = deadline - time.monotonic()
@@ -168,13 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
             said = verdict.get(codes[step.name], f"EXIT CODE {codes[step.name]}")
             print(f"{step.name:24} {time.monotonic() - begun:6.1f} s  {said}", flush=True)
             write_json(state, codes)
-    lines = [f"{step.name}: not run, no time was left" for step in steps if step.name not in codes]
-    try:
-        lines += headlines(folder / "results.jsonl")
-    except Exception as failure:  # the rows are in the file, whatever is wrong with reading them here
-        lines.append(f"no table: {type(failure).__name__}: {failure}")
-    (folder / "summary.txt").write_text("\n".join([json.dumps(codes), *lines]) + "\n", encoding="utf-8")
-    print("\n" + "\n".join(lines))
+    for step in steps:
+        if step.name not in codes:
+            print(f"{step.name:24} not run, no time was left")
     return 0 if all(code == 0 for code in codes.values()) else 1
 
 

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
@@ -37,10 +37,9 @@ from bench.layers import (
     outputs_of,
 )
 from bench.memory import triton_launches
-from bench.steps import too_far
-from bench.timing import Samples, no_collection, rotating, timing_row, without_time
+from bench.steps import checked
+from bench.timing import Samples, in_words, no_collection, rotating, timing_row
 from goat_kernels.backends import get_backend
-from goat_kernels.numerics import TOLERANCES
 
 #: Calls one after the other, with fewer launches than fit a GPU's queue of 1024.
 CALLS = 20
@@ -60,7 +59,7 @@ def host_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
         new_process = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, new_process, initializer=dry_driver.install) as pool:
             rows = pool.submit(_dry_rows, case, settings, torch.get_num_threads()).result()
-    yield from ({**case.row(), **settings.dtypes(), **row} for row in rows)
+    yield from ({**settings.dtypes(), **row} for row in rows)
 
 
 def _dry_rows(case: Case, settings: BenchSettings, threads: int) -> list[dict]:
@@ -70,6 +69,43 @@ def _dry_rows(case: Case, settings: BenchSettings, threads: int) -> list[dict]:
     torch.set_num_threads(threads)
     with forced_target(KNOWN_TARGETS[dry_driver.TARGET]):
         return list(_rows(case, settings, dry=True))
+
+
+@dataclass(frozen=True)
+class _Host:
+    """A contender ready to be called: its name in results, where its calls run, with the Triton backend's plans or not.
+
+    ``dry``: nothing is launched, and the base products are small ones.
+    """
+
+    name: str
+    contender: Contender
+    layer: nn.Module
+    x: Tensor
+    grad_y: Tensor
+    how: str
+    dry: bool
+    plans: bool = True
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        """Entered for a sample."""
+        with _small_products() if self.dry else nullcontext(), nullcontext() if self.plans else _without_plans():
+            yield
+
+    def sample_ms(self, calls: int) -> list[float]:
+        """Medians of the forward, the backward and both, as the host issues them."""
+        times, inputs = [], differentiated(self.layer, self.x)
+        if self.x.device.type == "cuda":
+            torch.cuda.synchronize(self.x.device)
+        for _ in range(calls):
+            start = time.perf_counter()
+            outputs, gradients = outputs_of(self.layer, self.x, self.grad_y)
+            middle = time.perf_counter()
+            torch.autograd.grad(outputs, inputs, gradients)
+            end = time.perf_counter()
+            times.append((middle - start, end - middle, end - start))
+        return [1e3 * statistics.median(of_mode) for of_mode in zip(*times, strict=True)]
 
 
 def _small_products():
@@ -93,57 +129,12 @@ def _without_plans():
     return mock.patch.object(passes, "call", call)
 
 
-# --- what is timed --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Host:
-    """A contender ready to be called.
-
-    Attributes:
-        name: in results.
-        contender: of the layer suite.
-        layer, x, grad_y: a call.
-        how: where its calls run.
-        patches: make the contexts that its calls run in.
-    """
-
-    name: str
-    contender: Contender
-    layer: nn.Module
-    x: Tensor
-    grad_y: Tensor
-    how: str
-    patches: tuple[Callable[[], AbstractContextManager], ...]
-
-    @contextmanager
-    def patched(self) -> Iterator[None]:
-        """Entered for a sample."""
-        with ExitStack() as stack:
-            for patch in self.patches:
-                stack.enter_context(patch())
-            yield
-
-    def sample_ms(self, calls: int) -> list[float]:
-        """Medians of the forward, the backward and both, as the host issues them."""
-        times, inputs = [], differentiated(self.layer, self.x)
-        if self.x.device.type == "cuda":
-            torch.cuda.synchronize(self.x.device)
-        for _ in range(calls):
-            start = time.perf_counter()
-            outputs, gradients = outputs_of(self.layer, self.x, self.grad_y)
-            middle = time.perf_counter()
-            torch.autograd.grad(outputs, inputs, gradients)
-            end = time.perf_counter()
-            times.append((middle - start, end - middle, end - start))
-        return [1e3 * statistics.median(of_mode) for of_mode in zip(*times, strict=True)]
-
-
 def _rows(case: Case, settings: BenchSettings, *, dry: bool) -> Iterator[dict]:
     form, hosts = case.forms[-1], []
     names = (FROZEN, LORA, HALF_LORA, f"GOAT {form}, triton", f"GOAT {form}, torch")
-    by_name = {contender.name: contender for contender in CONTENDERS}
-    for contender in (by_name[name] for name in names if by_name[name].kind not in settings.without):
+    for contender in CONTENDERS:
+        if contender.name not in names or contender.kind in settings.without:
+            continue
         is_dry = dry and contender.backend == "triton"
         reason = None if is_dry else contender.skipped_reason(settings.device, settings.dtype)
         if reason is not None:
@@ -151,8 +142,8 @@ def _rows(case: Case, settings: BenchSettings, *, dry: bool) -> Iterator[dict]:
             continue
         try:
             hosts += _ready(contender, case, settings, is_dry=is_dry)
-        except Exception as failure:
-            yield from ({"contender": contender.name, "mode": m, **without_time(failure)} for m in TRAINING_MODES)
+        except Exception as failure:  # whatever a peer or a driver raises is a result, and others follow
+            yield {"contender": contender.name, "failed": in_words(failure)}
     yield from _timed_rows(hosts, settings)
 
 
@@ -160,20 +151,17 @@ def _ready(contender: Contender, case: Case, settings: BenchSettings, *, is_dry:
     """The contender, checked where it computes anything; the Triton backend's without plans too."""
     is_small = not is_dry and settings.device.type == "cpu"
     p = layer_problem(_SMALL if is_small else case, settings.dtype, settings.device)
-    layer, how = contender.make(p), f"on the CPU at {_SMALL}" if is_small else "on the GPU, not waited for"
-    patches = ()
+    layer, how = contender.make(p), "on the CPU at T=2 16->16 R=8" if is_small else "on the GPU, not waited for"
     if is_dry:
         how = "a driver that launches nothing; base products of 2 x 16 by 16 x 16"
-        patches = (_small_products,)
-    else:
-        bound = TOLERANCES[settings.dtype].relative
-        error = layer_error(layer, p, expected_results(contender.computes, p))
-        if not error <= bound:
-            raise RuntimeError(too_far(error, bound))
-    of_call = contender, layer, p.x_TN, p.grad_y_TM, how
-    yield _Host(contender.name, *of_call, patches)
+    elif "failed" in (
+        fields := checked(layer_error(layer, p, expected_results(contender.computes, p)), settings.dtype)
+    ):
+        raise RuntimeError(fields["failed"])
+    host = _Host(contender.name, contender, layer, p.x_TN, p.grad_y_TM, how, is_dry)
+    yield host
     if contender.backend == "triton":
-        yield _Host(contender.name + WITHOUT_PLANS, *of_call, (*patches, _without_plans))
+        yield dataclasses.replace(host, name=contender.name + WITHOUT_PLANS, plans=False)
 
 
 def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:
@@ -187,14 +175,11 @@ def _timed_rows(hosts: list[_Host], settings: BenchSettings) -> Iterator[dict]:
             if round_ >= 0:
                 times[host.name].append(sample)
     for host in hosts:
-        launches = {}
+        launches, ratios = {}, host.contender.ratios_to
         if host.contender.backend == "triton":
             with host.patched():
                 launches["triton_launches"] = triton_launches(call_of("both", host.layer, host.x, host.grad_y))
-        to = {q: base for q, base in host.contender.ratios_to.items() if base != host.name}
-        if host.name.endswith(WITHOUT_PLANS):
-            to = {"ratio": FROZEN}
         for index, mode in enumerate(TRAINING_MODES):
             of_mode = {name: Samples(calls, [one[index] for one in of_name]) for name, of_name in times.items()}
-            row = {"contender": host.name, "mode": mode, "how": host.how, **timing_row(host.name, of_mode, to)}
+            row = {"contender": host.name, "mode": mode, "how": host.how, **timing_row(host.name, of_mode, ratios)}
             yield row | (launches if mode == "both" else {})

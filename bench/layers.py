@@ -1,23 +1,26 @@
-"""The layer's contenders on shared tensors, and the check of each against float64 on these very tensors.
+"""The layer's contenders on shared tensors, and the suites ``layer``, ``scaling`` and ``memory`` that measure them.
 
 Adding a contender is adding an entry to ``CONTENDERS``. It comes with the function that it computes: "frozen", "lora",
-or GOAT with the residual as "fold" or "path"; that is what the check holds it to.
+or GOAT with the residual as "fold" or "path"; the check holds it to that, in float64 on these very tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import FORMS, Case
-from bench.steps import worst
+from bench.cases import FORMS, BenchSettings, Case, copies_of
+from bench.memory import peak_bytes, saved_bytes
+from bench.steps import Candidate, measured, worst
+from bench.timing import in_words
 from goat_kernels.backends import why_not_auto
 from goat_kernels.checks.problem import Problem, make_problem
 from goat_kernels.linear import GoatLinear
@@ -32,6 +35,7 @@ BALANCE_COEFFICIENT = 1e-3
 
 FROZEN = "frozen linear"
 LORA, HALF_LORA = "PEFT LoRA", "PEFT LoRA, adapter in x's dtype"
+GRAPH = ", CUDA graph"
 
 
 def layer_problem(case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -60,7 +64,6 @@ class Contender:
         make: tensors -> module; its trainable parameters are A, B and the router, in this order.
         backend: "torch" or "triton" of ours.
         graph: whether a CUDA graph of it is replayed.
-        half: whether it differs from the contender above it only where x has two bytes.
     """
 
     name: str
@@ -69,17 +72,22 @@ class Contender:
     make: Callable[[Problem], nn.Module]
     backend: str | None = None
     graph: bool = False
-    half: bool = False
 
-    @property
-    def knows_dropout(self) -> bool:
-        """Whether it drops x in front of its adapter, or has none."""
-        return self.kind in ("frozen", "lora", "torch", "triton") and not self.graph
+    def runs(self, case: Case, settings: BenchSettings) -> bool:
+        """Whether it is asked for: by the case's forms and dropout, by the settings, by the size of x's elements."""
+        is_eager = self.kind in ("frozen", "lora", "torch", "triton") and not self.graph
+        return (
+            self.kind not in settings.without
+            and (self.computes not in FORMS or self.computes in case.forms)
+            and (not self.name.startswith(HALF_LORA) or settings.dtype.itemsize == 2)  # else it is LORA again
+            and (not case.dropout_p or is_eager)
+            and (not case.varied or self.kind != "compiled")  # which takes seconds for each shape
+        )
 
     @property
     def ratios_to(self) -> dict[str, str]:
         """Quantity -> the contender that it refers to, launched in the same way; GOAT's to LoRA too."""
-        graph = ", CUDA graph" if self.graph else ""
+        graph = GRAPH if self.graph else ""
         to_lora = {"lora_ratio": LORA + graph, "half_lora_ratio": HALF_LORA + graph} if self.computes in FORMS else {}
         return {"ratio": FROZEN + graph, **to_lora}
 
@@ -173,10 +181,9 @@ def goat_layer(p: Problem, form: str, backend: str) -> GoatLinear:
     """
     if form == "fold":
         p = folded(p)
-    (M, N), adapter = p.weight_MN.shape, p.adapter
+    adapter = p.adapter
     layer = GoatLinear(
-        N,
-        M,
+        *p.weight_MN.shape[::-1],
         r=adapter.rank,
         num_experts=adapter.num_experts,
         top_k=adapter.top_k,
@@ -203,7 +210,7 @@ def _goat(form: str, backend: str, kind: str) -> Contender:
         # Whole or not at all: a part that silently runs as it is would be timed as compiled.
         return torch.compile(layer, fullgraph=True) if kind == "compiled" else layer
 
-    suffix = {"compiled": ", compiled", "graph": ", CUDA graph"}.get(kind, "")
+    suffix = {"compiled": ", compiled", "graph": GRAPH}.get(kind, "")
     return Contender(f"GOAT {form}, {backend}{suffix}", kind, form, make, backend=backend, graph=kind == "graph")
 
 
@@ -211,11 +218,11 @@ _half_lora = functools.partial(_lora, half=True)
 
 CONTENDERS: tuple[Contender, ...] = (
     Contender(FROZEN, "frozen", "frozen", _frozen),
-    Contender(f"{FROZEN}, CUDA graph", "frozen", "frozen", _frozen, graph=True),
+    Contender(FROZEN + GRAPH, "frozen", "frozen", _frozen, graph=True),
     Contender(LORA, "lora", "lora", _lora),
-    Contender(HALF_LORA, "lora", "lora", _half_lora, half=True),
-    Contender(f"{LORA}, CUDA graph", "lora", "lora", _lora, graph=True),
-    Contender(f"{HALF_LORA}, CUDA graph", "lora", "lora", _half_lora, graph=True, half=True),
+    Contender(HALF_LORA, "lora", "lora", _half_lora),
+    Contender(LORA + GRAPH, "lora", "lora", _lora, graph=True),
+    Contender(HALF_LORA + GRAPH, "lora", "lora", _half_lora, graph=True),
     Contender("expert loop", "loop", "fold", ExpertLoop),
     *(
         _goat(form, backend, kind)
@@ -311,3 +318,82 @@ def results_error(results: list[Tensor], E: int, expected: list[Tensor]) -> floa
         of_A, of_B = first[-2 * E : -E], first[-E:]
         results = [*first[: -2 * E], torch.cat(of_A), torch.cat(of_B, dim=1), router]
     return worst(relative_error(result, oracle) for result, oracle in zip(results, expected, strict=True))
+
+
+# --- the suites -----------------------------------------------------------------------------------------------------
+
+
+def layer_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
+    """In every mode of the case: check each contender on the case's tensors, then time those that are right.
+
+    With dropout contenders draw masks of their own, and no result of a step is compared: in its place stand the results
+    of the same contender without dropout, on the same tensors.
+    """
+    first = layer_problem(case, settings.dtype, settings.device)
+    # Of what the frozen layer reads in a step: the least that a rotation has to push out of the cache.
+    problems = copies_of(first, first.x_TN.nbytes + first.weight_MN.nbytes + first.grad_y_TM.nbytes, settings)
+    common = {"copies": len(problems)}
+    if case.dropout_p:
+        problems = [dataclasses.replace(p, adapter=p.adapter._replace(dropout_p=case.dropout_p)) for p in problems]
+        common["checked"] = "without dropout"
+    expected = functools.cache(lambda computes: expected_results(computes, first))
+    layer_on = functools.cache(lambda contender, copy: contender.make(problems[copy]))
+
+    @functools.cache
+    def error_without_dropout(contender: Contender) -> float:
+        return layer_error(contender.make(first), first, expected(contender.computes))
+
+    def candidate(contender: Contender, mode: str) -> Candidate:
+        def call(copy: int) -> Callable[[], object]:
+            return call_of(mode, layer_on(contender, copy), problems[copy].x_TN, problems[copy].grad_y_TM)
+
+        def error(_: int, results: Tensor | tuple[Tensor, ...]) -> float:
+            """Of the output of a forward, else of the gradients."""
+            if case.dropout_p:
+                return error_without_dropout(contender)
+            output, *gradients = expected(contender.computes)
+            if isinstance(results, Tensor):
+                return results_error([results], case.E, [output])
+            return results_error(list(results), case.E, gradients)
+
+        row = {"contender": contender.name}
+        return Candidate(row, call, error, graph=contender.graph, ratios=contender.ratios_to)
+
+    run, skipped = contenders_here(case, settings)
+    if any(contender.kind == "compiled" for contender in run):
+        torch._dynamo.reset()  # a further shape would otherwise have it compile for symbolic sizes
+    yield from skipped
+    for mode in case.modes:
+        # What torch.compile makes of a backward does not run twice on one forward.
+        candidates = (candidate(one, mode) for one in run if (one.kind, mode) != ("compiled", "backward"))
+        for row in measured(candidates, len(problems), settings):
+            yield {**common, "mode": mode, **row}
+        gc.collect()  # graphs of autograd remember the streams that they ran on
+
+
+def contenders_here(case: Case, settings: BenchSettings) -> tuple[list[Contender], list[dict]]:
+    """The contenders of a case that can run here; rows that say why the others do not."""
+    asked = [contender for contender in CONTENDERS if contender.runs(case, settings)]
+    reasons = {contender: contender.skipped_reason(settings.device, settings.dtype) for contender in asked}
+    skipped = [{"contender": one.name, "skipped": reason} for one, reason in reasons.items() if reason is not None]
+    return [one for one, reason in reasons.items() if reason is None], skipped
+
+
+def memory_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
+    """Bytes that each eager contender saves for backward, and the peak of a forward and backward, results included."""
+    p = layer_problem(case, settings.dtype, settings.device)
+    run, _ = contenders_here(case, settings)
+    for contender in run:
+        if contender.graph or contender.kind == "compiled":  # a graph's memory is reserved as long as it lives
+            continue
+        row = {"mode": "both", "contender": contender.name}
+        try:
+            layer = contender.make(p)
+            step = call_of("both", layer, p.x_TN, p.grad_y_TM)
+            step()  # workspaces and constants that stay
+            not_counted = [*layer.parameters(), *layer.buffers(), p.x_TN]
+            row["saved_for_backward_bytes"] = saved_bytes(functools.partial(layer, p.x_TN), not_counted)
+            row["peak_mib"] = round(peak_bytes(step, settings.device) / 2**20, 3)
+            yield {**row, "x_bytes": p.x_TN.nbytes}
+        except Exception as failure:  # whatever a peer or a driver raises is a result, and others follow
+            yield {**row, "failed": in_words(failure)}

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import goat_kernels
 from bench.results import RESULTS_FOLDER
-from bench.timing import fastest_ms
+from bench.timing import time_interleaved
 
 #: Packages whose version a result names, where they are installed.
 _PACKAGES = ("triton", "transformers", "peft")
@@ -30,10 +28,6 @@ COMMIT_VARIABLE = "GOAT_KERNELS_COMMIT"
 def describe(device: torch.device) -> dict:
     """The fields that every row of a run has in common; no paths and no host names."""
     cuda = device.type == "cuda"
-    packages = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -48,7 +42,7 @@ def describe(device: torch.device) -> dict:
             "goat_kernels": goat_kernels.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **packages,
+            **{name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)},
         },
     }
 
@@ -99,61 +93,33 @@ def _said(*command: str) -> str | None:
 # --- the ceilings -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """What the machine reaches on large buffers and products of random numbers.
-
-    Attributes:
-        read_gb_per_s, copy_gb_per_s: 10^9 bytes per second: of a sum; of a copy, read and written ones together.
-        tflops: 10^12 floating-point operations per second, of the products at the size that suits them best.
-        measured: the rows of results that these were taken from.
-    """
-
-    read_gb_per_s: float
-    copy_gb_per_s: float
-    tflops: float
-    measured: tuple[dict, ...] = ()
-
-    def floor_ms(self, moved_bytes: int, flops: int) -> float:
-        """No faster than either ceiling allows. Of the bandwidths the larger: no pass may be below its floor."""
-        gb_per_s = max(self.read_gb_per_s, self.copy_gb_per_s)
-        return 1e3 * max(moved_bytes / (gb_per_s * 1e9), flops / (self.tflops * 1e12))
-
-    def row(self) -> dict:
-        """The fields of a result that depends on the ceilings."""
-        return {
-            "machine_read_gb_per_s": round(self.read_gb_per_s, 2),
-            "machine_copy_gb_per_s": round(self.copy_gb_per_s, 2),
-            "machine_tflops": round(self.tflops, 4),
-        }
-
-
 @functools.cache
-def measure_roofline(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Roofline:
-    """Measure the ceilings, once in a process.
+def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> dict:
+    """What the machine reaches on large buffers and products of random numbers, measured once in a process.
 
-    Args:
-        device: where.
-        dtype: of the product.
-        quick: on buffers too small for a true figure, for tests.
+    In 10^9 bytes per second of a sum, and of a copy, read and written bytes together; in 10^12 floating-point
+    operations per second, of products in ``dtype`` at the size that suits them best. Each in the fastest of its rounds.
+    ``quick``: on buffers too small for a true figure, for tests.
     """
-    measured = []
-    for what, size, unit, work, run in _ceilings(device, dtype, quick):
-        time_ms = fastest_ms(run, device, rounds=3 if quick else 11)
-        measured.append({"contender": what, "size": size, "time_ms_fastest": time_ms, unit: work / time_ms})
-    read, copy, *products = measured
-    tflops = max(product["tflops"] for product in products)
-    return Roofline(read["gb_per_s"], copy["gb_per_s"], tflops, tuple(measured))
-
-
-def _ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[tuple]:
-    """(what, its size, unit of its rate, work of a call so that work / milliseconds is the rate, call)."""
     cuda = device.type == "cuda"
     size_bytes = 2**20 if quick else (2**31 if cuda else max(2**27, 4 * cache_bytes(device)))
     source = torch.randn(size_bytes // 4, device=device)
     target = torch.randn_like(source)
-    yield "read", size_bytes, "gb_per_s", size_bytes / 1e6, lambda _: source.sum()
-    yield "copy", size_bytes, "gb_per_s", 2 * size_bytes / 1e6, lambda _: target.copy_(source)
+    calls = {"read": lambda _: source.sum(), "copy": lambda _: target.copy_(source)}
     for side in (32, 64) if quick else (4096, 8192, 16384) if cuda else (1024, 1536, 2048):
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        yield "product", side, "tflops", 2 * side**3 / 1e9, lambda _, a=left, b=right: a @ b
+        calls[side] = lambda _, a=left, b=right: a @ b
+    samples = time_interleaved(calls, device=device, copies=1, rounds=3 if quick else 11)
+    read_ms, copy_ms, *products_ms = (min(sample.time_ms) for sample in samples.values())
+    sides = [side for side in calls if isinstance(side, int)]
+    return {
+        "machine_read_gb_per_s": size_bytes / read_ms / 1e6,
+        "machine_copy_gb_per_s": 2 * size_bytes / copy_ms / 1e6,
+        "machine_tflops": max(2 * n**3 / ms / 1e9 for n, ms in zip(sides, products_ms, strict=True)),
+    }
+
+
+def floor_ms(machine: dict, moved_bytes: int, flops: int) -> float:
+    """No faster than either ceiling allows. Of the bandwidths the larger: no pass may be below its floor."""
+    gb_per_s = max(machine["machine_read_gb_per_s"], machine["machine_copy_gb_per_s"])
+    return 1e3 * max(moved_bytes / (gb_per_s * 1e9), flops / (machine["machine_tflops"] * 1e12))

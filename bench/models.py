@@ -19,9 +19,8 @@ from bench.cases import FORMS, BenchSettings, Case
 from bench.layers import BALANCE_COEFFICIENT, why_not
 from bench.memory import peak_bytes
 from bench.steps import Candidate, measured
-from bench.timing import without_time
+from bench.timing import in_words
 from goat_kernels.backends import ENVIRONMENT_VARIABLE
-from goat_kernels.numerics import TOLERANCES
 
 FROZEN_MODEL, LORA_MODEL = "frozen model", "PEFT LoRA"
 
@@ -51,42 +50,39 @@ class ModelCase:
     length: int
     rank: int
 
+    def layers(self) -> tuple[Case, ...]:
+        """The shapes of its linear layers, but for a head."""
+        hidden, wide = self.sizes["hidden_size"], self.sizes["intermediate_size"]
+        length = self.length or (self.sizes["image_size"] // self.sizes["patch_size"]) ** 2 + 1
+        shapes = ((hidden, hidden), (hidden, wide), (wide, hidden))
+        return tuple(Case(self.batch * length, N, M, self.rank) for N, M in shapes)
+
     def row(self) -> dict:
         """The fields of a result that say which model it was."""
         of_model = {"model": self.name, **self.sizes, "batch": self.batch, "length": self.length}
         return {**of_model, "R": self.rank, "E": Case.E, "K": Case.K}
 
 
-def _model(
-    name: str, hidden: int, wide: int, layers: int, heads: int, batch: int, length: int, rank: int, **sizes: int
-) -> ModelCase:
-    common = {
-        "hidden_size": hidden,
-        "intermediate_size": wide,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-    return ModelCase(name, common | sizes, batch, length, rank)
+def _model(name: str, widths: tuple[int, int, int, int], batch: int, length: int, rank: int, **sizes) -> ModelCase:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return ModelCase(name, dict(zip(names, widths, strict=True)) | sizes, batch, length, rank)
 
 
-def model_cases(device: str, *, quick: bool) -> tuple[ModelCase, ...]:
-    """On a GPU eight layers of a Llama of 2048 and a ViT-B/32; on a CPU small ones of the same build."""
-    if quick:
-        llama = _model("llama", 32, 80, 1, 2, batch=2, length=8, rank=8, vocab_size=64)
-        return llama, _model("vit", 32, 128, 1, 2, batch=2, length=0, rank=8, image_size=16, patch_size=8)
-    if device == "cuda":
-        llama = _model("llama", 2048, 5456, 8, 16, batch=4, length=2048, rank=32, vocab_size=32000)
-        return llama, _model("vit", 768, 3072, 12, 12, batch=64, length=0, rank=8, image_size=224, patch_size=32)
-    llama = _model("llama", 256, 672, 4, 4, batch=4, length=128, rank=32, vocab_size=1024)
-    return llama, _model("vit", 192, 768, 4, 3, batch=16, length=0, rank=8, image_size=64, patch_size=8)
-
-
-def model_layers(case: ModelCase) -> tuple[Case, ...]:
-    """The shapes of its linear layers, but for a head."""
-    hidden, wide = case.sizes["hidden_size"], case.sizes["intermediate_size"]
-    length = case.length or (case.sizes["image_size"] // case.sizes["patch_size"]) ** 2 + 1
-    shapes = ((hidden, hidden), (hidden, wide), (wide, hidden))
-    return tuple(Case(case.batch * length, N, M, case.rank) for N, M in shapes)
+#: On a GPU eight layers of a Llama of 2048 and a ViT-B/32; on a CPU small ones of the same build.
+MODELS = {
+    "quick": (
+        _model("llama", (32, 80, 1, 2), batch=2, length=8, rank=8, vocab_size=64),
+        _model("vit", (32, 128, 1, 2), batch=2, length=0, rank=8, image_size=16, patch_size=8),
+    ),
+    "cpu": (
+        _model("llama", (256, 672, 4, 4), batch=4, length=128, rank=32, vocab_size=1024),
+        _model("vit", (192, 768, 4, 3), batch=16, length=0, rank=8, image_size=64, patch_size=8),
+    ),
+    "cuda": (
+        _model("llama", (2048, 5456, 8, 16), batch=4, length=2048, rank=32, vocab_size=32000),
+        _model("vit", (768, 3072, 12, 12), batch=64, length=0, rank=8, image_size=224, patch_size=32),
+    ),
+}
 
 
 def _build(case: ModelCase, settings: BenchSettings) -> nn.Module:
@@ -121,19 +117,11 @@ def _adapted(model: nn.Module, name: str, case: ModelCase) -> nn.Module:
 
     from goat_kernels.peft import GoatConfig
 
+    common = {"r": case.rank, "target_modules": "all-linear"}
     if name == LORA_MODEL:
-        config = LoraConfig(r=case.rank, target_modules="all-linear", init_lora_weights=False)
-    else:
-        config = GoatConfig(
-            r=case.rank,
-            num_experts=Case.E,
-            top_k=Case.K,
-            target_modules="all-linear",
-            residual=METHODS[name][0],
-            balance_coefficient=BALANCE_COEFFICIENT,
-            init_weights=False,
-        )
-    return get_peft_model(model, config)
+        return get_peft_model(model, LoraConfig(**common, init_lora_weights=False))
+    experts = {"num_experts": Case.E, "top_k": Case.K, "balance_coefficient": BALANCE_COEFFICIENT}
+    return get_peft_model(model, GoatConfig(**common, **experts, residual=METHODS[name][0], init_weights=False))
 
 
 def _on(backend: str):
@@ -143,10 +131,9 @@ def _on(backend: str):
 
 def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
     """One row for each method: time of a step, tokens or images per second, peak memory of a step."""
-    common = {**case.row(), "mode": "training step", **settings.dtypes()}
     batch, candidates = _batch(case, settings), []
     for name, (_, backend) in METHODS.items():
-        row = {**common, "contender": name}
+        row = {"mode": "training step", "contender": name}
         reason = why_not(backend, settings.device, settings.dtype)
         if reason is not None:
             yield {**row, "skipped": reason}
@@ -154,7 +141,7 @@ def model_rows(case: ModelCase, settings: BenchSettings) -> Iterator[dict]:
         try:
             candidates.append(_candidate(row, case, batch, settings))
         except Exception as failure:  # whatever a peer or a driver raises is a result, and others follow
-            yield {**row, **without_time(failure)}
+            yield {**row, "failed": in_words(failure)}
     for row in measured(candidates, 1, settings):
         if "time_ms_p50" in row:
             unit = "tokens_per_s" if case.length else "images_per_s"
@@ -184,18 +171,11 @@ def _candidate(row: dict, case: ModelCase, batch: dict[str, Tensor], settings: B
         return float((loss.double() - expected).abs() / expected.abs())
 
     step()  # after which the optimiser's state is there
-    memory = {
-        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
-        "peak_mib": round(peak_bytes(step, settings.device) / 2**20, 3),
-    }
+    row["trainable_parameters"] = sum(parameter.numel() for parameter in parameters)
+    row["peak_mib"] = round(peak_bytes(step, settings.device) / 2**20, 3)
     expected = _exact_loss(model, batch)
-    return Candidate(
-        {**row, **memory},
-        lambda copy: step,
-        error,
-        TOLERANCES[settings.dtype].relative,
-        ratios={"ratio": FROZEN_MODEL} | ({"lora_ratio": LORA_MODEL} if residual else {}),
-    )
+    ratios = {"ratio": FROZEN_MODEL} | ({"lora_ratio": LORA_MODEL} if residual else {})
+    return Candidate(row, lambda copy: step, error, ratios=ratios)
 
 
 @torch.no_grad()

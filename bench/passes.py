@@ -1,23 +1,20 @@
 """Each pass alone: its time, and its floor from the machine's ceilings.
 
 The floor counts each tensor once: what a pass must read and write, whoever implements it. On a GPU a pass is a CUDA
-graph, so that its launches' host time drops out.
-
-Beside the passes stand the frozen layer's own products and, in Triton, y and dX as a whole in two orders: the adapter's
-share first and the base product onto it, which is the design's, and one matmul with the rank as more of its K.
+graph, so that its launches' host time drops out. Beside the passes stand the frozen layer's own products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.cases import BenchSettings, Case, copies_of
+from bench.machine import ceilings, floor_ms
 from bench.steps import Candidate, measured, worst
-from bench.timing import in_words
 from goat_kernels.backends import get_backend, why_not_auto
 from goat_kernels.checks.correctness import gradient_parts
 from goat_kernels.checks.problem import LayerCase, Problem, make_problem, run_passes
@@ -28,27 +25,16 @@ PASSES = ("prefill", "hidden_gradient", "weight_gradients", "input_prefill")
 BASE_FORWARD, BASE_BACKWARD = "base product", "base product of dX"
 _ONTO = ", onto what is there"
 
-#: The contenders of ``WHOLE_FORWARD`` and ``WHOLE_BACKWARD``.
-OURS, EXTRA_K = "adapter, then base product onto it (ours)", "one Triton matmul, the rank as extra K"
-WHOLE_FORWARD, WHOLE_BACKWARD = "y as a whole", "dX as a whole"
 
-
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """The least that a pass has to move, each tensor once, and its operations."""
 
     moved_bytes: int
     flops: int
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.moved_bytes + other.moved_bytes, self.flops + other.flops)
-
 
 def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
-    """Of each pass, of the base products, and of y and dX as a whole.
-
-    ``lora_B_rides``: its gradient comes with the hidden gradient.
-    """
+    """Of each pass and of the base products; ``lora_B_rides``: its gradient comes with the hidden gradient."""
     T, N, M, R, E = case.T, case.N, case.M, case.R, case.E
     R0 = R if case.path else 0
     b, a = case.dtype.itemsize, case.adapter_dtype.itemsize
@@ -60,7 +46,7 @@ def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
     first, second, again = (of_B, 0, 0) if lora_B_rides else (0, of_B, T * M * b + hidden)
     product = 2 * T * N * M
     base = (T * (N + M) + M * N) * b
-    work = {
+    return {
         "prefill": Work(
             T * (N + M) * b + adapter_in + adapter_out + onto_bias + hidden + statistics,
             2 * T * ((R + E + R0) * N + (R + R0) * M),
@@ -76,9 +62,6 @@ def pass_work(case: LayerCase, *, lora_B_rides: bool) -> dict[str, Work]:
         BASE_BACKWARD: Work(base, product),
         BASE_BACKWARD + _ONTO: Work(base + T * N * b, product),
     }
-    work[WHOLE_FORWARD] = work["prefill"] + work[BASE_FORWARD + _ONTO]
-    work[WHOLE_BACKWARD] = work["input_prefill"] + work[BASE_BACKWARD + _ONTO]
-    return work
 
 
 def pass_calls(backend: str, p: Problem) -> dict[str, Callable[[], object]]:
@@ -116,40 +99,13 @@ def base_calls(problem: Problem) -> dict[str, Callable[[], object]]:
     }
 
 
-def whole_calls(backend: str, p: Problem) -> dict[tuple[str, str], Callable[[], Tensor]]:
-    """(contender, what) -> a call that gives y, or dX from the gradients of the hidden columns."""
-    passes, calls = get_backend(backend), pass_calls(backend, p)
-    gradient = calls["hidden_gradient"]()
-
-    def forward() -> Tensor:
-        y, _, _ = calls["prefill"]()
-        return torch.addmm(y, p.x_TN, p.weight_MN.t(), out=y)
-
-    def backward() -> Tensor:
-        grad_x = calls["input_prefill"]()
-        return torch.addmm(grad_x, p.grad_y_TM, p.weight_MN, out=grad_x)
-
-    whole = {(OURS, WHOLE_FORWARD): forward, (OURS, WHOLE_BACKWARD): backward}
-    if backend == "triton" and p.adapter.residual_A is None:  # it is written for folded layers
-        from bench import extra_k
-
-        whole[EXTRA_K, WHOLE_FORWARD] = lambda: extra_k.forward(passes, p)
-        whole[EXTRA_K, WHOLE_BACKWARD] = lambda: extra_k.input_gradient(p, gradient.grad_hidden_TR, gradient.logits_ET)
-    return whole
-
-
 # --- the check ------------------------------------------------------------------------------------------------------
 
 
 def expected_of(problem: Problem) -> dict[str, list[Tensor]]:
-    """Pass, or y or dX as a whole -> its results in float64."""
+    """Pass -> its results in float64."""
     exact = problem.double()
-    results = run_passes(get_backend("torch"), exact)
-    expected = {name: parts_of(of_pass, exact) for name, of_pass in results.items()}
-    y, grad_x = results["prefill"][0], results["input_prefill"]
-    expected[WHOLE_FORWARD] = [torch.addmm(y, exact.x_TN, exact.weight_MN.t())]
-    expected[WHOLE_BACKWARD] = [torch.addmm(grad_x, exact.grad_y_TM, exact.weight_MN)]
-    return expected
+    return {name: parts_of(of_pass, exact) for name, of_pass in run_passes(get_backend("torch"), exact).items()}
 
 
 def parts_of(results: object, problem: Problem) -> list[Tensor]:
@@ -165,7 +121,7 @@ def parts_of(results: object, problem: Problem) -> list[Tensor]:
 
 
 def results_error(results: object, expected: list[Tensor], problem: Problem) -> float:
-    """The largest relative error of what a pass, or y or dX as a whole, gives; the router's counts as in float32."""
+    """The largest relative error of what a pass gives; the router's counts as in float32."""
     is_prefill = isinstance(results, tuple) and len(results) == 3 and isinstance(results[2], Routing)
     of_router = (1, 3, 4, 5) if is_prefill else ()  # in parts_of: balance loss, gate, probs, load
     stricter = max(1.0, TOLERANCES[problem.x_TN.dtype].relative / TOLERANCES[torch.float32].relative)
@@ -178,51 +134,32 @@ def results_error(results: object, expected: list[Tensor], problem: Problem) -> 
 
 def kernel_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     """Every pass of every backend in every form, and the base products, beside one another."""
-    reasons = {name: why_not_auto(name, settings.device, settings.dtype) for name in ("triton", "torch")}
-    backends = [name for name, reason in reasons.items() if reason is None]
+    machine = ceilings(settings.device, settings.dtype, quick=settings.quick)
+    no_triton = why_not_auto("triton", settings.device, settings.dtype)
+    backends = ["torch"] if no_triton else ["triton", "torch"]
+    if no_triton:
+        yield {"contender": "triton", "skipped": no_triton}
     for form in case.forms:
-        common = {**case.row(), **settings.dtypes(), "residual": form}
-        if reasons["triton"] is not None:
-            yield {**common, "contender": "triton", "skipped": reasons["triton"]}
-        for row in _form_rows(case.layer(settings.dtype, form), backends, settings):
-            yield {**common, **row}
-
-
-def _form_rows(layer: LayerCase, backends: list[str], settings: BenchSettings) -> Iterator[dict]:
-    problem = make_problem(layer, settings.device)
-    problems = copies_of(problem, min(problem.x_TN.nbytes, problem.grad_y_TM.nbytes), settings)
-    expected, rides = expected_of(problem), {}
-    calls: list[dict[tuple[str, str], Callable[[], object]]] = [{} for _ in problems]  # of each copy
-    for name in backends:
-        try:
-            of_backend = [pass_calls(name, p) for p in problems]
-            whole = [whole_calls(name, p) if name == "triton" else {} for p in problems]
-            rides[name] = of_backend[0]["hidden_gradient"]().partial_B is not None
-        except Exception as failure:
-            yield from ({"contender": name, "pass": one, "failed": in_words(failure)} for one in PASSES)
-            continue
-        for of_copy, passes, further in zip(calls, of_backend, whole, strict=True):
-            of_copy |= {(name, one): call for one, call in passes.items()} | further
-    for of_copy, p in zip(calls, problems, strict=True):
-        of_copy |= {("base", one): call for one, call in base_calls(p).items()}
-    candidates = [_candidate(key, calls, expected.get(key[1]), problem) for key in calls[0]]
-    work_of = {riding: pass_work(layer, lora_B_rides=riding) for riding in (True, False)}
-    for row in measured(candidates, len(problems), settings):
-        row["copies"] = len(problems)
-        if "time_ms_p50" in row:
-            work = work_of[rides.get(row["contender"], False)][row["pass"]]
-            floor_ms = settings.roofline.floor_ms(work.moved_bytes, work.flops)
-            time_ms = row["time_ms_p50"]
-            row |= {
-                "floor_bytes": work.moved_bytes,
-                "flops": work.flops,
-                "gb_per_s": work.moved_bytes / time_ms / 1e6,
-                "tflops": work.flops / time_ms / 1e9,
-                "floor_ms": floor_ms,
-                "roofline_percent": 100 * floor_ms / time_ms,
-                **settings.roofline.row(),
-            }
-        yield row
+        layer = case.layer(settings.dtype, form)
+        problem = make_problem(layer, settings.device)
+        problems = copies_of(problem, min(problem.x_TN.nbytes, problem.grad_y_TM.nbytes), settings)
+        calls = [
+            {(name, one): call for name in backends for one, call in pass_calls(name, p).items()} for p in problems
+        ]
+        for of_copy, p in zip(calls, problems, strict=True):
+            of_copy |= {("base", one): call for one, call in base_calls(p).items()}
+        rides = {name: calls[0][name, "hidden_gradient"]().partial_B is not None for name in backends}
+        expected = expected_of(problem)
+        candidates = [_candidate(key, calls, expected.get(key[1]), problem) for key in calls[0]]
+        for row in measured(candidates, len(problems), settings):
+            row |= {"residual": form, "copies": len(problems)}
+            if "time_ms_p50" in row:
+                work = pass_work(layer, lora_B_rides=rides.get(row["contender"], False))[row["pass"]]
+                floor, time_ms = floor_ms(machine, *work), row["time_ms_p50"]
+                row |= {"floor_bytes": work.moved_bytes, "flops": work.flops, "floor_ms": floor, **machine}
+                row |= {"gb_per_s": work.moved_bytes / time_ms / 1e6, "tflops": work.flops / time_ms / 1e9}
+                row["roofline_percent"] = 100 * floor / time_ms
+            yield row
 
 
 def _candidate(key: tuple[str, str], calls: list[dict], expected: list[Tensor] | None, problem: Problem) -> Candidate:
@@ -231,7 +168,5 @@ def _candidate(key: tuple[str, str], calls: list[dict], expected: list[Tensor] |
         dict(zip(("contender", "pass"), key, strict=True)),
         lambda copy: calls[copy][key],
         None if expected is None else lambda _, results: results_error(results, expected, problem),
-        TOLERANCES[problem.x_TN.dtype].relative,
         graph=problem.x_TN.is_cuda,
-        ratios={"ratio": OURS} if key[1] in (WHOLE_FORWARD, WHOLE_BACKWARD) else {},
     )

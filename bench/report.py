@@ -16,22 +16,25 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bench.plots import FIGURES, Draw, digest, digest_in, png
+from bench.plots import Draw, digest, digest_in, png, scaling
 from bench.quality import report as quality
 from bench.results import RESULTS_FOLDER, newest, read_folder, timed
 from bench.suites import SUITES
-from bench.tables import layer_summary, provenance, summary_table
+from bench.tables import provenance, summary_table
 
 #: Pages with blocks, and the folder of the figures, in a checkout.
 PAGES = (Path("README.md"), Path("docs/benchmarks.md"), Path("docs/quality.md"))
 FIGURES_FOLDER = Path("docs/figures")
 
+#: Device -> the figure of the suite ``scaling``.
+_SCALING = {device: FIGURES_FOLDER / f"bench-scaling-{device.replace('cuda', 'gpu')}.png" for device in ("cpu", "cuda")}
+
 _BLOCK = re.compile(r"(<!-- (bench|quality):(\S+)(?: (\w+))? -->\n).*?(<!-- /\2 -->)", re.S)
 
 
 def _summary(rows: list[dict], device: str) -> str:
-    rows, backend = newest(rows, "layer", device), "torch" if device == "cpu" else "triton"
-    return f"{summary_table(rows, backend)}\n\n{provenance(rows)} {layer_summary(rows, backend)}".rstrip()
+    rows = newest(rows, "layer", device)
+    return f"{summary_table(rows, 'torch' if device == 'cpu' else 'triton')}\n\n{provenance(rows)}"
 
 
 def _sections(rows: list[dict], device: str) -> str:
@@ -41,17 +44,13 @@ def _sections(rows: list[dict], device: str) -> str:
         of_suite = newest(rows, name, device)
         if not timed(of_suite):
             continue
-        parts += [f"### {suite.title}" + ("" if device == "cpu" else " on a GPU"), suite.explanation]
-        if name in FIGURES:
-            parts.append(f"![{suite.title}, over the frozen layer](figures/{_figure_name(name, device)})")
+        parts.append(f"### {suite.title}" + ("" if device == "cpu" else " on a GPU"))
+        if name == "scaling":
+            parts.append(f"![{suite.title}, over the frozen layer](figures/{_SCALING[device].name})")
         parts += [suite.table(of_suite), provenance(of_suite)]
     if parts and device == "cuda":
         parts.insert(0, "## On a GPU")
-    return "\n\n".join(filter(None, parts))
-
-
-def _figure_name(suite: str, device: str) -> str:
-    return f"bench-{suite}-{'cpu' if device == 'cpu' else 'gpu'}.png"
+    return "\n\n".join(parts)
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -73,13 +72,9 @@ def pages(root: Path) -> dict[Path, str]:
 
 def figures(root: Path) -> dict[Path, tuple[Draw, object]]:
     """Figure -> what draws it, and the data that it has to be drawn from."""
-    rows, found = read_folder(root / RESULTS_FOLDER), {}
-    for suite, draw in FIGURES.items():
-        for device in ("cpu", "cuda"):
-            of_figure = newest(rows, suite, device)
-            if timed(of_figure):
-                found[FIGURES_FOLDER / _figure_name(suite, device)] = draw, of_figure
-    return found
+    rows = read_folder(root / RESULTS_FOLDER)
+    of_scaling = {path: newest(rows, "scaling", device) for device, path in _SCALING.items()}
+    return {path: (scaling, of_device) for path, of_device in of_scaling.items() if timed(of_device)}
 
 
 def out_of_date(root: Path) -> list[Path]:

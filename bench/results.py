@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -49,7 +48,6 @@ def append(path: Path, row: dict) -> None:
             warnings.warn(f"{path}: the last line is incomplete and is removed", stacklevel=2)
             file.truncate(whole)
         file.write(line)
-        os.fsync(file.fileno())
 
 
 def _clean(value):
@@ -68,15 +66,13 @@ def read_rows(path: Path) -> list[dict]:
     Raises:
         CommandError: a line that is not a result.
     """
-    rows, text = [], path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
+    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if lines.pop():
+        warnings.warn(f"{path}, line {len(lines) + 1}: incomplete, and left out", stacklevel=2)
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines) and not text.endswith("\n"):
-                warnings.warn(f"{path}, line {number}: incomplete, and left out", stacklevel=2)
-                break
             raise CommandError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict) or not {"suite", "task"} & row.keys():
             raise CommandError(f"{path}, line {number}: not a result of goat-kernels bench")

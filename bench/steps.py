@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from bench.cases import BenchSettings
 from bench.timing import in_words, time_interleaved, timing_row
+from goat_kernels.numerics import TOLERANCES
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def worst_error(step: Step, error: Callable[[int, object], float]) -> float:
 
 def worst(errors: Iterable[float]) -> float:
     """The largest; NaN where one is."""
-    return max(errors, key=lambda error: float("inf") if error != error else error)
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
 # --- checked and timed ----------------------------------------------------------------------------------------------
@@ -111,7 +113,6 @@ class Candidate:
         row: the fields of a result that name it: "contender", and what else tells it from the others.
         make: copy -> the call that is timed on that copy of the inputs.
         error: (copy, what a call gave) -> its relative error against float64; None where there is nothing to check.
-        bound: on the error.
         graph: whether a CUDA graph of it is replayed.
         ratios: quantity -> contender, of the same fields otherwise, that its time is divided by.
     """
@@ -119,13 +120,12 @@ class Candidate:
     row: dict
     make: Callable[[int], Callable[[], object]]
     error: Callable[[int, object], float] | None = None
-    bound: float = 0.0
     graph: bool = False
     ratios: Mapping[str, str] = field(default_factory=dict)
 
-    def key(self, contender: str | None = None) -> tuple:
-        """What it is called among the candidates; or what ``contender`` in its place would be."""
-        return contender or self.row["contender"], self.row.get("pass")
+    def key(self, contender: str) -> tuple:
+        """What ``contender`` in its place is called among the candidates."""
+        return contender, self.row.get("pass")
 
 
 def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettings) -> Iterator[dict]:
@@ -137,34 +137,23 @@ def measured(candidates: Iterable[Candidate], copies: int, settings: BenchSettin
     for candidate in candidates:
         try:
             step = step_of(candidate.make, copies, graph=candidate.graph)
-            fields = _checked(candidate, step)
+            fields = {} if candidate.error is None else checked(worst_error(step, candidate.error), settings.dtype)
         except Exception as failure:  # what a peer, a compiler or a driver refuses is a result, and others follow
             fields = {"failed": in_words(failure)}
         if "failed" in fields:
             yield {**candidate.row, **fields}
         else:
-            ready[candidate.key()] = candidate, step, fields
-    samples = time_interleaved(
-        {key: step for key, (_, step, _) in ready.items()},
-        device=settings.device,
-        copies=copies,
-        rounds=settings.rounds,
-    )
+            ready[candidate.key(candidate.row["contender"])] = candidate, step, fields
+    steps = {key: step for key, (_, step, _) in ready.items()}
+    samples = time_interleaved(steps, device=settings.device, copies=copies, rounds=settings.rounds)
     for key, (candidate, _, fields) in ready.items():
         row = timing_row(key, samples, {quantity: candidate.key(base) for quantity, base in candidate.ratios.items()})
         yield {**candidate.row, **row, **fields}
 
 
-def _checked(candidate: Candidate, step: Step) -> dict:
-    """Its errors, or why it gets no time, as fields of its row."""
-    if candidate.error is None:
-        return {}
-    error, bound = worst_error(step, candidate.error), candidate.bound
+def checked(error: float, dtype: torch.dtype) -> dict:
+    """A relative error against float64 beside its bound or, where it is beyond that, why there is no time."""
+    bound = TOLERANCES[dtype].relative
     if not error <= bound:
-        return {"failed": too_far(error, bound)}
+        return {"failed": f"{error:.1e} away from float64, allowed is {bound:.0e}; not timed"}
     return {"relative_error": error, "relative_error_bound": bound}
-
-
-def too_far(error: float, bound: float) -> str:
-    """A wrong contender, in words."""
-    return f"{error:.1e} away from float64, allowed is {bound:.0e}; not timed"

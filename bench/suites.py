@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from bench import cases, tables
 from bench.cases import BenchSettings, Case
 from bench.host import host_rows
-from bench.layer_suites import layer_rows, memory_rows
+from bench.layers import layer_rows, memory_rows
 from bench.machine import describe
-from bench.models import model_cases, model_layers, model_rows
+from bench.models import MODELS, model_rows
 from bench.passes import kernel_rows
 from bench.results import CASE_FIELDS, finished_cases, part_of
 from bench.timing import in_words
@@ -24,95 +24,32 @@ from goat_kernels.backends import why_not_auto
 from goat_kernels.checks.problem import Problem, compile_ahead, make_problem
 
 
-@dataclass(frozen=True)
-class Suite:
+class Suite(NamedTuple):
     """One suite.
 
     Attributes:
         title: the heading of its section.
         table: its rows -> its tables in Markdown.
-        rows: (case, settings) -> its rows.
-        cases: (device type, quick) -> what it runs, one after the other.
-        layers: case -> the layers whose kernels it launches, which are compiled ahead.
+        rows: (case, settings) -> its rows, without the fields that say which case and dtype it was.
+        cases: ``BenchSettings.kind`` -> what it runs, one after the other.
         shaped: whether --shape stands in for its cases.
-        without: kinds of contenders that it leaves out: a compiled layer takes seconds for each shape.
-        explanation: under the heading.
     """
 
     title: str
     table: Callable[[list[dict]], str]
     rows: Callable[[object, BenchSettings], Iterator[dict]]
-    cases: Callable[..., Sequence]
-    layers: Callable[[object], Sequence[Case]] = lambda case: (case,)
+    cases: dict[str, Sequence]
     shaped: bool = True
-    without: frozenset[str] = frozenset()
-    explanation: str = ""
 
 
-SUITES: dict[str, Suite] = {
-    "roofline": Suite(
-        "What the machine reaches",
-        tables.roofline_table,
-        lambda case, settings: ({**row, **settings.dtypes()} for row in settings.roofline.measured),
-        lambda device, quick: (None,),
-        layers=lambda case: (),
-        shaped=False,
-        explanation="The ceilings that the floors are made of: the fastest of eleven rounds each.",
-    ),
-    "layer": Suite("One layer", tables.layer_tables, layer_rows, cases.layer_cases),
-    "host": Suite(
-        "Host time",
-        tables.host_table,
-        host_rows,
-        cases.host_cases,
-        explanation="What one call of a layer in bfloat16 costs the host; the last column says where it ran. Without a "
-        "GPU the Triton contenders\nrun with a driver that launches nothing, the others at sizes at which arithmetic "
-        "does not count. On a GPU the queue is empty when\na sample of 20 calls begins, and nothing is waited for. "
-        '"Without plans" chooses tiles and looks kernels up at every call, as the first\ntwo calls of a shape do '
-        "([kernels.md](kernels.md#host-time)).",
-    ),
-    "kernels": Suite(
-        "Each pass alone",
-        tables.kernels_table,
-        kernel_rows,
-        cases.kernel_cases,
-        explanation='"base" is the frozen layer\'s own product, into a new tensor and onto one that is there.',
-    ),
-    "memory": Suite(
-        "Memory",
-        tables.memory_table,
-        memory_rows,
-        cases.memory_cases,
-        without=frozenset({"compiled"}),
-        explanation="Of a forward and backward. The peak counts what the step hands out, the gradients among it, not "
-        "weights and inputs.",
-    ),
-    "scaling": Suite(
-        "As one size grows",
-        tables.scaling_table,
-        layer_rows,
-        cases.scaling_cases,
-        shaped=False,
-        without=frozenset({"compiled"}),
-    ),
-    "model": Suite(
-        "Training steps of whole models",
-        tables.model_table,
-        model_rows,
-        model_cases,
-        layers=model_layers,
-        shaped=False,
-        explanation="Forward, loss, backward and AdamW. Random weights; R on every linear layer but the head; the "
-        "frozen model is its forward and the\ngradient of its embeddings.",
-    ),
-    "tuning": Suite(
-        "Tiles near the table's",
-        tables.tuning_table,
-        tuning_rows,
-        cases.tuning_cases,
-        explanation="For each kernel, all its launches in a forward and backward: the table's tile and the fastest "
-        "one step away from it.",
-    ),
+SUITES = {
+    "layer": Suite("One layer", tables.layer_tables, layer_rows, cases.LAYERS),
+    "host": Suite("Host time", tables.host_table, host_rows, cases.HOST),
+    "kernels": Suite("Each pass alone", tables.kernels_table, kernel_rows, cases.KERNELS),
+    "memory": Suite("Memory", tables.memory_table, memory_rows, cases.MEMORY),
+    "scaling": Suite("As one size grows", tables.scaling_table, layer_rows, cases.SCALING, shaped=False),
+    "model": Suite("Training steps of whole models", tables.model_table, model_rows, MODELS, shaped=False),
+    "tuning": Suite("Tiles near the table's", tables.tuning_table, tuning_rows, cases.TUNING),
 }
 
 
@@ -124,13 +61,11 @@ def suite_rows(name: str, settings: BenchSettings, before: Sequence[dict] = ()) 
     """
     suite, common = SUITES[name], {"cases": settings.cases, **describe(settings.device)}
     finished = finished_cases(before, name, {**common, **settings.dtypes()})
-    asked = settings.shapes if suite.shaped else ()
-    asked = asked or suite.cases(settings.device.type, quick=settings.quick)
-    to_run = [case for case in asked if case is None or part_of(case.row(), CASE_FIELDS) not in finished]
-    of_suite = dataclasses.replace(settings, without=settings.without | suite.without)
+    asked = (suite.shaped and settings.shapes) or suite.cases[settings.kind]
+    to_run = [case for case in asked if part_of(case.row(), CASE_FIELDS) not in finished]
     if why_not_auto("triton", settings.device, settings.dtype) is None:
         try:
-            layers = (layer for case in to_run for layer in suite.layers(case))
+            layers = (layer for case in to_run for layer in case.layers())
             compile_ahead(problems_of(layers, settings.dtype), settings.device)
         except Exception as failure:  # what does not compile is met again when it is launched
             warnings.warn(f"compiling ahead: {in_words(failure)}", stacklevel=2)
@@ -138,16 +73,15 @@ def suite_rows(name: str, settings: BenchSettings, before: Sequence[dict] = ()) 
     for case in tqdm(to_run, desc=name, unit="case", leave=False, delay=1):
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
+        of_case = {"suite": name, **case.row(), **settings.dtypes()}
         try:
-            for row in suite.rows(case, of_suite):
+            for row in suite.rows(case, settings):
                 reason = (row["contender"], row.get("skipped"))
                 if "skipped" not in row or reason not in skipped:  # once is enough
-                    yield {"suite": name, **row, **common}
+                    yield {**of_case, **row, **common}
                 skipped.add(reason)
         except Exception as failure:
-            of_case = {} if case is None else {**case.row(), **settings.dtypes()}
-            raised = {"contender": "the rest of this case", "failed": in_words(failure)}
-            yield {"suite": name, **of_case, **raised, **common}
+            yield {**of_case, "contender": "the rest of this case", "failed": in_words(failure), **common}
 
 
 def problems_of(layers: Iterable[Case], dtype: torch.dtype) -> Iterator[Problem]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from bench.cases import TRAINING_MODES
 from bench.layers import FROZEN, LORA
-from bench.results import timed
+from bench.results import part_of, timed
 
 _MIB = 2**20
 
@@ -16,35 +16,27 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def by_shape(rows: Iterable[dict]) -> dict[tuple, dict[str, dict]]:
-    """(T, N, M, R, E, K) -> contender -> row."""
-    return _grouped(rows, lambda row: tuple(row.get(letter) for letter in "TNMREK"), lambda row: row["contender"])
-
-
-def _grouped(rows: Iterable[dict], outer: Callable[[dict], object], inner: Callable[[dict], object]) -> dict:
+def _grouped(rows: Iterable[dict], fields: tuple[str, ...], inner: str = "contender") -> dict[tuple, dict[str, dict]]:
+    """The values of ``fields`` -> the value of ``inner`` -> row, of those that have a time."""
     grouped: dict = {}
     for row in timed(rows):
-        grouped.setdefault(outer(row), {})[inner(row)] = row
+        grouped.setdefault(part_of(row, fields), {})[row[inner]] = row
     return grouped
 
 
-_SHAPE = ["T", "N -> M", "R"]
+_SHAPE, _LETTERS = ["T", "N -> M", "R"], ("T", "N", "M", "R")
 
 
 def _shape(key: tuple) -> list[str]:
-    """The cells under ``_SHAPE``; ``key`` begins with T, N, M, R."""
+    """The cells under ``_SHAPE``; ``key`` begins with the values of ``_LETTERS``."""
     T, N, M, R, *_ = key
     return [str(T), f"{N} -> {M}", str(R)]
 
 
-def contenders(rows: Iterable[dict]) -> list[str]:
-    """In the order in which they come."""
-    return list(dict.fromkeys(row["contender"] for row in timed(rows)))
-
-
 def adapters(rows: Iterable[dict]) -> list[str]:
-    """The contenders but for the frozen layer, to which the others are set in relation."""
-    return [name for name in contenders(rows) if not name.startswith(FROZEN)]
+    """The contenders, in their order, but for the frozen layer, to which the others are set in relation."""
+    names = dict.fromkeys(row["contender"] for row in timed(rows))
+    return [name for name in names if not name.startswith(FROZEN)]
 
 
 def in_mode(rows: Iterable[dict], mode: str, *, dropout: bool = False) -> list[dict]:
@@ -91,39 +83,36 @@ def _frozen_ms(of_shape: dict[str, dict]) -> str:
 
 def layer_tables(rows: list[dict]) -> str:
     """Of every mode that was measured."""
-    return "\n\n".join(
-        f"{title}\n\n{layer_table(rows, mode, dropout=dropout)}"
-        for mode, dropout, title in (
-            ("both", False, "Forward and backward:"),
-            ("forward", False, "Forward, keeping what the backward needs:"),
-            ("backward", False, "Backward alone:"),
-            ("inference", False, "Forward without gradients (decoding):"),
-            ("both", True, "Forward and backward with dropout of x:"),
-        )
-        if in_mode(rows, mode, dropout=dropout)
-    )
+    tables = []
+    for title, mode, dropout in (
+        ("Forward and backward:", "both", False),
+        ("Forward, keeping what the backward needs:", "forward", False),
+        ("Backward alone:", "backward", False),
+        ("Forward without gradients (decoding):", "inference", False),
+        ("Forward and backward with dropout of x:", "both", True),
+    ):
+        if of_mode := in_mode(rows, mode, dropout=dropout):
+            tables.append(f"{title}\n\n{_layer_table(of_mode)}")
+    return "\n\n".join(tables)
 
 
-def layer_table(rows: list[dict], mode: str, *, dropout: bool = False) -> str:
+def _layer_table(rows: list[dict]) -> str:
     """One row per shape: the frozen layer's time, every contender's median ratio to it, and GOAT's to PEFT LoRA.
 
     A ratio of a CUDA graph is to the CUDA graph of the frozen layer, or of LoRA.
     """
-    rows = in_mode(rows, mode, dropout=dropout)
-    names = adapters(rows)
-    over_lora = [
-        (name, quantity, words)
+    columns = [(name, "ratio", name) for name in adapters(rows)]
+    columns += [
+        (name, quantity, f"{name} / {words}")
         for quantity, words in (("lora_ratio", "LoRA"), ("half_lora_ratio", "LoRA in x's dtype"))
-        for name in names
+        for name in adapters(rows)
         if "compiled" not in name and any(row["contender"] == name and f"{quantity}_p50" in row for row in rows)
     ]
-    head = [*_SHAPE, "frozen, ms", *names, *(f"{name} / {words}" for name, _, words in over_lora)]
-    lines = []
-    for key, of_shape in by_shape(rows).items():
-        ratios = [_median(of_shape.get(name)) for name in names]
-        ratios += [_median(of_shape.get(name), quantity) for name, quantity, _ in over_lora]
-        lines.append([*_shape(key), _frozen_ms(of_shape), *ratios])
-    return markdown(head, lines)
+    lines = [
+        [*_shape(key), _frozen_ms(of_shape), *(_median(of_shape.get(name), quantity) for name, quantity, _ in columns)]
+        for key, of_shape in _grouped(rows, (*_LETTERS, "E", "K")).items()
+    ]
+    return markdown([*_SHAPE, "frozen, ms", *(words for _, _, words in columns)], lines)
 
 
 def summary_table(rows: list[dict], backend: str) -> str:
@@ -131,7 +120,7 @@ def summary_table(rows: list[dict], backend: str) -> str:
     head = [*_SHAPE, "residual", "frozen, ms"]
     head += ["PEFT LoRA / frozen", "GOAT / frozen", "GOAT / PEFT LoRA", "expert loop / frozen"]
     lines = []
-    for key, of_shape in by_shape(in_mode(rows, "both")).items():
+    for key, of_shape in _grouped(in_mode(rows, "both"), (*_LETTERS, "E", "K")).items():
         for form in ("fold", "path"):
             goat = f"GOAT {form}, {backend}"
             if goat in of_shape:
@@ -139,21 +128,6 @@ def summary_table(rows: list[dict], backend: str) -> str:
                 ratios = [_median(of_shape.get(name), quantity) for name, quantity in pairs]
                 lines.append([*_shape(key), f"`{form}`", _frozen_ms(of_shape), *ratios])
     return markdown(head, lines)
-
-
-def layer_summary(rows: list[dict], backend: str) -> str:
-    """From where to where GOAT's ratios to the frozen layer and to PEFT's LoRA go, over the shapes."""
-    sentences = []
-    for form in ("fold", "path"):
-        found = [row for row in in_mode(rows, "both") if row["contender"] == f"GOAT {form}, {backend}"]
-        found = [row for row in found if {"ratio_p50", "lora_ratio_p50"} <= row.keys()]
-        if found:
-            to_frozen, to_lora = ([row[f"{quantity}_p50"] for row in found] for quantity in ("ratio", "lora_ratio"))
-            sentences.append(
-                f"`{form}` takes {min(to_frozen):.2f} to {max(to_frozen):.2f} of the frozen layer's time and "
-                f"{min(to_lora):.2f} to {max(to_lora):.2f} of PEFT LoRA's"
-            )
-    return "; ".join(sentences) + "." if sentences else ""
 
 
 # --- the other suites -----------------------------------------------------------------------------------------------
@@ -171,7 +145,7 @@ def kernels_table(rows: list[dict]) -> str:
     head = [*_SHAPE, "form", "pass", "contender", "ms", "floor, ms", "GB/s", "TFLOP/s", "% of roofline"]
     lines = [
         [
-            *(*_shape([row[letter] for letter in "TNMR"]), row["residual"], row["pass"], row["contender"]),
+            *(*_shape(part_of(row, _LETTERS)), row["residual"], row["pass"], row["contender"]),
             *(number(row[name]) for name in ("time_ms_p50", "floor_ms", "gb_per_s", "tflops")),
             f"{row['roofline_percent']:.0f}",
         ]
@@ -180,30 +154,19 @@ def kernels_table(rows: list[dict]) -> str:
     return f"{ceilings}\n\n{markdown(head, lines)}"
 
 
-def roofline_table(rows: list[dict]) -> str:
-    """One row per ceiling and size."""
-    lines = []
-    for row in timed(rows):
-        is_product = row["contender"] == "product"
-        size = f"{row['size']} x {row['size']}" if is_product else f"{row['size'] / _MIB:.0f} MiB"
-        rate = f"{number(row['tflops'])} TFLOP/s" if is_product else f"{number(row['gb_per_s'])} GB/s"
-        lines.append([row["contender"], row["dtype"] if is_product else "float32", size, rate])
-    return markdown(["what", "dtype", "size", "fastest rate"], lines)
-
-
 def memory_table(rows: list[dict]) -> str:
     """Saved for backward beside x and the parameters, and the peak, in MiB."""
 
     def cell(row: dict | None) -> str:
         return "-" if row is None else f"{row['saved_for_backward_bytes'] / _MIB:.2f} / {number(row['peak_mib'])}"
 
-    names = contenders(rows)
+    names = [FROZEN, *adapters(rows)]
     lines = [
         [
             *(*_shape(key), number(next(iter(of_shape.values()))["x_bytes"] / _MIB)),
             *(cell(of_shape.get(name)) for name in names),
         ]
-        for key, of_shape in by_shape(rows).items()
+        for key, of_shape in _grouped(rows, (*_LETTERS, "E", "K")).items()
     ]
     return markdown([*_SHAPE, "x, MiB", *(f"{name}: saved / peak" for name in names)], lines)
 
@@ -223,7 +186,8 @@ def scaling_table(rows: list[dict]) -> str:
 
 def by_varied(rows: list[dict]) -> dict[tuple[str, int], dict[str, dict]]:
     """(letter, its value) -> contender -> row."""
-    return _grouped(rows, lambda row: (row["varied"], row[row["varied"]]), lambda row: row["contender"])
+    found = _grouped(rows, ("varied", "T", "N", "R", "E", "K"))
+    return {(letter, dict(zip("TNREK", sizes, strict=True))[letter]): of for (letter, *sizes), of in found.items()}
 
 
 def model_table(rows: list[dict]) -> str:
@@ -241,26 +205,21 @@ def model_table(rows: list[dict]) -> str:
 
 def tuning_table(rows: list[dict]) -> str:
     """One row per kernel: the table's tile, and the fastest of it and its neighbours."""
-    fields = ("T", "N", "M", "R", "residual", "pass")
-    kernels = _grouped(rows, lambda row: tuple(row[name] for name in fields), lambda row: row["contender"])
     lines = []
-    for key, of_kernel in kernels.items():
+    for key, of_kernel in _grouped(rows, (*_LETTERS, "residual", "pass")).items():
         table = next((row for row in of_kernel.values() if row["is_in_table"]), None)
         best = min(of_kernel.values(), key=lambda row: row["time_ms_p50"])
         of_table = ["-", "-"] if table is None else [table["contender"], number(table["time_ms_p50"])]
-        lines.append(
-            [*_shape(key), *key[4:], *of_table, str(len(of_kernel)), best["contender"], _median(best, digits=3)]
-        )
+        of_best = [str(len(of_kernel)), best["contender"], _median(best, digits=3)]
+        lines.append([*_shape(key), *key[4:], *of_table, *of_best])
     head = [*_SHAPE, "form", "kernel", "table's tile", "ms", "tried", "fastest", "/ table's"]
     return markdown(head, lines)
 
 
 def host_table(rows: list[dict]) -> str:
     """One row per shape and contender: what a call costs the host, in microseconds, and what it launches."""
-    fields = ("T", "N", "M", "R", "contender", "how")
-    calls = _grouped(rows, lambda row: tuple(row[name] for name in fields), lambda row: row["mode"])
     lines = []
-    for key, of_mode in calls.items():
+    for key, of_mode in _grouped(rows, (*_LETTERS, "contender", "how"), "mode").items():
         both = of_mode.get("both")
         times = [number(1e3 * of_mode[m]["time_ms_p50"]) if m in of_mode else "-" for m in TRAINING_MODES]
         launches = f"{both['triton_launches']} of ours" if both and "triton_launches" in both else "-"

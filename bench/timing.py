@@ -63,12 +63,7 @@ def copies_for(input_bytes: int, cache_bytes: int) -> int:
 
 
 def time_interleaved(
-    steps: Mapping[object, Step],
-    *,
-    device: torch.device,
-    copies: int,
-    rounds: int,
-    warmup: int = 3,
+    steps: Mapping[object, Step], *, device: torch.device, copies: int, rounds: int, warmup: int = 3
 ) -> dict[object, Samples]:
     """Time every contender once per round, in an order that rotates from round to round.
 
@@ -136,14 +131,6 @@ def sample_ms(step: Step, device: torch.device, copies: int, calls: int, first: 
     return (time.perf_counter() - before) * 1e3 / calls
 
 
-def fastest_ms(step: Step, device: torch.device, rounds: int) -> float:
-    """The fastest round of one step on its own: for the machine's ceilings, which have nobody beside them."""
-    calls = 1
-    for _ in range(2):  # the first call of all warms up
-        calls = _calls_to_fill(step, sample_ms(step, device, 1, calls), device)
-    return min(sample_ms(step, device, 1, calls) for _ in range(rounds))
-
-
 @contextmanager
 def no_collection() -> Iterator[None]:
     """No garbage collection inside a sample."""
@@ -158,10 +145,3 @@ def no_collection() -> Iterator[None]:
 def in_words(failure: BaseException) -> str:
     """What was raised, on one line; a compiler's message would go on for pages."""
     return f"raised {type(failure).__name__}: {' '.join(str(failure).split())[:300]}".removesuffix(": ")
-
-
-def without_time(failure: Exception) -> dict:
-    """What a row has in place of a time: "skipped" where a package is not installed, "failed" otherwise."""
-    if isinstance(failure, ModuleNotFoundError):
-        return {"skipped": f"the package {failure.name} is not installed"}
-    return {"failed": in_words(failure)}

@@ -12,10 +12,18 @@ Exit code: 0 if the file was written.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 from bench.command import DTYPES, whole
+from bench.tuning import candidates, choices_of, tune, words_of
+from goat_kernels.backends import why_not_auto
+from goat_kernels.checks.problem import LayerCase
 from goat_kernels.command_errors import CommandError
+from goat_kernels.kernels.tiles import TILES_VARIABLE, write_entries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,34 +58,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"--r {arguments.r} must be a multiple of --num-experts {arguments.num_experts}")
     if arguments.top_k > arguments.num_experts:
         raise CommandError(f"--top-k {arguments.top_k} must be at most --num-experts {arguments.num_experts}")
-    import torch
-
-    from goat_kernels.backends import why_not_auto
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = why_not_auto("triton", device, getattr(torch, arguments.dtype))
     if reason is not None:
         raise CommandError(f"there is nothing to tune here: {reason}")
-    from tqdm import tqdm
-
-    from bench.tuning import candidates, choices_of, tune, words_of
-    from goat_kernels.checks.problem import LayerCase
-    from goat_kernels.kernels.tiles import TILES_VARIABLE, write_entries
-
-    layers = [
-        LayerCase(
-            T,
-            arguments.in_features,
-            arguments.out_features,
-            R=arguments.r,
-            E=arguments.num_experts,
-            K=arguments.top_k,
-            dtype=getattr(torch, arguments.dtype),
-            path=arguments.residual == "path",
-            dropout_p=0.05 if arguments.dropout else 0.0,
-        )
-        for T in arguments.tokens
-    ]
+    layer = LayerCase(
+        arguments.tokens[0],
+        arguments.in_features,
+        arguments.out_features,
+        R=arguments.r,
+        E=arguments.num_experts,
+        K=arguments.top_k,
+        dtype=getattr(torch, arguments.dtype),
+        path=arguments.residual == "path",
+        dropout_p=0.05 if arguments.dropout else 0.0,
+    )
+    layers = [replace(layer, T=T) for T in arguments.tokens]
     total = sum(len(candidates(c, arguments.candidates)) for layer in layers for c in choices_of(layer, device))
     with tqdm(total=total, unit="tile") as bar:
         entries = tune(layers, device, lambda measurement: bar.update(), limit=arguments.candidates)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.cases import BenchSettings, Case
-from bench.passes import PASSES, expected_of, results_error
-from bench.steps import too_far, worst
+from bench.passes import expected_of, results_error
+from bench.steps import checked, worst
 from bench.timing import in_words
 from goat_kernels.backends import why_not_auto
 from goat_kernels.checks.problem import LayerCase, compile_ahead, make_problem, run_passes
@@ -34,7 +34,6 @@ from goat_kernels.kernels.configs import (
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.kernels.passes import TritonPasses
 from goat_kernels.kernels.tiles import Entry, Tile
-from goat_kernels.numerics import TOLERANCES
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,8 @@ def sums_per_thread(kernel: str, tile: Tile, columns: int) -> int:
     return sums.get(kernel, tile.rows * columns) // (32 * tile.warps)
 
 
-def _is_valid(tile: Tile, choice: Choice) -> bool:
-    return (
-        invalid_reason(choice.kernel, tile, choice.columns, choice.itemsize, choice.target, choice.read_itemsize)
-        is None
-    )
+def _is_valid(tile: Tile, c: Choice) -> bool:
+    return invalid_reason(c.kernel, tile, c.columns, c.itemsize, c.target, c.read_itemsize) is None
 
 
 def candidates(choice: Choice, limit: int | None = None) -> list[Tile]:
@@ -133,10 +129,7 @@ def choices_of(layer: LayerCase, device: torch.device) -> list[Choice]:
 
 
 def measure(
-    layer: LayerCase,
-    device: torch.device,
-    tiles: dict[Choice, list[Tile]],
-    time_ms: Callable[[Launch], float] = device_time_ms,
+    layer: LayerCase, device: torch.device, tiles: dict[Choice, list[Tile]], time_ms: Callable[[Launch], float]
 ) -> Iterator[Measurement]:
     """Time every tile of every choice in a forward and backward of ``layer``.
 
@@ -150,7 +143,7 @@ def measure(
     if device.type == "cuda":
         pairs = [(choice.kernel, tile) for choice, of_choice in tiles.items() for tile in of_choice]
         compile_ahead([make_problem(layer, "meta")], device, pairs)
-    expected = {name: of_pass for name, of_pass in expected_of(problem).items() if name in PASSES}
+    expected = expected_of(problem)
     for choice, tile in ((choice, tile) for choice, of_choice in tiles.items() for tile in of_choice):
         times: list[float] = []
 
@@ -166,9 +159,8 @@ def measure(
         except Exception as failure:  # it does not compile, or needs more than a program has: what a search is for
             yield Measurement(choice, tile, reason={"skipped": in_words(failure)})
             continue
-        bound = TOLERANCES[layer.dtype].relative
-        if not error <= bound:
-            yield Measurement(choice, tile, reason={"failed": too_far(error, bound)})
+        if "failed" in (fields := checked(error, layer.dtype)):
+            yield Measurement(choice, tile, reason=fields)
         elif not times:
             yield Measurement(choice, tile, reason={"skipped": "with this tile the pass takes another form"})
         else:
@@ -202,17 +194,11 @@ def tune(
         for choice, one in fastest.items():
             key = (choice.kernel, choice.itemsize, choice.columns, choice.target.family)
             best.setdefault(key, set()).add(one.tile)
-    return [
-        Entry(
-            kernel,
-            itemsize,
-            columns,
-            tuple(sorted(tiles, key=lambda tile: -tile.rows)),
-            family,
-            min_columns=columns // 2 + 1,
-        )
-        for (kernel, itemsize, columns, family), tiles in best.items()
-    ]
+    entries = []
+    for (kernel, itemsize, columns, family), tiles in best.items():
+        by_height = tuple(sorted(tiles, key=lambda tile: -tile.rows))
+        entries.append(Entry(kernel, itemsize, columns, by_height, family, min_columns=columns // 2 + 1))
+    return entries
 
 
 # --- the suite ------------------------------------------------------------------------------------------------------
@@ -222,11 +208,11 @@ def tuning_rows(case: Case, settings: BenchSettings) -> Iterator[dict]:
     """Every kernel of the case's layers, in each form."""
     reason = why_not_auto("triton", settings.device, settings.dtype)
     if reason is not None:
-        yield {**case.row(), "contender": "tiles of the Triton kernels", "skipped": reason}
+        yield {"contender": "tiles of the Triton kernels", "skipped": reason}
         return
     for form in case.forms:
-        common = {**case.row(), **settings.dtypes(), "residual": form, "mode": "launches"}
-        yield from ({**common, **row} for row in tile_rows(case.layer(settings.dtype, form), settings.device))
+        for row in tile_rows(case.layer(settings.dtype, form), settings.device):
+            yield {"residual": form, "mode": "launches", **row}
 
 
 def tile_rows(

@@ -12,29 +12,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from benchmark_cases import CPU, SMALL, quick
 
-from bench import (
-    command,
-    layer_suites,
-    machine,
-    memory,
-    models,
-    passes,
-    plots,
-    report,
-    results,
-    suites,
-    tables,
-    tuning,
-)
-from bench.cases import kernel_cases, layer_cases, memory_cases, scaling_cases
-from bench.layers import FROZEN, HALF_LORA, KINDS, LORA
+from bench import machine, memory, models, passes, plots, report, results, suites, tables, tuning
+from bench.cases import KERNELS, LAYERS, MEMORY, SCALING
+from bench.layers import FROZEN, HALF_LORA, LORA, layer_rows
 from goat_kernels.checks.problem import LayerCase, make_problem
 from goat_kernels.cli import bench, main
 from goat_kernels.linear import GoatLinear
@@ -46,26 +32,20 @@ ROOT = Path(__file__).parents[2]
 # --- suites and results ---------------------------------------------------------------------------------------------
 
 
-def test_the_command_knows_the_suites_and_the_kinds():
-    assert tuple(suites.SUITES) == command.SUITE_NAMES
-    assert command.KINDS == KINDS
-    assert set(plots.FIGURES) <= set(suites.SUITES)
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_standard_cases(device):
-    assert all(case.R % case.E == 0 and case.K <= case.E for case in layer_cases(device, quick=False))
-    scaled = scaling_cases(device, quick=False)
-    assert all(case.R % case.E == 0 and case.K <= case.E for case in scaled)
-    assert Counter(case.varied for case in scaled).keys() == set("TNREK")
-    assert kernel_cases(device, quick=False)
+    assert all(case.R % case.E == 0 and case.K <= case.E for case in (*LAYERS[device], *SCALING[device]))
+    assert {case.varied for case in SCALING[device]} == set("TNREK")
+    assert KERNELS[device]
+    of_memory = tuple(case for case in LAYERS[device] if "both" in case.modes and not case.dropout_p)
+    assert of_memory == MEMORY[device]
 
 
 def test_the_shapes_with_a_target_are_measured_in_both_forms_and_with_dropout():
     targets = [(8192, 4096, 4096, 32), (8192, 4096, 4096, 8), (8192, 4096, 11008, 32), (8192, 11008, 4096, 32)]
     targets += [(8192, 5120, 13824, 128), (8192, 13824, 5120, 128), (16384, 8192, 8192, 64)]
     targets += [(3200, 768, 768, 8), (3200, 768, 3072, 8)]
-    cases = layer_cases("cuda", quick=False)
+    cases = LAYERS["cuda"]
     assert all(case.forms == ("fold", "path") for case in cases)
     of_mode = {
         (mode, dropout): [(c.T, c.N, c.M, c.R) for c in cases if mode in c.modes and c.dropout_p == dropout]
@@ -73,16 +53,14 @@ def test_the_shapes_with_a_target_are_measured_in_both_forms_and_with_dropout():
     }
     assert of_mode["both", 0.0] == of_mode["both", 0.05] == targets
     assert of_mode["inference", 0.0] == [(T, 4096, 4096, 32) for T in (1, 16, 64)]
-    assert not any(case.dropout_p for case in memory_cases("cuda", quick=False))
 
 
 def test_a_case_with_dropout_times_what_drops_and_nothing_else():
     case = dataclasses.replace(SMALL, modes=("both",), dropout_p=0.25)
-    rows = {row["contender"]: row for row in layer_suites.layer_rows(case, quick(dtype=torch.bfloat16))}
+    rows = {row["contender"]: row for row in layer_rows(case, quick(dtype=torch.bfloat16))}
     timed = {name for name, row in rows.items() if "time_ms_p50" in row}
     assert timed == {FROZEN, LORA, HALF_LORA, "GOAT fold, torch", "GOAT path, torch"}
-    assert all(row["dropout_p"] == 0.25 for row in rows.values())
-    table = tables.layer_tables([{**row, "suite": "layer"} for row in rows.values()])
+    table = tables.layer_tables([{**case.row(), **row} for row in rows.values()])
     assert table.startswith("Forward and backward with dropout")
 
 
@@ -119,16 +97,6 @@ def test_kernels_are_compiled_ahead_for_either_kind_of_scaling():
     kinds = [(p.adapter.residual_rank, p.adapter.scaling_E is None) for p in problems]
     assert kinds == [(0, True), (SMALL.R, False), (SMALL.R, True)]
     assert all(p.x_TN.is_meta and p.adapter.lora_A.is_meta for p in problems)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter has no pools of compilers")
-def test_the_matmul_with_the_rank_as_extra_k_computes_the_layer():
-    problem = make_problem(LayerCase(70, 72, 136, R=16, path=False, dtype=torch.float32), CPU)
-    expected = passes.expected_of(problem)
-    whole = passes.whole_calls("triton", problem)
-    assert {name for name, _ in whole} == {passes.OURS, passes.EXTRA_K} and len(whole) == 4
-    for (_, what), call in whole.items():
-        assert passes.results_error(call(), expected[what], problem) <= TOLERANCES[torch.float32].relative
 
 
 def test_a_router_in_half_precision_is_too_far_off(device):
@@ -172,9 +140,9 @@ def test_neighbours_of_a_tile_are_checked_and_timed_beside_it(monkeypatch):
 
 
 def test_the_layers_of_a_model_are_those_that_are_compiled_ahead():
-    (llama, vit) = models.model_cases("cuda", quick=False)
-    assert {(c.T, c.R) for c in models.model_layers(llama)} == {(8192, 32)}
-    assert {(c.T, c.N, c.M) for c in models.model_layers(vit)} == {
+    llama, vit = models.MODELS["cuda"]
+    assert {(c.T, c.R) for c in llama.layers()} == {(8192, 32)}
+    assert {(c.T, c.N, c.M) for c in vit.layers()} == {
         (3200, 768, 768), (3200, 768, 3072), (3200, 3072, 768),
     }  # fmt: skip
 
@@ -194,7 +162,7 @@ def test_rows_say_what_was_measured_on_what(quick_run):
     needed = {"date", "commit", "device", "gpu", "cpu", "driver", "threads", "versions", "cases", "contender"}
     for row in rows:
         assert needed <= set(row)
-        assert bool({"time_ms_p50", "time_ms_fastest", "peak_mib"} & set(row)) != ("skipped" in row)
+        assert bool({"time_ms_p50", "peak_mib"} & set(row)) != ("skipped" in row)
         assert row["cases"] == "quick"
     text = quick_run.read_text()
     assert str(ROOT) not in text and str(Path.home()) not in text
@@ -215,19 +183,19 @@ def test_every_suite_makes_a_table_and_a_figure(quick_run):
         of_suite = [row for row in rows if row["suite"] == name]
         text = suites.SUITES[name].table(of_suite)
         assert text.count("|") > 10 and "nan" not in text
-        if name in plots.FIGURES:
-            assert plots.png(plots.FIGURES[name], of_suite).startswith(b"\x89PNG")
+        if name == "scaling":
+            assert plots.png(plots.scaling, of_suite).startswith(b"\x89PNG")
 
 
 def test_a_compiled_layer_is_timed_like_the_others():
     case = dataclasses.replace(SMALL, forms=("fold",), modes=("backward", "both"))
     settings = quick(without=frozenset({"lora", "loop", "triton", "graph"}))
-    rows = [row for row in layer_suites.layer_rows(case, settings) if "compiled" in row["contender"]]
+    rows = [row for row in layer_rows(case, settings) if "compiled" in row["contender"]]
     assert [row["mode"] for row in rows if "time_ms_p50" in row] == ["both"]
 
 
 def _suite(cases, rows) -> suites.Suite:
-    return suites.Suite("", tables.layer_tables, rows, lambda device, quick: cases, layers=lambda case: ())
+    return suites.Suite("", tables.layer_tables, rows, {"quick": cases})
 
 
 def test_a_run_that_stopped_goes_on_with_the_case_that_it_was_in(monkeypatch):

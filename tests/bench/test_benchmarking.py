@@ -5,6 +5,7 @@ Nothing here asserts how long anything takes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from benchmark_cases import CPU, SMALL, quick
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import layer_suites, steps, timing
+from bench import layers, steps, timing
 from bench.layers import (
     CONTENDERS,
     FROZEN,
@@ -25,7 +26,7 @@ from bench.layers import (
     layer_error,
     layer_problem,
 )
-from bench.machine import Roofline
+from bench.machine import floor_ms
 from bench.memory import peak_bytes, saved_bytes
 from bench.passes import BASE_BACKWARD, BASE_FORWARD, pass_work
 from goat_kernels.checks.problem import LayerCase, Problem
@@ -88,12 +89,6 @@ def test_a_contender_that_raises_is_out_and_the_others_go_on():
     assert timing.timing_row("raising", timed, {}) == {"failed": "raised RuntimeError: out of luck"}
     assert len(timed["fine"].time_ms) == 9 and timing.timing_row("fine", timed, {"ratio": "fine"})["ratio_p80"] == 1
     assert "ratio_p50" not in timing.timing_row("base", timed, {"ratio": "raising"})  # which has no times
-
-
-def test_ceilings_are_the_fastest_round_and_passes_the_median(monkeypatch):
-    times = iter([9.0, 9.0, 3.0, 1.0, 2.0])
-    monkeypatch.setattr(timing, "sample_ms", lambda *_: next(times))
-    assert timing.fastest_ms(int, CPU, rounds=3) == 1.0
 
 
 @pytest.mark.parametrize(("input_bytes", "copies"), [(100, 1), (50, 2), (33, 4), (0, timing.MAX_COPIES)])
@@ -160,13 +155,22 @@ def _raise(t: Problem) -> nn.Module:
 def test_a_wrong_contender_gets_no_time_and_the_others_do(monkeypatch):
     raising = Contender("raising", "torch", "frozen", _raise)
     contenders = (CONTENDERS[0], _of(_Wrong, "wrong"), _of(_Nan, "nan"), raising, _of(nn.Linear, "right"))
-    monkeypatch.setattr(layer_suites, "CONTENDERS", contenders)
-    rows = list(layer_suites.layer_rows(SMALL, quick()))
+    monkeypatch.setattr(layers, "CONTENDERS", contenders)
+    rows = list(layers.layer_rows(SMALL, quick()))
     timed = {row["contender"] for row in rows if "time_ms_p50" in row}
     failed = {row["contender"]: row["failed"] for row in rows if "failed" in row}
     assert timed == {FROZEN, "right"}
     assert failed["wrong"].endswith("not timed") and "nan" in failed["nan"] and "out of luck" in failed["raising"]
     assert {row["mode"] for row in rows if "mode" in row} == {"forward", "backward", "both"}
+
+
+def test_with_dropout_a_contender_that_is_wrong_without_it_gets_no_time(monkeypatch):
+    monkeypatch.setattr(layers, "CONTENDERS", (CONTENDERS[0], _of(_Wrong, "wrong"), _of(nn.Linear, "right")))
+    case = dataclasses.replace(SMALL, modes=("both",), dropout_p=0.25)
+    rows = {row["contender"]: row for row in layers.layer_rows(case, quick())}
+    assert {name for name, row in rows.items() if "time_ms_p50" in row} == {FROZEN, "right"}
+    assert rows["wrong"]["failed"].endswith("not timed")
+    assert {row["checked"] for row in rows.values()} == {"without dropout"}
 
 
 def test_modes_do_what_they_say(tensors):
@@ -229,9 +233,9 @@ def test_a_riding_gradient_is_counted_with_the_pass_that_it_rides_in():
 
 
 def test_the_floor_is_the_larger_of_the_two():
-    roofline = Roofline(read_gb_per_s=0.5, copy_gb_per_s=1.0, tflops=1.0)
-    assert roofline.floor_ms(10**9, 10**9) == pytest.approx(1000)
-    assert roofline.floor_ms(10**6, 10**12) == pytest.approx(1000)
+    machine = {"machine_read_gb_per_s": 0.5, "machine_copy_gb_per_s": 1.0, "machine_tflops": 1.0}
+    assert floor_ms(machine, 10**9, 10**9) == pytest.approx(1000)
+    assert floor_ms(machine, 10**6, 10**12) == pytest.approx(1000)
 
 
 @pytest.mark.parametrize("form", ["fold", "path"])

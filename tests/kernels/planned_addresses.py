@@ -1,11 +1,16 @@
 """In a process of its own, without Triton's interpreter: what a replayed launch hands to a compiled kernel.
 
-A driver that launches nothing notes the arguments instead (``bench/dry_driver.py``). The third call of a
-layer (replayed) has to launch the same compiled kernels on the same grids with the same numbers as the first, and its
-pointers have to be those of the first, each tensor of the first exchanged for the one that stands in its place.
+A driver that launches nothing (``bench/dry_driver.py``) stands in for the GPU's, and the arguments are noted. The third
+call of a layer (replayed) has to launch the same compiled kernels on the same grids with the same numbers as the first,
+and its pointers have to be those of the first, each tensor of the first exchanged for the one that stands in its place.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -18,18 +23,38 @@ from goat_kernels.backends import get_backend  # noqa: E402
 from goat_kernels.kernels.configs import KNOWN_TARGETS, forced_target  # noqa: E402
 
 
-def step(layer: GoatLinear, T: int) -> tuple[list[dry_driver.Noted], int, list[torch.Tensor]]:
+class Noted(NamedTuple):
+    """One launch: the kernel's name, its grid, its run-time arguments; a pointer is a tensor or an address."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
+@contextmanager
+def noted() -> Iterator[list[Noted]]:
+    """The launches of the block, in order."""
+    notes: list[Noted] = []
+
+    def note(launcher, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments) -> None:
+        notes.append(Noted(launcher.name, (x, y, z), arguments))
+
+    with mock.patch.object(dry_driver.DryLauncher, "__call__", note):
+        yield notes
+
+
+def step(layer: GoatLinear, T: int) -> tuple[list[Noted], int, list[torch.Tensor]]:
     """(launches of a forward and backward, how many are the forward's, the tensors that the caller sees)."""
     x = torch.randn(T, layer.in_features, dtype=layer.weight.dtype, requires_grad=True)
     grad_y = torch.randn(T, layer.out_features, dtype=layer.weight.dtype)
-    with dry_driver.noted() as launched:
+    with noted() as launched:
         y = layer(x)
         of_forward = len(launched)
         gradients = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B, layer.router), grad_y)
     return launched, of_forward, [x, grad_y, y, *gradients]
 
 
-def assert_apart(first: list[dry_driver.Noted], stands_for: dict[int, int]) -> None:
+def assert_apart(first: list[Noted], stands_for: dict[int, int]) -> None:
     """What two allocations of ``first`` are exchanged for does not overlap while both are in use."""
     found: dict[int, tuple[int, int, int, int]] = {}  # where it was -> where it is now, and ends; first, last launch
     for number, launch in enumerate(first):
