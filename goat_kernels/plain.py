@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from goat_kernels.autocast import autocast_disabled
-from goat_kernels.backends.torch_backend import plain_prefill
+from goat_kernels.backends.torch_backend import prefill
 from goat_kernels.forward_backward import Layer
 
 
@@ -40,7 +40,7 @@ def plain_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
         base_output_TM = None if base_output is None else base_output.reshape(-1, base_output.shape[-1])
         if adapter.residual_A is not None:  # constants, whatever they require
             adapter = adapter._replace(residual_A=adapter.residual_A.detach(), residual_B=adapter.residual_B.detach())
-        y_TM, balance_loss = plain_prefill(x_TN, adapter, bias, base_output_TM)
+        y_TM, balance_loss, _ = prefill(x_TN, adapter, bias, base_output_TM, in_place=False)
         if weight is not None:
             y_TM = torch.addmm(y_TM, x_TN, weight.t())
         if balance_coefficient:
