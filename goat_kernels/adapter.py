@@ -66,14 +66,8 @@ class AdapterModule(nn.Module):
     def for_call(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | Tensor]:
         """(lora_A, lora_B, router, residual_A, residual_B, scaling) for one call."""
         parameters, buffers = self._parameters, self._buffers  # past nn.Module's slower look-up of attributes
-        return (
-            parameters["lora_A"],
-            parameters["lora_B"],
-            parameters["router"],
-            buffers["residual_A"],
-            buffers["residual_B"],
-            self.scaling,
-        )
+        trained = (parameters["lora_A"], parameters["lora_B"], parameters["router"])
+        return (*trained, buffers["residual_A"], buffers["residual_B"], self.scaling)
 
     def routed(
         self,

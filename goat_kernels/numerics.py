@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from goat_kernels.reference import select_top_k
-
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -49,25 +47,3 @@ def relative_error(result: Tensor, oracle: Tensor) -> float:
     difference = torch.linalg.vector_norm(result.double() - oracle.double())
     norm = torch.linalg.vector_norm(oracle.double())
     return float(difference / norm) if float(norm) > 0 else float(difference)
-
-
-def selection_mismatch(logits: Tensor, selection: Tensor, top_k: int) -> float:
-    """The largest relative gap by which ``selection`` misses the exact top K of ``logits``; 0 where it is exact.
-
-    Args:
-        logits: [T, E] in high precision.
-        selection: bool [T, E] with ``top_k`` True in each row.
-        top_k: K.
-
-    Returns:
-        max over tokens of (smallest logit that should have been chosen and was not - largest that was chosen and
-        should not have been) / max |logit|; compare it with :data:`SELECTION_GAP`.
-    """
-    exact = select_top_k(logits, top_k)
-    missed, wrong = exact & ~selection, selection & ~exact
-    rows = missed.any(dim=-1)
-    if not bool(rows.any()):
-        return 0.0
-    lost = logits.masked_fill(~missed, float("-inf")).amax(dim=-1)[rows]
-    gained = logits.masked_fill(~wrong, float("inf")).amin(dim=-1)[rows]
-    return float(((lost - gained) / logits.abs().amax(dim=-1)[rows]).max())

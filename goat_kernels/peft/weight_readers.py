@@ -19,7 +19,7 @@ import inspect
 import operator
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import NamedTuple
 
@@ -185,23 +185,14 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
         return None
 
 
-_COMPARISONS: dict[type, Callable] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-}
+_COMPARE = {"Eq": "eq", "NotEq": "ne", "Gt": "gt", "GtE": "ge", "Lt": "lt", "LtE": "le", "Is": "is_", "IsNot": "is_not"}
 
 
 def _value(node: ast.expr, module: nn.Module):
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        compare = _COMPARISONS[type(node.ops[0])]
+        compare = getattr(operator, _COMPARE[type(node.ops[0]).__name__])
         return compare(_value(node.left, module), _value(node.comparators[0], module))
     path = _path(node, "self")
     if not path or "[]" in path or "training" in path or "gradient_checkpointing" in path:
