@@ -27,13 +27,9 @@ _ABANDONED_S = 3600
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary name beside ``target`` to write a file to; renamed to ``target`` when the block succeeds.
+    """A temporary name beside ``target`` to write a file to: renamed when the block succeeds, removed when it raises.
 
-    A symbolic link at ``target`` is replaced, never the file it points to. When the block raises, what it wrote is
-    removed.
-
-    Raises:
-        OSError: nothing can be written there, or a folder is where the file goes.
+    A symbolic link at ``target`` is replaced, never the file it points to.
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,15 +52,6 @@ class InitialAdapter:
         return named | ({"scaling": self.scaling} if isinstance(self.scaling, Tensor) else {})
 
 
-class Triples(NamedTuple):
-    """Singular triples of a weight: U [M, k], S [k] descending, Vt [k, N]."""
-
-    U: Tensor
-    S: Tensor
-    Vt: Tensor
-    error: float = 0.0
-
-
 def initialise_adapter(
     weight: Tensor,
     settings: AdapterSettings,
@@ -97,23 +87,29 @@ def initialise_adapter(
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{name} has entries that are not finite, so it has no singular value decomposition")
     if settings.svd == "randomized":
-        triples = randomized_svd(weight.to(wide), settings.r, generator=generator)
+        U, S, Vt, error = randomized_svd(weight.to(wide), settings.r, generator=generator)
     else:
-        triples = Triples(*torch.linalg.svd(weight.to(wide), full_matrices=False))
+        (U, S, Vt), error = torch.linalg.svd(weight.to(wide), full_matrices=False), 0.0
     router = draw_uniform((E, N), device, dtype, generator)
     chosen = SEGMENT_RULES[settings.init](min(M, N), E, D, settings.seed)
     index = torch.tensor(chosen, device=device)  # [R]
-    S_segments = triples.S[index].reshape(E, D)
-    _warn_about_idle_experts(S_segments, triples.S[0], max(M, N), name)
+    S_segments = S[index].reshape(E, D)
+    zero = S[0] * max(M, N) * torch.finfo(wide).eps  # to the SVD's precision
+    if idle := (S_segments <= zero).all(dim=1).nonzero().flatten().tolist():
+        warnings.warn(
+            f"{name}: the singular values of the segments of experts {idle} are zero, so these experts start at zero "
+            "on both sides and would never learn; use fewer experts, a lower rank, or init='lora'",
+            stacklevel=2,
+        )
     scaling = adapter_scaling(settings, N, S_segments.sum(dim=1))
     s_E = scaling.to(S_segments) if isinstance(scaling, Tensor) else S_segments.new_full((E,), scaling)
     root = (S_segments / (s_E[:, None] * settings.rho)).sqrt().reshape(-1)  # [R]
-    A0 = root[:, None] * triples.Vt[index]
-    B0 = triples.U[:, index] * root
+    A0 = root[:, None] * Vt[index]
+    B0 = U[:, index] * root
     coefficient, residual = settings.w_res_coefficient, None
     if coefficient != 0:
         residual = (A0.to(dtype, copy=True), (coefficient * B0 * s_E.repeat_interleave(D)).to(dtype))
-    return InitialAdapter(A0.to(dtype), B0.to(dtype), router, scaling, residual, triples.error)
+    return InitialAdapter(A0.to(dtype), B0.to(dtype), router, scaling, residual, error)
 
 
 def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight") -> None:
@@ -144,17 +140,15 @@ def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight"
         )
 
 
-def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | None = None) -> Triples:
-    """The ``rank`` largest singular triples by subspace iteration (Halko, Martinsson & Tropp 2011, Alg. 4.4 and 5.1).
+def randomized_svd(
+    matrix: Tensor, rank: int, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(U [M, rank], S [rank] descending, Vt [rank, N], error): the largest singular triples of ``matrix`` [M, N].
 
-    The error is that of the subspace, measured and returned: ||W V - U S||_F / ||S||_F over the returned
-    triples. Six power iterations shrink the share of direction j > rank + 16 by (S_j / S_rank)^13 in each; on a flat
-    spectrum (a random matrix) single vectors still mix with their neighbours, while the subspace's energy is right.
-
-    Args:
-        matrix: [M, N], float32 or float64, finite.
-        rank: how many triples.
-        generator: CPU generator of the random start.
+    By subspace iteration (Halko, Martinsson & Tropp 2011, Alg. 4.4 and 5.1), from a start that ``generator`` draws on
+    the CPU. The error is that of the subspace, measured: ||W V - U S||_F / ||S||_F. Six power iterations shrink the
+    share of direction j > rank + 16 by (S_j / S_rank)^13; on a flat spectrum (a random matrix) single vectors still mix
+    with their neighbours, while the subspace's energy is right.
     """
     M, N = matrix.shape
     columns = min(rank + _OVERSAMPLING, M, N)
@@ -167,7 +161,7 @@ def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | No
     U, S, Vt = (Q @ U)[:, :rank], S[:rank], Vt[:rank]
     # Vt comes from Q^T W, so W^T U = V S holds by construction; the error of the subspace shows on the other side.
     error = torch.linalg.norm(matrix @ Vt.T - U * S) / torch.linalg.norm(S).clamp_min(torch.finfo(S.dtype).tiny)
-    return Triples(U, S, Vt, error=float(error))
+    return U, S, Vt, float(error)
 
 
 def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None = None) -> float | Tensor:
@@ -180,17 +174,6 @@ def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: T
     rule = SCALING_RULES[settings.scaling]
     scaling = rule(in_features, settings.expert_rank, settings.eta, settings.lora_alpha, segment_sums)
     return scaling.float() if isinstance(scaling, Tensor) else scaling
-
-
-def _warn_about_idle_experts(S_segments: Tensor, largest: Tensor, longest_side: int, name: str) -> None:
-    zero = largest * longest_side * torch.finfo(S_segments.dtype).eps  # zero to the SVD's precision
-    idle = (S_segments <= zero).all(dim=1).nonzero().flatten().tolist()
-    if idle:
-        warnings.warn(
-            f"{name}: the singular values of the segments of experts {idle} are zero, so these experts start at zero "
-            "on both sides and would never learn; use fewer experts, a lower rank, or init='lora'",
-            stacklevel=3,
-        )
 
 
 def draw_uniform(

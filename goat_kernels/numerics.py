@@ -36,12 +36,7 @@ SELECTION_GAP: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.float64: 1
 
 
 def relative_error(result: Tensor, oracle: Tensor) -> float:
-    """||result - oracle|| / ||oracle|| in float64; the absolute error where the oracle is zero; NaN where any is.
-
-    Args:
-        result: any shape and floating dtype.
-        oracle: the same shape.
-    """
+    """||result - oracle|| / ||oracle|| in float64; the absolute error where the oracle is zero; NaN where any is."""
     if result.shape != oracle.shape:
         raise ValueError(f"result must have the oracle's shape {tuple(oracle.shape)}, got {tuple(result.shape)}")
     difference = torch.linalg.vector_norm(result.double() - oracle.double())

@@ -1,9 +1,8 @@
 """The passes in plain PyTorch: the fast path on a CPU, and where Triton cannot run.
 
 Each pass is a handful of torch calls, because at small sizes the number of calls is the cost. Per-expert quantities
-are laid out expert-major, [E, T]: a softmax or a maximum over eight experts then runs along contiguous tokens, and
-is several times faster than over rows of eight. Repeating a gate D times, and summing D products, are
-products with a constant 0/1 matrix for the same reason.
+are laid out expert-major, [E, T], because a softmax along contiguous tokens is several times faster than over rows of
+eight; repeating a gate D times, and summing D products, are products with a constant 0/1 matrix.
 
 In float32 and float64 the router and the residual ride in the same product as lora_A, so x is read once; in half
 precision the router takes a float32 product of its own, because a bfloat16 one would pick other experts.

@@ -1,10 +1,7 @@
 """Adapters of others as adapters of this package, and a plain LoRA that approximates one of this package.
 
-In come the GOAT-PEFT repository's adapters, and PEFT's LoRA and PiSSA as E = 1. Both publish a low-rank pair beside a
-base weight that may have been changed when training began (W0 - W_res). What was subtracted is in neither file. It
-becomes the frozen residual pair here, so the converted adapter sits on the unchanged W0; where it cannot be known,
-conversion is refused and the message says what is missing.
-
+In come the GOAT-PEFT repository's adapters, and PEFT's LoRA and PiSSA as E = 1. What their training subtracted from
+W0 is in neither file; it becomes the frozen residual pair here, and where it cannot be known, conversion is refused.
 Out goes a LoRA in which every token gets the same gates: an approximation, with its error.
 """
 
@@ -66,9 +63,7 @@ def from_goat_peft(
     """An adapter of the public code (github.com/Facico/GOAT-PEFT), whose folder lacks part of what it computes with.
 
     Its file has ``lora_A.<i>.weight`` [D, N], ``lora_B.<i>.weight`` [M, D] and ``lora_gating.weight`` [E, N] for each
-    module, and the experts once more below ``moe_layer``. The weights that it ran on, W0 - init_cof s B0 A0 from an SVD
-    of W0, it does not have; the SVD is run again here. Over a half-precision base the public code rounded that
-    difference, and this package does not.
+    module, and the experts once more below ``moe_layer``. The SVD of W0 behind what was subtracted is run again here.
 
     Args:
         folder: the adapter.

@@ -51,26 +51,15 @@ def has_weights(folder: Path) -> bool:
 
 
 def check_adapter_folder(
-    folder: Path,
-    settings_of: Callable[[str], AdapterSettings],
-    *,
-    weights_sha256: str | None,
-    allow_pickle: bool,
+    folder: Path, settings_of: Callable[[str], AdapterSettings], *, weights_sha256: str | None, allow_pickle: bool
 ) -> dict[str, tuple[int, int]]:
     """Raise unless the weights in ``folder`` are whole and fit the configuration; a folder without weights passes.
 
-    Checked are the file's header and length, its SHA-256 where the configuration has it (every adapter saved through
-    PEFT's ``save_pretrained`` does), and the dtypes and shapes of its tensors against r, num_experts and the patterns.
-
-    ``settings_of`` gives the hyper-parameters of a module by the configuration, ``weights_sha256`` is its digest of
-    the weights, if it has one, and ``allow_pickle`` says whether the caller asked for pickled files.
+    Checked are the file's header and length, its digest where the configuration has ``weights_sha256``, and the dtypes
+    and shapes of its tensors against what ``settings_of`` a module's name says. A pickled file needs ``allow_pickle``.
 
     Returns:
         Module name -> (out_features, in_features) of every adapted module in the file.
-
-    Raises:
-        ValueError: a damaged or changed file, one that does not fit the configuration, or a pickled one that nobody
-            asked for.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
@@ -177,15 +166,10 @@ class ConvertedAdapter:
     tensors: dict[str, Tensor]
 
     def save(self, folder: str | Path, *, overwrite: bool = False, notes: dict | None = None) -> None:
-        """Write an adapter folder, whole or not at all.
-
-        Args:
-            folder: where to; must not exist unless ``overwrite``.
-            overwrite: replace the adapter's files in an existing folder.
-            notes: name -> content of JSON files to write beside.
+        """Write an adapter folder, whole or not at all, with ``notes`` (name -> content) as JSON files beside.
 
         Raises:
-            FileExistsError: ``folder`` exists and ``overwrite`` is not set.
+            FileExistsError: ``folder`` exists and ``overwrite``, which replaces its files, is not set.
         """
         check_new(folder, overwrite)
         with written_whole(Path(folder)) as temporary:

@@ -4,10 +4,8 @@ A layer that the user named and GOAT cannot adapt is refused. Where "all-linear"
 named it, it is left out, with one warning that lists all of them. Then ``target_modules`` become the names of what is
 adapted, so that a saved adapter is loaded onto the same layers by PEFT's own rules.
 
-Experts of mixture-of-experts models are parameters rather than linear layers, and are named where they are left out.
 transformers 5 keeps the experts of a layer in stacked parameters, such as ``mlp.experts.gate_up_proj`` of shape
-[experts, 2 * intermediate, hidden]. PEFT's LoRA adapts them through ``target_parameters``, and turns names such as
-``gate_proj`` into these; GOAT adapts modules alone.
+[experts, 2 * intermediate, hidden]; GOAT adapts linear layers alone, and names the experts where it leaves them out.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from transformers.core_model_loading import WeightConverter
 from goat_kernels.initialisation import check_weight
 from goat_kernels.peft.base_layer import check_base_layer, check_foldable, features, is_meta, modules_outside_adapters
 from goat_kernels.peft.config import GoatConfig
-from goat_kernels.peft.weight_readers import Reader, weight_readers
+from goat_kernels.peft.weight_readers import weight_readers
 
 #: An adapter of so many numbers for each of its weight, and of more than a gigabyte, is a mistake or an attack.
 _MOST_PER_WEIGHT = 64
@@ -98,7 +96,7 @@ def _problems(config: GoatConfig, targets: dict[str, nn.Module], model: nn.Modul
         try:
             check_base_layer(base, name)
             if id(modules[name]) in readers:
-                _refuse_read_layer(config, name, readers[id(modules[name])])
+                _refuse_read_layer(config, name, *readers[id(modules[name])])
             if config.init_weights:
                 N, M = features(base)
                 check_weight(torch.empty(M, N, device="meta"), config.settings(name), name)  # the shape decides
@@ -107,16 +105,16 @@ def _problems(config: GoatConfig, targets: dict[str, nn.Module], model: nn.Modul
     return problems
 
 
-def _refuse_read_layer(config: GoatConfig, name: str, reader: Reader) -> None:
-    if reader.certain and not config.initialised:
+def _refuse_read_layer(config: GoatConfig, name: str, place: str, certain: bool) -> None:
+    if certain and not config.initialised:
         raise ValueError(
-            f"{reader.place} computes with the weight of {name} without calling it, so an adapter there has no effect; "
+            f"{place} computes with the weight of {name} without calling it, so an adapter there has no effect; "
             "name other modules in target_modules, or leave this one out with exclude_modules"
         )
     # Loaded adapters were made before this was refused; on some paths the layer may have been called, and trained.
-    certainly = "computes" if reader.certain else "seems to compute"
+    certainly = "computes" if certain else "seems to compute"
     warnings.warn(
-        f"{reader.place} {certainly} with the weight of {name} without calling it; where it does, an adapter there has "
+        f"{place} {certainly} with the weight of {name} without calling it; where it does, an adapter there has "
         "no effect: see whether its parameters get gradients, or leave the layer out (exclude_modules)",
         stacklevel=2,
     )

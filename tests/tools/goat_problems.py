@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from goat_kernels import goat_linear, goat_reference
+from goat_kernels.dropout import keep_masks
 from goat_kernels.numerics import TOLERANCES, relative_error
 from goat_kernels.reference import select_top_k
 
@@ -256,3 +257,8 @@ def selection_mismatch(logits: Tensor, selection: Tensor, top_k: int) -> float:
     lost = logits.masked_fill(~missed, float("-inf")).amax(dim=-1)[rows]
     gained = logits.masked_fill(~wrong, float("inf")).amin(dim=-1)[rows]
     return float(((lost - gained) / logits.abs().amax(dim=-1)[rows]).max())
+
+
+def keep_mask(seed: Tensor, T: int, N: int, slot: int, dropout_p: float) -> Tensor:
+    """The mask of one slot, bool [T, N]; see :func:`goat_kernels.dropout.keep_masks`."""
+    return list(keep_masks(seed, T, N, slot + 1, dropout_p))[slot]
