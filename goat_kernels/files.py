@@ -50,9 +50,9 @@ def write_json(target: Path, content: object) -> None:
 def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder to write to, whose files take their places in ``folder`` when the block succeeds.
 
-    Files of ``folder`` that the block did not write stay. When the block raises, ``folder`` is as it was, or absent as
-    it was. When the process is killed, every file of ``folder`` is whole: the old ones, the new ones, or, between two
-    renames, new weights beside an old configuration, whose own :func:`prepared_config_files` then finds.
+    Files of ``folder`` that the block did not write stay. When the block raises, ``folder`` is as it was. When the
+    process is killed, every file is whole: the old ones, the new ones, or, between two renames, new weights beside an
+    old configuration, whose own :func:`prepared_config_files` then finds.
     """
     folder = folder.absolute()
     exists = folder.is_dir()

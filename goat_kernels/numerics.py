@@ -5,29 +5,25 @@ Tests, ``goat-kernels check`` and benchmarks all read this table; no other file 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """Bounds on :func:`relative_error` for one dtype, and why they are what they are."""
+class Tolerance(NamedTuple):
+    """The bound on :func:`relative_error` for one dtype."""
 
     relative: float
-    reason: str
 
 
 #: Error of output, balance loss and every gradient against the float64 oracle on the same selection, for random
 #: inputs of unit scale. At N, T up to some thousands a float product loses about eps * sqrt(N) relative to the norm.
 TOLERANCES: dict[torch.dtype, Tolerance] = {
-    torch.float64: Tolerance(
-        1e-10, "eps is 2.2e-16; what two orders of summation may differ by, with four orders of magnitude to spare"
-    ),
-    torch.float32: Tolerance(1e-5, "eps is 1.2e-7; sums over N and T of up to some thousands of terms"),
-    torch.float16: Tolerance(4e-3, "eps is 9.8e-4; hidden, output and gradients are each rounded to 10 bits"),
-    torch.bfloat16: Tolerance(3e-2, "eps is 7.8e-3; hidden, output and gradients are each rounded to 7 bits"),
+    torch.float64: Tolerance(1e-10),  # eps is 2.2e-16; two orders of summation, with four orders of magnitude to spare
+    torch.float32: Tolerance(1e-5),  # eps is 1.2e-7; sums over N and T of up to some thousands of terms
+    torch.float16: Tolerance(4e-3),  # eps is 9.8e-4; hidden, output and gradients are each rounded to 10 bits
+    torch.bfloat16: Tolerance(3e-2),  # eps is 7.8e-3; hidden, output and gradients are each rounded to 7 bits
 }
 
 #: Largest gap between the K-th and the next logit, relative to the largest |logit|, at which two implementations may

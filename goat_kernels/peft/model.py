@@ -102,9 +102,8 @@ class GoatModel(BaseTuner):
                     peft_config.settings(name), *features(base), adapter_device(base), adapter_dtype(base)
                 )
             return
-        # An adapter that shares its configuration object with one that is there starts from that one's frozen pair: no
-        # SVD is run, and the pairs are the same bit for bit. TRL adds its reference adapter so, and copies the policy's
-        # parameters onto it, but not its buffers.
+        # An adapter that shares its configuration object with one that is there starts from that one's frozen pair, bit
+        # for bit. TRL adds its reference adapter so, and copies the policy's parameters onto it, but not its buffers.
         for name, layer in adapted.items():
             if self._twin not in layer.goat_adapter:
                 continue

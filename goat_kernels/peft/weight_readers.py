@@ -100,12 +100,10 @@ def _reads(code: CodeType) -> tuple[list[_Read], bool]:
         definition = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
         return [], False
-    arguments = getattr(definition, "args", None)
-    first = (arguments.posonlyargs + arguments.args)[:1] if arguments else []
-    if not first:
+    if not isinstance(definition, ast.FunctionDef) or not code.co_argcount:
         return [], False
     found: list[_Read] = []
-    _collect(definition, first[0].arg, (), found)
+    _collect(definition, code.co_varnames[0], (), found)
     return found, "super()" in source
 
 
