@@ -52,7 +52,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
     Files of ``folder`` that the block did not write stay. When the block raises, ``folder`` is as it was. When the
     process is killed, every file is whole: the old ones, the new ones, or, between two renames, new weights beside an
-    old configuration, whose own :func:`prepared_config_files` then finds.
+    old configuration, whose own ``config_of_killed_save`` of ``peft/storage.py`` then finds.
     """
     folder = folder.absolute()
     exists = folder.is_dir()
@@ -77,10 +77,3 @@ def written_whole(folder: Path) -> Iterator[Path]:
                     shutil.rmtree(left, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def prepared_config_files(folder: Path) -> list[Path]:
-    """Configurations of adapters for ``folder`` that killed saves had prepared and not put into their place."""
-    folder, saves = folder.absolute(), f"{SAVING}*.tmp"
-    further = f"{saves}/{glob.escape(folder.name)}/{CONFIG_FILE}"  # a further adapter's, in a subfolder
-    return [*folder.glob(f"{saves}/{CONFIG_FILE}"), *folder.parent.glob(further)]

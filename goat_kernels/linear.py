@@ -290,9 +290,6 @@ class GoatLinear(RoutedModule, AdapterModule):
             raise ValueError(f"the state dict is of a layer with {theirs}, which does not fit this one with {own}")
 
     def extra_repr(self) -> str:
-        s = self.settings
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={s.r}, "
-            f"num_experts={s.num_experts}, top_k={s.top_k}, init={s.init!r}, scaling={s.scaling!r}, "
-            f"residual={s.residual!r}"
-        )
+        names = ("r", "num_experts", "top_k", "init", "scaling", "residual")
+        rest = "".join(f", {name}={getattr(self.settings, name)!r}" for name in names)
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{rest}"

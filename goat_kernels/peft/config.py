@@ -139,12 +139,9 @@ class GoatConfig(PeftConfig):
             )
 
     def settings(self, module_name: str | None = None, **changes) -> AdapterSettings:
-        """The hyper-parameters of one module's adapter.
+        """The hyper-parameters of one module's adapter, by rank_pattern and alpha_pattern; ``changes`` go before both.
 
-        Args:
-            module_name: the module's name in the model, matched against rank_pattern and alpha_pattern; None for the
-                config's own values.
-            changes: values in place of the config's.
+        Without ``module_name``, its name in the model, they are the configuration's own.
         """
         values = {name: getattr(self, name) for name in AdapterSettings.__dataclass_fields__ if name != "dropout"}
         values["dropout"] = self.lora_dropout
@@ -172,10 +169,8 @@ class GoatConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> GoatConfig:
         """Read ``adapter_config.json``, and check the weights beside it before any model is touched.
 
-        Args:
-            pretrained_model_name_or_path: a folder, or an id on the hub (whose weights are checked by PEFT alone).
-            subfolder: below it.
-            kwargs: ``other_base`` and ``allow_pickle``, and what ``hf_hub_download`` takes.
+        ``kwargs`` are ``other_base``, ``allow_pickle`` and what ``hf_hub_download`` takes. Of an id on the hub in place
+        of a folder, PEFT alone checks the weights.
 
         Raises:
             ValueError: weights that are damaged, do not fit, or are pickled without ``allow_pickle=True``; fields

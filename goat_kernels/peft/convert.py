@@ -313,21 +313,14 @@ def export_approximate_lora(
     """Write the LoRA of rank R (+ R for the residual) with fixed gates g: sum_i g_i s_i B_i A_i - W_res. Approximate.
 
     Args:
-        model: with a GOAT adapter. It is unloaded to measure the LoRA in its place: what remains is the base model.
+        model: with the GOAT adapter ``adapter_name``. It is unloaded to measure the LoRA in its place.
         inputs: keyword arguments of ``model``'s forward; on its device. The error is that on these inputs alone.
-        folder: where to; must not exist unless ``overwrite``.
-        adapter_name: the adapter.
+        folder: where to; if it exists, FileExistsError, or with ``overwrite`` its files are replaced.
         gates: "mean", each module's mean gate over the tokens of ``inputs`` (padding counts); "uniform", 1/E.
-        overwrite: replace the adapter's files in an existing folder.
 
     Returns:
         The report, which is written beside the adapter (:data:`REPORT_FILE`): ``relative_error`` ||LoRA - GOAT|| /
-        ||GOAT|| of the model's first output, and ``relative_error_without_adapter``, the same of the base model, which
-        says what there was to approximate.
-
-    Raises:
-        ValueError: unknown gates, or an adapter that is not there.
-        FileExistsError: ``folder`` exists and ``overwrite`` is not set.
+        ||GOAT|| of the model's first output, and ``relative_error_without_adapter``, the same of the base model.
     """
     check_new(folder, overwrite)
     check_name("gates", gates, ("mean", "uniform"))

@@ -6,6 +6,7 @@ The checks come before a model is touched, and need no configuration object: wha
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from goat_kernels.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, prepared_config_files, written_whole
+from goat_kernels.files import CONFIG_FILE, PICKLE_FILE, SAVING, WEIGHTS_FILE, written_whole
 from goat_kernels.peft.adapter import present_name
 from goat_kernels.settings import AdapterSettings
 
@@ -105,7 +106,9 @@ def config_of_killed_save(folder: Path, weights_sha256: str | None) -> Path | No
     So it is after a save that was killed between renaming the weights and renaming the configuration; the digest says
     which configuration is the right one. None in every other case.
     """
-    prepared, weights = prepared_config_files(folder), folder / WEIGHTS_FILE
+    place, saves, weights = folder.absolute(), f"{SAVING}*.tmp", folder / WEIGHTS_FILE
+    further = f"{saves}/{glob.escape(place.name)}/{CONFIG_FILE}"  # a further adapter's, in a subfolder
+    prepared = [*place.glob(f"{saves}/{CONFIG_FILE}"), *place.parent.glob(further)]
     if not prepared or not weights.is_file():
         return None
     digest = sha256(weights)
