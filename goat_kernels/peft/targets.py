@@ -208,11 +208,9 @@ def _experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> weight of everything called an expert that is a parameter of its own; quantised weights included."""
     found = {}
     for owner_name, owner in modules_outside_adapters(model):
-        if isinstance(owner, BaseTunerLayer | nn.Linear | nn.Embedding):  # quantised linear layers are subclasses
-            continue
-        if type(owner).__module__.startswith("torch.nn."):
-            continue
-        if "expert" not in owner_name.lower() and "expert" not in type(owner).__name__.lower():
+        own = isinstance(owner, BaseTunerLayer | nn.Linear | nn.Embedding)  # quantised linear layers are subclasses
+        called = f"{owner_name} {type(owner).__name__}".lower()
+        if own or type(owner).__module__.startswith("torch.nn.") or "expert" not in called:
             continue
         for leaf, parameter in owner.named_parameters(recurse=False):
             if parameter.ndim >= 2 and not re.search("bias|scale|norm", leaf):
@@ -236,9 +234,8 @@ def _asked_for(config: GoatConfig, name: str, former: dict[str, set[str]]) -> bo
 def _former_names(model: nn.Module) -> dict[str, set[str]]:
     """A stacked parameter's last name -> those of the linear layers that checkpoints have in its place."""
     former = {"gate_up_proj": {"gate_proj", "up_proj"}}
-    if not isinstance(model, PreTrainedModel):
-        return former
-    for conversion in get_model_conversion_mapping(model) or ():
+    conversions = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else None
+    for conversion in conversions or ():
         if isinstance(conversion, WeightConverter):
             for target in conversion.target_patterns:
                 former.setdefault(_last_name(target), set()).update(map(_last_name, conversion.source_patterns))
