@@ -57,7 +57,7 @@ def install() -> None:
     from triton.runtime import driver
 
     driver.set_active(_dry_driver())
-    from goat_kernels.backends.triton_backend import TritonBackend
+    from goat_kernels import backends
 
-    TritonBackend.unavailable_reason = lambda self: None
-    TritonBackend.unsupported_reason = lambda self, device, dtype: None
+    backends.triton_unavailable = lambda: None
+    backends.triton_unsupported = lambda device, dtype: None

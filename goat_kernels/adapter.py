@@ -1,8 +1,6 @@
-"""One adapter: its settings, its tensors and its routed product.
+"""One adapter: its settings, its tensors, its routed product, and what it starts from where there is no SVD.
 
 ``GoatLinear`` is an :class:`AdapterModule` around a weight of its own; a PEFT layer holds one for each adapter name.
-The functions at the end give the tensors that an adapter starts from where they are not computed from a pretrained
-weight.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,26 +65,14 @@ class AdapterModule(nn.Module):
     def for_call(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | Tensor]:
         """(lora_A, lora_B, router, residual_A, residual_B, scaling) for one call."""
         parameters, buffers = self._parameters, self._buffers  # past nn.Module's slower look-up of attributes
-        return (
-            parameters["lora_A"],
-            parameters["lora_B"],
-            parameters["router"],
-            buffers["residual_A"],
-            buffers["residual_B"],
-            self.scaling,
-        )
+        trained = (parameters["lora_A"], parameters["lora_B"], parameters["router"])
+        return (*trained, buffers["residual_A"], buffers["residual_B"], self.scaling)
 
-    def routed(
-        self,
-        x: Tensor,
-        *,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        base_output: Tensor | None = None,
-        balance_scale: Tensor | None = None,
-        backend: str = "auto",
-    ) -> RoutedOutput:
-        """The adapter on x [..., N], with the base product (``weight``, ``bias``) or added onto ``base_output``."""
+    def routed(self, x: Tensor, **of_call: Any) -> RoutedOutput:
+        """The adapter on x [..., N].
+
+        ``of_call``: weight, bias, base_output, balance_scale and backend of ``routed_linear``.
+        """
         settings = self.settings
         lora_A, lora_B, router, residual_A, residual_B, scaling = self.for_call()
         with_residual = residual_A is not None and settings.residual == "path"
@@ -94,16 +81,12 @@ class AdapterModule(nn.Module):
             self.expand(lora_A),
             lora_B,
             router,
-            weight=weight,
-            bias=bias,
-            base_output=base_output,
             scaling=scaling,
             top_k=settings.top_k,
             dropout_p=settings.dropout if self.training else 0.0,
             residual=(residual_A, residual_B) if with_residual else None,
             balance_coefficient=self._injected(router),
-            balance_scale=balance_scale,
-            backend=backend,
+            **of_call,
         )
 
     def _injected(self, router: Tensor) -> float:

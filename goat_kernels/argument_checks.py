@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from goat_kernels.autocast import autocast_dtype
-from goat_kernels.settings import check_dropout, check_number
+from goat_kernels.settings import check_number
 
 
 def unpack_residual(residual) -> tuple[Tensor | None, Tensor | None]:
@@ -18,16 +18,8 @@ def unpack_residual(residual) -> tuple[Tensor | None, Tensor | None]:
 
 def check_tensors(x, weight, lora_A, lora_B, router, bias, residual_A, residual_B) -> None:
     """Types, dtypes, devices and shapes; the messages name the argument, what came and what is needed."""
-    tensors = {
-        "x": x,
-        "weight": weight,
-        "lora_A": lora_A,
-        "lora_B": lora_B,
-        "router": router,
-        "bias": bias,
-        "residual[0]": residual_A,
-        "residual[1]": residual_B,
-    }
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "router": router, "bias": bias}
+    tensors |= {"residual[0]": residual_A, "residual[1]": residual_B}
     no_residual = residual_A is None and residual_B is None
     for name, tensor in tensors.items():
         if tensor is None and (name == "bias" or (no_residual and name.startswith("residual"))):
@@ -78,9 +70,9 @@ def check_scalars(x: Tensor, router: Tensor, scaling, top_k, dropout_p) -> None:
         raise TypeError(f"top_k must be an int, got {top_k!r}")
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k={top_k} must lie in 1..{E}, the number of rows of router")
-    check_dropout("dropout_p", dropout_p)
+    check_number("dropout_p", dropout_p, below=1)
     if not isinstance(scaling, Tensor):
-        check_number("scaling", scaling, minimum=0, exclusive=True)
+        check_number("scaling", scaling, exclusive=True)
         return
     if scaling.shape != (E,):
         raise ValueError(f"scaling must be a number or a tensor [E] = [{E}], got shape {list(scaling.shape)}")

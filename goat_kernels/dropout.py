@@ -74,15 +74,7 @@ def _pair_bits(seed: Tensor, T: int, N: int, pair: int) -> Tensor:
 
 
 def keep_masks(seed: Tensor, T: int, N: int, slots: int, dropout_p: float) -> Iterator[Tensor]:
-    """The masks of slots 0..slots-1, bool [T, N] each, True where the slot keeps the element.
-
-    Args:
-        seed: int32 [2].
-        T: tokens.
-        N: in_features.
-        slots: how many, K.
-        dropout_p: probability of dropping, in [0, 1).
-    """
+    """The masks of slots 0..slots-1, bool [T, N] each, True where the slot keeps the element; ``seed`` is int32 [2]."""
     threshold = keep_threshold(dropout_p)
     for slot in range(slots):
         if slot % 2 == 0:
@@ -90,11 +82,6 @@ def keep_masks(seed: Tensor, T: int, N: int, slots: int, dropout_p: float) -> It
             yield (bits & 0xFFFF) >= threshold
         else:
             yield ((bits >> 16) & 0xFFFF) >= threshold
-
-
-def keep_mask(seed: Tensor, T: int, N: int, slot: int, dropout_p: float) -> Tensor:
-    """The mask of one slot; see :func:`keep_masks`."""
-    return list(keep_masks(seed, T, N, slot + 1, dropout_p))[slot]
 
 
 def expert_slots(gate_TE: Tensor) -> Tensor:

@@ -27,13 +27,9 @@ _ABANDONED_S = 3600
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary name beside ``target`` to write a file to; renamed to ``target`` when the block succeeds.
+    """A temporary name beside ``target`` to write a file to: renamed when the block succeeds, removed when it raises.
 
-    A symbolic link at ``target`` is replaced, never the file it points to. When the block raises, what it wrote is
-    removed.
-
-    Raises:
-        OSError: nothing can be written there, or a folder is where the file goes.
+    A symbolic link at ``target`` is replaced, never the file it points to.
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -54,9 +50,9 @@ def write_json(target: Path, content: object) -> None:
 def written_whole(folder: Path) -> Iterator[Path]:
     """A temporary folder to write to, whose files take their places in ``folder`` when the block succeeds.
 
-    Files of ``folder`` that the block did not write stay. When the block raises, ``folder`` is as it was, or absent as
-    it was. When the process is killed, every file of ``folder`` is whole: the old ones, the new ones, or, between two
-    renames, new weights beside an old configuration, whose own :func:`prepared_config_files` then finds.
+    Files of ``folder`` that the block did not write stay. When the block raises, ``folder`` is as it was. When the
+    process is killed, every file is whole: the old ones, the new ones, or, between two renames, new weights beside an
+    old configuration, whose own ``config_of_killed_save`` of ``peft/storage.py`` then finds.
     """
     folder = folder.absolute()
     exists = folder.is_dir()
@@ -81,10 +77,3 @@ def written_whole(folder: Path) -> Iterator[Path]:
                     shutil.rmtree(left, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def prepared_config_files(folder: Path) -> list[Path]:
-    """Configurations of adapters for ``folder`` that killed saves had prepared and not put into their place."""
-    folder, saves = folder.absolute(), f"{SAVING}*.tmp"
-    further = f"{saves}/{glob.escape(folder.name)}/{CONFIG_FILE}"  # a further adapter's, in a subfolder
-    return [*folder.glob(f"{saves}/{CONFIG_FILE}"), *folder.parent.glob(further)]

@@ -5,16 +5,13 @@
     A0_i = sqrt(S_seg / (s_i rho)) Vt_seg        so that s_i B0_i A0_i = segment_i / rho, whatever s is
     W_res = c * sum_i s_i B0_i A0_i,  c = 1/E    (Thm 3.4) subtracted from W0, or run as frozen hidden columns
 
-:func:`initialise_adapter` does one weight, :func:`initialise_adapters` a model's worth with a progress bar; nothing
-here touches a module or changes a weight. The rules themselves are in ``rules.py``.
+Nothing here touches a module or changes a weight. The rules themselves are in ``rules.py``.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +20,9 @@ from torch import Tensor
 from goat_kernels.rules import SCALING_RULES, SEGMENT_RULES
 from goat_kernels.settings import AdapterSettings
 
-_logger = logging.getLogger(__name__)
-
 #: Randomised SVD: extra columns beyond R, and power iterations. Both above the values Halko et al. (2011) advise.
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 6
-
-#: Weights of one shape are stacked into one SVD call up to this many elements.
-_BATCH_ELEMENTS = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,16 +52,6 @@ class InitialAdapter:
         return named | ({"scaling": self.scaling} if isinstance(self.scaling, Tensor) else {})
 
 
-@dataclass(frozen=True)
-class Triples:
-    """Singular triples of a weight: U [M, k], S [k] descending, Vt [k, N]."""
-
-    U: Tensor
-    S: Tensor
-    Vt: Tensor
-    error: float = 0.0
-
-
 def initialise_adapter(
     weight: Tensor,
     settings: AdapterSettings,
@@ -91,9 +73,43 @@ def initialise_adapter(
         TypeError: the weight is not floating-point.
         ValueError: the weight is not a matrix, has non-finite entries, or has too few singular values for the rule.
     """
-    task = InitialisationTask(name, tuple(weight.shape), settings, lambda: weight, dtype)
-    ((_, adapter),) = _initialise_batch([task], settings, generator)
-    return adapter
+    weight = weight.detach()
+    check_weight(weight, settings, name)
+    (M, N), E, D, device = weight.shape, settings.num_experts, settings.expert_rank, weight.device
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    dtype = dtype or wide
+    if settings.init not in SEGMENT_RULES:
+        router = draw_uniform((E, N), device, dtype, generator)
+        lora_A = draw_uniform(settings.shapes(N, M)["lora_A"], device, dtype, generator)
+        lora_B = torch.zeros(M, settings.r, device=device, dtype=dtype)
+        return InitialAdapter(lora_A, lora_B, router, adapter_scaling(settings, N), residual=None)
+
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name} has entries that are not finite, so it has no singular value decomposition")
+    if settings.svd == "randomized":
+        U, S, Vt, error = randomized_svd(weight.to(wide), settings.r, generator=generator)
+    else:
+        (U, S, Vt), error = torch.linalg.svd(weight.to(wide), full_matrices=False), 0.0
+    router = draw_uniform((E, N), device, dtype, generator)
+    chosen = SEGMENT_RULES[settings.init](min(M, N), E, D, settings.seed)
+    index = torch.tensor(chosen, device=device)  # [R]
+    S_segments = S[index].reshape(E, D)
+    zero = S[0] * max(M, N) * torch.finfo(wide).eps  # to the SVD's precision
+    if idle := (S_segments <= zero).all(dim=1).nonzero().flatten().tolist():
+        warnings.warn(
+            f"{name}: the singular values of the segments of experts {idle} are zero, so these experts start at zero "
+            "on both sides and would never learn; use fewer experts, a lower rank, or init='lora'",
+            stacklevel=2,
+        )
+    scaling = adapter_scaling(settings, N, S_segments.sum(dim=1))
+    s_E = scaling.to(S_segments) if isinstance(scaling, Tensor) else S_segments.new_full((E,), scaling)
+    root = (S_segments / (s_E[:, None] * settings.rho)).sqrt().reshape(-1)  # [R]
+    A0 = root[:, None] * Vt[index]
+    B0 = U[:, index] * root
+    coefficient, residual = settings.w_res_coefficient, None
+    if coefficient != 0:
+        residual = (A0.to(dtype, copy=True), (coefficient * B0 * s_E.repeat_interleave(D)).to(dtype))
+    return InitialAdapter(A0.to(dtype), B0.to(dtype), router, scaling, residual, error)
 
 
 def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight") -> None:
@@ -124,92 +140,15 @@ def check_weight(weight: Tensor, settings: AdapterSettings, name: str = "weight"
         )
 
 
-@dataclass(frozen=True)
-class InitialisationTask:
-    """One weight to initialise; ``weight()`` is called when its turn comes, so dequantised copies do not pile up."""
+def randomized_svd(
+    matrix: Tensor, rank: int, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(U [M, rank], S [rank] descending, Vt [rank, N], error): the largest singular triples of ``matrix`` [M, N].
 
-    name: str
-    shape: tuple[int, int]
-    settings: AdapterSettings
-    weight: Callable[[], Tensor]
-    dtype: torch.dtype | None = None
-
-
-def initialise_adapters(
-    tasks: Iterable[InitialisationTask],
-    *,
-    generator: torch.Generator | None = None,
-    progress: bool | None = None,
-) -> Iterator[tuple[InitialisationTask, InitialAdapter]]:
-    """Initialise many weights, yielding each as soon as it is ready.
-
-    Weights of one shape and the same settings are decomposed in stacked calls (bounded in memory), and a weight that
-    tasks of one stack share (tied layers) is decomposed once.
-
-    Args:
-        tasks: the weights; those of one shape are taken together, so the order of the results may differ.
-        progress: whether to show a bar; by default for more than a few weights.
-    """
-    groups: dict[tuple, list[InitialisationTask]] = {}
-    for task in tasks:
-        groups.setdefault((task.shape, task.settings), []).append(task)
-    total = sum(len(group) for group in groups.values())
-    disable = total <= 4 if progress is None else not progress
-    from tqdm.auto import tqdm  # here, because the package itself needs torch alone
-
-    with tqdm(total=total, desc="GOAT initialisation", unit="layer", disable=disable) as bar:
-        for (shape, settings), group in groups.items():
-            size = max(1, _BATCH_ELEMENTS // math.prod(shape))
-            for start in range(0, len(group), size):
-                for task, adapter in _initialise_batch(group[start : start + size], settings, generator):
-                    yield task, adapter
-                    bar.update()
-
-
-def _initialise_batch(
-    tasks: list[InitialisationTask], settings: AdapterSettings, generator: torch.Generator | None
-) -> Iterator[tuple[InitialisationTask, InitialAdapter]]:
-    """Initialise weights of one shape with one stacked SVD, each distinct weight once."""
-    weights = [task.weight().detach() for task in tasks]
-    decomposed = settings.init in SEGMENT_RULES
-    for task, weight in zip(tasks, weights, strict=True):
-        check_weight(weight, settings, task.name)
-        if decomposed and not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{task.name} has entries that are not finite, so it has no singular value decomposition")
-    matrices = {_identity(w): w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights if decomposed}
-    triples: dict[tuple, Triples] = {}
-    if settings.svd == "randomized":
-        for key, W in matrices.items():
-            triples[key] = randomized_svd(W, settings.r, generator=generator)
-            _logger.info("randomised SVD of a %d x %d weight: error %.1e", *W.shape, triples[key].error)
-    elif len(matrices) > 1 and len({(w.device, w.dtype) for w in weights}) == 1:
-        U, S, Vt = torch.linalg.svd(torch.stack(list(matrices.values())), full_matrices=False)
-        triples = {key: Triples(U[j], S[j], Vt[j]) for j, key in enumerate(matrices)}
-    else:
-        triples = {key: Triples(*torch.linalg.svd(W, full_matrices=False)) for key, W in matrices.items()}
-    for task, weight in zip(tasks, weights, strict=True):
-        yield task, _adapter_from_triples(weight, triples.get(_identity(weight)), task, generator)
-
-
-def _identity(weight: Tensor) -> tuple:
-    """Equal for two tensors that are the same memory seen the same way (tied weights)."""
-    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device
-
-
-# --- decomposition ------------------------------------------------------------------------------------------------
-
-
-def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | None = None) -> Triples:
-    """The ``rank`` largest singular triples by subspace iteration (Halko, Martinsson & Tropp 2011, Alg. 4.4 and 5.1).
-
-    The error is that of the subspace, measured and returned: ||W V - U S||_F / ||S||_F over the returned
-    triples. Six power iterations shrink the share of direction j > rank + 16 by (S_j / S_rank)^13 in each; on a flat
-    spectrum (a random matrix) single vectors still mix with their neighbours, while the subspace's energy is right.
-
-    Args:
-        matrix: [M, N], float32 or float64, finite.
-        rank: how many triples.
-        generator: CPU generator of the random start.
+    By subspace iteration (Halko, Martinsson & Tropp 2011, Alg. 4.4 and 5.1), from a start that ``generator`` draws on
+    the CPU. The error is that of the subspace, measured: ||W V - U S||_F / ||S||_F. Six power iterations shrink the
+    share of direction j > rank + 16 by (S_j / S_rank)^13; on a flat spectrum (a random matrix) single vectors still mix
+    with their neighbours, while the subspace's energy is right.
     """
     M, N = matrix.shape
     columns = min(rank + _OVERSAMPLING, M, N)
@@ -222,48 +161,7 @@ def randomized_svd(matrix: Tensor, rank: int, *, generator: torch.Generator | No
     U, S, Vt = (Q @ U)[:, :rank], S[:rank], Vt[:rank]
     # Vt comes from Q^T W, so W^T U = V S holds by construction; the error of the subspace shows on the other side.
     error = torch.linalg.norm(matrix @ Vt.T - U * S) / torch.linalg.norm(S).clamp_min(torch.finfo(S.dtype).tiny)
-    return Triples(U, S, Vt, error=float(error))
-
-
-# --- from triples to tensors --------------------------------------------------------------------------------------
-
-
-def _adapter_from_triples(
-    weight: Tensor, triples: Triples | None, task: InitialisationTask, generator: torch.Generator | None
-) -> InitialAdapter:
-    settings, (M, N) = task.settings, weight.shape
-    E, D = settings.num_experts, settings.expert_rank
-    dtype = task.dtype or torch.promote_types(weight.dtype, torch.float32)
-    router = draw_uniform((E, N), weight.device, dtype, generator)
-    if triples is None:
-        return InitialAdapter(
-            lora_A=draw_uniform(settings.shapes(N, M)["lora_A"], weight.device, dtype, generator),
-            lora_B=torch.zeros(M, settings.r, device=weight.device, dtype=dtype),
-            router=router,
-            scaling=adapter_scaling(settings, N),
-            residual=None,
-        )
-
-    chosen = SEGMENT_RULES[settings.init](min(M, N), E, D, settings.seed)
-    index = torch.tensor(chosen, device=triples.S.device)  # [R]
-    S_segments = triples.S[index].reshape(E, D)
-    _warn_about_idle_experts(S_segments, triples.S[0], max(M, N), task.name)
-    scaling = adapter_scaling(settings, N, S_segments.sum(dim=1))
-    s_E = scaling.to(S_segments) if isinstance(scaling, Tensor) else S_segments.new_full((E,), scaling)
-    root = (S_segments / (s_E[:, None] * settings.rho)).sqrt().reshape(-1)  # [R]
-    A0 = root[:, None] * triples.Vt[index]
-    B0 = triples.U[:, index] * root
-    coefficient, residual = settings.w_res_coefficient, None
-    if coefficient != 0:
-        residual = (A0.to(dtype, copy=True), (coefficient * B0 * s_E.repeat_interleave(D)).to(dtype))
-    return InitialAdapter(
-        lora_A=A0.to(dtype),
-        lora_B=B0.to(dtype),
-        router=router,
-        scaling=scaling,
-        residual=residual,
-        svd_error=triples.error,
-    )
+    return U, S, Vt, float(error)
 
 
 def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: Tensor | None = None) -> float | Tensor:
@@ -276,17 +174,6 @@ def adapter_scaling(settings: AdapterSettings, in_features: int, segment_sums: T
     rule = SCALING_RULES[settings.scaling]
     scaling = rule(in_features, settings.expert_rank, settings.eta, settings.lora_alpha, segment_sums)
     return scaling.float() if isinstance(scaling, Tensor) else scaling
-
-
-def _warn_about_idle_experts(S_segments: Tensor, largest: Tensor, longest_side: int, name: str) -> None:
-    zero = largest * longest_side * torch.finfo(S_segments.dtype).eps  # zero to the SVD's precision
-    idle = (S_segments <= zero).all(dim=1).nonzero().flatten().tolist()
-    if idle:
-        warnings.warn(
-            f"{name}: the singular values of the segments of experts {idle} are zero, so these experts start at zero "
-            "on both sides and would never learn; use fewer experts, a lower rank, or init='lora'",
-            stacklevel=4,
-        )
 
 
 def draw_uniform(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -93,22 +94,8 @@ class GoatLinear(RoutedModule, AdapterModule):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        settings = AdapterSettings(
-            r=r,
-            num_experts=num_experts,
-            top_k=top_k,
-            scaling=scaling,
-            eta=eta,
-            rho=rho,
-            lora_alpha=lora_alpha,
-            init=init,
-            residual=residual,
-            residual_coefficient=residual_coefficient,
-            dropout=dropout,
-            balance_coefficient=balance_coefficient,
-            svd=svd,
-            seed=seed,
-        )
+        given = locals()
+        settings = AdapterSettings(**{field.name: given[field.name] for field in dataclasses.fields(AdapterSettings)})
         check_count("in_features", in_features)
         check_count("out_features", out_features)
         dtype = dtype or torch.get_default_dtype()
@@ -128,12 +115,7 @@ class GoatLinear(RoutedModule, AdapterModule):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        backend: str = "auto",
-        generator: torch.Generator | None = None,
-        **settings: Any,
+        cls, linear: nn.Linear, *, backend: str = "auto", generator: torch.Generator | None = None, **settings: Any
     ) -> GoatLinear:
         """A GoatLinear on the weight and bias of ``linear``, which it shares (and freezes) rather than copies.
 
@@ -308,9 +290,6 @@ class GoatLinear(RoutedModule, AdapterModule):
             raise ValueError(f"the state dict is of a layer with {theirs}, which does not fit this one with {own}")
 
     def extra_repr(self) -> str:
-        s = self.settings
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={s.r}, "
-            f"num_experts={s.num_experts}, top_k={s.top_k}, init={s.init!r}, scaling={s.scaling!r}, "
-            f"residual={s.residual!r}"
-        )
+        names = ("r", "num_experts", "top_k", "init", "scaling", "residual")
+        rest = "".join(f", {name}={getattr(self.settings, name)!r}" for name in names)
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{rest}"

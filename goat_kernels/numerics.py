@@ -5,31 +5,25 @@ Tests, ``goat-kernels check`` and benchmarks all read this table; no other file 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from goat_kernels.reference import select_top_k
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Bounds on :func:`relative_error` for one dtype, and why they are what they are."""
+class Tolerance(NamedTuple):
+    """The bound on :func:`relative_error` for one dtype."""
 
     relative: float
-    reason: str
 
 
 #: Error of output, balance loss and every gradient against the float64 oracle on the same selection, for random
 #: inputs of unit scale. At N, T up to some thousands a float product loses about eps * sqrt(N) relative to the norm.
 TOLERANCES: dict[torch.dtype, Tolerance] = {
-    torch.float64: Tolerance(
-        1e-10, "eps is 2.2e-16; what two orders of summation may differ by, with four orders of magnitude to spare"
-    ),
-    torch.float32: Tolerance(1e-5, "eps is 1.2e-7; sums over N and T of up to some thousands of terms"),
-    torch.float16: Tolerance(4e-3, "eps is 9.8e-4; hidden, output and gradients are each rounded to 10 bits"),
-    torch.bfloat16: Tolerance(3e-2, "eps is 7.8e-3; hidden, output and gradients are each rounded to 7 bits"),
+    torch.float64: Tolerance(1e-10),  # eps is 2.2e-16; two orders of summation, with four orders of magnitude to spare
+    torch.float32: Tolerance(1e-5),  # eps is 1.2e-7; sums over N and T of up to some thousands of terms
+    torch.float16: Tolerance(4e-3),  # eps is 9.8e-4; hidden, output and gradients are each rounded to 10 bits
+    torch.bfloat16: Tolerance(3e-2),  # eps is 7.8e-3; hidden, output and gradients are each rounded to 7 bits
 }
 
 #: Largest gap between the K-th and the next logit, relative to the largest |logit|, at which two implementations may
@@ -38,36 +32,9 @@ SELECTION_GAP: dict[torch.dtype, float] = {torch.float32: 1e-5, torch.float64: 1
 
 
 def relative_error(result: Tensor, oracle: Tensor) -> float:
-    """||result - oracle|| / ||oracle|| in float64; the absolute error where the oracle is zero; NaN where any is.
-
-    Args:
-        result: any shape and floating dtype.
-        oracle: the same shape.
-    """
+    """||result - oracle|| / ||oracle|| in float64; the absolute error where the oracle is zero; NaN where any is."""
     if result.shape != oracle.shape:
         raise ValueError(f"result must have the oracle's shape {tuple(oracle.shape)}, got {tuple(result.shape)}")
     difference = torch.linalg.vector_norm(result.double() - oracle.double())
     norm = torch.linalg.vector_norm(oracle.double())
     return float(difference / norm) if float(norm) > 0 else float(difference)
-
-
-def selection_mismatch(logits: Tensor, selection: Tensor, top_k: int) -> float:
-    """The largest relative gap by which ``selection`` misses the exact top K of ``logits``; 0 where it is exact.
-
-    Args:
-        logits: [T, E] in high precision.
-        selection: bool [T, E] with ``top_k`` True in each row.
-        top_k: K.
-
-    Returns:
-        max over tokens of (smallest logit that should have been chosen and was not - largest that was chosen and
-        should not have been) / max |logit|; compare it with :data:`SELECTION_GAP`.
-    """
-    exact = select_top_k(logits, top_k)
-    missed, wrong = exact & ~selection, selection & ~exact
-    rows = missed.any(dim=-1)
-    if not bool(rows.any()):
-        return 0.0
-    lost = logits.masked_fill(~missed, float("-inf")).amax(dim=-1)[rows]
-    gained = logits.masked_fill(~wrong, float("inf")).amin(dim=-1)[rows]
-    return float(((lost - gained) / logits.abs().amax(dim=-1)[rows]).max())

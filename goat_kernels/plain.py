@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from goat_kernels.autocast import autocast_disabled
-from goat_kernels.backends.torch_backend import plain_prefill
+from goat_kernels.backends.torch_backend import prefill
 from goat_kernels.forward_backward import Layer
 
 
@@ -35,12 +35,15 @@ def plain_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
     exported program has no injection, of which a warning tells.
     """
     weight, base_output, bias, adapter, balance_scale, balance_coefficient = layer
-    with autocast_disabled(x.device.type), _quiet_about_sizes():  # its casts have been done
+    quiet = contextlib.nullcontext()
+    if torch._C._get_tracing_state() is not None:  # branches on sizes are the adapter's, which the trace contains
+        quiet = warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning)
+    with autocast_disabled(x.device.type), quiet:  # its casts have been done
         x_TN = x.reshape(-1, x.shape[-1])
         base_output_TM = None if base_output is None else base_output.reshape(-1, base_output.shape[-1])
         if adapter.residual_A is not None:  # constants, whatever they require
             adapter = adapter._replace(residual_A=adapter.residual_A.detach(), residual_B=adapter.residual_B.detach())
-        y_TM, balance_loss = plain_prefill(x_TN, adapter, bias, base_output_TM)
+        y_TM, balance_loss, _ = prefill(x_TN, adapter, bias, base_output_TM, in_place=False)
         if weight is not None:
             y_TM = torch.addmm(y_TM, x_TN, weight.t())
         if balance_coefficient:
@@ -52,20 +55,6 @@ def plain_forward(x: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
             else:
                 warnings.warn(_NOT_EXPORTED, stacklevel=2)
         return y_TM.reshape(*x.shape[:-1], y_TM.shape[1]), balance_loss
-
-
-@contextlib.contextmanager
-def _quiet_about_sizes():
-    """No warnings of ``torch.jit.trace`` about branches on sizes: they are the adapter's, which the trace contains.
-
-    The number of tokens scales only the balance loss, which a trace leaves out.
-    """
-    if torch._C._get_tracing_state() is None:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        yield
 
 
 _NOT_EXPORTED = (

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-import threading
 import warnings
 from importlib.abc import MetaPathFinder
 
@@ -13,17 +11,11 @@ from importlib.abc import MetaPathFinder
 class _PeftFinder(MetaPathFinder):
     """Finds ``peft`` as the other finders do, and registers GOAT once it has been imported."""
 
-    def __init__(self) -> None:
-        self._thread = threading.local()
-
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "peft" or getattr(self._thread, "looking", False):
+        if fullname != "peft":
             return None
-        self._thread.looking = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._thread.looking = False
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

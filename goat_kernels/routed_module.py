@@ -70,7 +70,8 @@ class RoutedModule:
             return
         balance_loss = balance_loss.detach().reshape(1)  # what compiled code writes to a 0-d float64 tensor is lost
         if torch.compiler.is_compiling():
-            if self._can_hold(balance_loss, load):
+            pairs = ((self._balance_loss, balance_loss), (self._expert_load, load))
+            if all(k is not None and (k.shape, k.dtype, k.device) == (n.shape, n.dtype, n.device) for k, n in pairs):
                 self._balance_loss.copy_(balance_loss)
                 self._expert_load.copy_(load)
                 return
@@ -81,12 +82,6 @@ class RoutedModule:
                 balance_loss, load = balance_loss.clone(), load.clone()
         # Past nn.Module's __setattr__, whose questions cost noticeable time in a small layer.
         self.__dict__.update(_balance_loss=balance_loss, _expert_load=load)
-
-    def _can_hold(self, *statistics: Tensor) -> bool:
-        return all(
-            kept is not None and (kept.shape, kept.dtype, kept.device) == (new.shape, new.dtype, new.device)
-            for kept, new in zip((self._balance_loss, self._expert_load), statistics, strict=True)
-        )
 
     def _place_statistics(self) -> None:
         """See to a pair of the right size, where and in what dtype the next forward computes its own."""

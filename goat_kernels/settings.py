@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from goat_kernels.rules import INIT_RULES, PER_EXPERT_SCALINGS, SCALING_RULES, SEGMENT_RULES, ZERO_RULES
+from goat_kernels.rules import INIT_RULES, SCALING_RULES, SEGMENT_RULES, ZERO_RULES
 
 RESIDUAL_FORMS = ("path", "fold")
 
@@ -88,18 +88,18 @@ class AdapterSettings:
         if isinstance(self.scaling, str):
             check_name("scaling", self.scaling, SCALING_RULES, alternative="a positive number")
         else:
-            check_number("scaling", self.scaling, minimum=0, exclusive=True)
+            check_number("scaling", self.scaling, exclusive=True)
         if self.per_expert_scaling and self.init in ZERO_RULES:
             raise ValueError(
                 f"scaling={self.scaling!r} needs the singular values of each expert's segment, which "
                 f"init={self.init!r} does not take; use init {', '.join(SEGMENT_RULES)}, or another scaling"
             )
         for name in ("eta", "rho", "lora_alpha"):
-            check_number(name, getattr(self, name), minimum=0, exclusive=True)
+            check_number(name, getattr(self, name), exclusive=True)
         if self.residual_coefficient is not None:
-            check_number("residual_coefficient", self.residual_coefficient, minimum=0)
-        check_dropout("dropout", self.dropout)
-        check_number("balance_coefficient", self.balance_coefficient, minimum=0)
+            check_number("residual_coefficient", self.residual_coefficient)
+        check_number("dropout", self.dropout, below=1)
+        check_number("balance_coefficient", self.balance_coefficient)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an int, got {self.seed!r}")
 
@@ -111,7 +111,7 @@ class AdapterSettings:
     @property
     def per_expert_scaling(self) -> bool:
         """Whether s is one number per expert rather than one for all."""
-        return self.scaling in PER_EXPERT_SCALINGS
+        return self.scaling == "goat_s"
 
     @property
     def w_res_coefficient(self) -> float:
@@ -152,18 +152,11 @@ def check_name(name: str, value: object, allowed, alternative: str = "") -> None
         raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(allowed)}{or_else}")
 
 
-def check_number(name: str, value: object, *, minimum: float, exclusive: bool = False) -> None:
-    """Raise unless ``value`` is a finite number of at least (``exclusive``: above) ``minimum``."""
+def check_number(name: str, value: object, *, exclusive: bool = False, below: float = math.inf) -> None:
+    """Raise unless ``value`` is a finite number of at least (``exclusive``: above) 0 and under ``below``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not minimum <= value < math.inf or (exclusive and value == minimum):  # NaN fails too; comparisons can be traced
-        bound = f"above {minimum}" if exclusive else f"at least {minimum}"
-        raise ValueError(f"{name}={value} must be a finite number {bound}")
-
-
-def check_dropout(name: str, value: object) -> None:
-    """Raise unless ``value`` is a probability in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}={value} must lie in [0, 1)")
+    if not 0 <= value < below or (exclusive and value == 0):  # NaN fails too; comparisons can be traced
+        least = "above 0" if exclusive else "at least 0"
+        needed = f"be a finite number {least}" if below == math.inf else f"lie in [0, {below})"
+        raise ValueError(f"{name}={value} must {needed}")

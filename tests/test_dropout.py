@@ -19,6 +19,7 @@ from goat_problems import (
     assert_outcomes_identical,
     evaluate_oracle,
     fast_selection,
+    keep_mask,
     make_problem,
     output_weights,
     run_goat,
@@ -26,7 +27,7 @@ from goat_problems import (
 from torch.utils.checkpoint import checkpoint
 
 from goat_kernels import GoatLinear, goat_linear
-from goat_kernels.dropout import draw_seed, expert_slots, keep_mask, keep_scale
+from goat_kernels.dropout import draw_seed, expert_slots, keep_scale
 from goat_kernels.functional import routed_linear
 
 SIGMAS = 4.0

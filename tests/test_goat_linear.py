@@ -25,13 +25,14 @@ from goat_problems import (
     make_problem,
     output_weights,
     run_goat,
+    selection_mismatch,
 )
 
 from goat_kernels import goat_linear, goat_reference
 from goat_kernels.backends import get_backend
 from goat_kernels.forward_backward import Layer
 from goat_kernels.functional import routed_linear
-from goat_kernels.numerics import SELECTION_GAP, selection_mismatch
+from goat_kernels.numerics import SELECTION_GAP
 from goat_kernels.operators import flattened
 from goat_kernels.passes import Adapter
 from goat_kernels.reference import select_top_k

@@ -1,75 +1,94 @@
-"""The backends by name, and the choice among them.
+"""The backends by name, where each can run, and the choice among them.
 
-A backend is one object that implements :class:`Backend`; adding one is adding an entry to
-``_BACKENDS``. ``"auto"`` takes the first entry that supports the tensors and is meant for their device; the environment
-variable ``GOAT_KERNELS_BACKEND`` replaces ``"auto"`` where a call does not name a backend.
+``"auto"`` is triton on GPUs that it runs on, and torch elsewhere; the environment variable ``GOAT_KERNELS_BACKEND``
+replaces ``"auto"`` where a call does not name a backend. Triton is imported only where it is to be used.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
-from typing import Protocol
 
 import torch
 
-from goat_kernels.backends.torch_backend import TorchBackend
-from goat_kernels.backends.triton_backend import TritonBackend
+from goat_kernels.backends.torch_backend import TorchPasses
 from goat_kernels.passes import Passes
 
 ENVIRONMENT_VARIABLE = "GOAT_KERNELS_BACKEND"
 
+BACKEND_NAMES = ("auto", "triton", "torch")
 
-class Backend(Protocol):
-    """Where a set of passes can run; asked before the passes are loaded."""
-
-    name: str
-
-    def unavailable_reason(self) -> str | None:
-        """None, or why this backend cannot run on this machine."""
-
-    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None, or why x of ``dtype`` on ``device`` cannot be computed."""
-
-    def preferred_on(self, device: torch.device) -> bool:
-        """Whether ``auto`` may pick this backend for ``device``."""
-
-    def passes(self) -> Passes:
-        """The passes."""
-
-
-#: In the order in which ``auto`` tries them.
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), TorchBackend())}
-
-BACKEND_NAMES: tuple[str, ...] = ("auto", *_BACKENDS)
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with None where it can run on this machine, or the reason why it cannot."""
-    return {name: backend.unavailable_reason() or _why_on_no_device(backend) for name, backend in _BACKENDS.items()}
-
-
-def _why_on_no_device(backend: Backend) -> str | None:
-    """None, or why no device of this machine is supported."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
-    reasons = [backend.unsupported_reason(device, torch.float32) for device in devices]
-    return None if None in reasons else reasons[-1]
+    reasons = [_why_not("triton", device, torch.float32) for device in devices]
+    return {"triton": None if None in reasons else reasons[-1], "torch": None}
 
 
 @functools.cache
 def get_backend(name: str) -> Passes:
     """The passes of the backend called ``name``; the name comes from :func:`resolve_backend`."""
-    return _BACKENDS[name].passes()
+    if name == "torch":
+        return TorchPasses()
+    from goat_kernels.kernels.passes import TritonPasses
+
+    return TritonPasses()
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 before Triton was first imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def triton_unavailable() -> str | None:
+    """None, or why the triton backend cannot run on this machine."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "PyTorch sees no GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for checking)"
+    return None
+
+
+def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why the triton backend cannot compute x of ``dtype`` on ``device``."""
+    if dtype not in _TRITON_DTYPES:
+        return f"it computes float32, float16 and bfloat16, not {dtype}"
+    if device.type == "cpu":
+        if _interpreted():
+            return None
+        return "the tensors are on the CPU (TRITON_INTERPRET=1 interprets the kernels there, slowly, for checking)"
+    if device.type != "cuda":
+        return f"it runs on NVIDIA and AMD GPUs, not on {device.type!r}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than NVIDIA's Ampere (compute capability 8.0)"
+    return None
+
+
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why the backend called ``name`` cannot compute x of ``dtype`` on ``device``; torch always can."""
+    return (triton_unavailable() or triton_unsupported(device, dtype)) if name == "triton" else None
+
+
+def why_not_auto(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why ``auto`` passes over the backend called ``name``."""
+    reason = _why_not(name, device, dtype)
+    if reason is None and name == "triton" and (device.type != "cuda" or _interpreted()):
+        return f"it is not meant for {device.type!r}: ask for it by name"
+    return reason
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend that computes x of ``dtype`` on ``device``.
 
-    Args:
-        name: a backend, or ``"auto"``, which GOAT_KERNELS_BACKEND may replace.
-        device: where the tensors are.
-        dtype: the compute dtype, x's.
+    ``name`` is a backend, or ``"auto"``, which GOAT_KERNELS_BACKEND may replace.
 
     Raises:
         ValueError: no backend has that name.
@@ -91,25 +110,11 @@ _RESOLVED: dict[tuple[torch.device, torch.dtype, str], str] = {}
 
 @torch.compiler.assume_constant_result  # device queries, which Dynamo cannot trace
 def _resolve(device: torch.device, dtype: torch.dtype, asked: str, argument: str) -> str:
-    if asked == "auto":
-        reasons = {name: why_not_auto(name, device, dtype) for name in _BACKENDS}
-        for name, reason in reasons.items():
-            if reason is None:
-                return name
-        raise RuntimeError(f"no backend computes {dtype} on {device.type!r}: {reasons}")
-    if asked not in _BACKENDS:
+    if asked not in BACKEND_NAMES:
         raise ValueError(f"{argument}={asked!r} is unknown; it must be one of {', '.join(BACKEND_NAMES)}")
-    backend = _BACKENDS[asked]
-    reason = backend.unavailable_reason() or backend.unsupported_reason(device, dtype)
+    if asked == "auto":
+        return "torch" if why_not_auto("triton", device, dtype) else "triton"
+    reason = _why_not(asked, device, dtype)
     if reason is not None:
         raise RuntimeError(f"{argument}={asked!r} cannot run: {reason}")
     return asked
-
-
-def why_not_auto(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None, or why ``auto`` passes over the backend called ``name``."""
-    backend = _BACKENDS[name]
-    reason = backend.unavailable_reason() or backend.unsupported_reason(device, dtype)
-    if reason is None and not backend.preferred_on(device):
-        return f"it is not meant for {device.type!r}: ask for it by name"
-    return reason

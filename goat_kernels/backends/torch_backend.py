@@ -1,9 +1,8 @@
 """The passes in plain PyTorch: the fast path on a CPU, and where Triton cannot run.
 
 Each pass is a handful of torch calls, because at small sizes the number of calls is the cost. Per-expert quantities
-are laid out expert-major, [E, T]: a softmax or a maximum over eight experts then runs along contiguous tokens, and
-is several times faster than over rows of eight. Repeating a gate D times, and summing D products, are
-products with a constant 0/1 matrix for the same reason.
+are laid out expert-major, [E, T], because a softmax along contiguous tokens is several times faster than over rows of
+eight; repeating a gate D times, and summing D products, are products with a constant 0/1 matrix.
 
 In float32 and float64 the router and the residual ride in the same product as lora_A, so x is read once; in half
 precision the router takes a float32 product of its own, because a bfloat16 one would pick other experts.
@@ -27,27 +26,6 @@ _OPERATIONS_PER_COPIED_ELEMENT = 64
 _COLUMN_PENALTY = 1.3
 
 _workspaces = threading.local()
-
-
-class TorchBackend:
-    """Implements :class:`goat_kernels.backends.Backend`: it runs everywhere."""
-
-    name = "torch"
-
-    def __init__(self) -> None:
-        self._passes = TorchPasses()
-
-    def unavailable_reason(self) -> str | None:
-        return None
-
-    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
-
-    def preferred_on(self, device: torch.device) -> bool:
-        return True
-
-    def passes(self) -> TorchPasses:
-        return self._passes
 
 
 class TorchHiddenGradient(NamedTuple):
@@ -88,7 +66,7 @@ class TorchPasses:
     def prefill(
         self, x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
     ) -> tuple[Tensor, Tensor, Routing]:
-        return _prefill(x_TN, adapter, bias_M, base_output_TM, in_place=True)
+        return prefill(x_TN, adapter, bias_M, base_output_TM, in_place=True)
 
     def hidden_gradient(
         self,
@@ -135,39 +113,25 @@ class TorchPasses:
         needs_B: bool,
         needs_router: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        R, E = adapter.rank, adapter.num_experts
+        dtype_A, dtype_router = adapter.lora_A.dtype, adapter.router.dtype
         grad_A = grad_B = grad_router = None
         if needs_B:
             grad_B = (grad_y_TM.t() @ routing.weighted_TR).to(adapter.lora_B.dtype)
-        if needs_A or needs_router:
-            grad_A, grad_router = self._lora_A_router_gradient(x_TN, adapter, routing, gradient, needs_A, needs_router)
-        return grad_A, grad_B, grad_router
-
-    @staticmethod
-    def _lora_A_router_gradient(
-        x_TN: Tensor,
-        adapter: Adapter,
-        routing: Routing,
-        gradient: TorchHiddenGradient,
-        needs_A: bool,
-        needs_router: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        R, E = adapter.rank, adapter.num_experts
-        dtype_A, dtype_router = adapter.lora_A.dtype, adapter.router.dtype
-        whole = x_TN.dtype == gradient.logits_ET.dtype  # else the router's gradient takes a product in its own dtype
-        if adapter.seed is None and whole and needs_A and needs_router:
+        # One product where the router's gradient needs none in a dtype of its own.
+        if needs_A and needs_router and adapter.seed is None and x_TN.dtype == gradient.logits_ET.dtype:
             stacked = gradient.columns[:, : R + E].t() @ x_TN
-            return stacked[:R].to(dtype_A, copy=True), stacked[R:].to(dtype_router, copy=True)
-        grad_router = None
+            return stacked[:R].to(dtype_A, copy=True), grad_B, stacked[R:].to(dtype_router, copy=True)
         if needs_router:
             grad_router = (gradient.logits_ET @ x_TN.to(gradient.logits_ET.dtype)).to(dtype_router)
-        if not needs_A:
-            return None, grad_router
-        if adapter.seed is None:
-            return (gradient.columns[:, :R].t() @ x_TN).to(dtype_A), grad_router
-        grad_A = x_TN.new_zeros(R, x_TN.shape[1])
-        for keep_TN, in_slot_TR in _slots(x_TN, adapter, routing.gate_ET):
-            grad_A += (gradient.columns[:, :R] * in_slot_TR).t() @ (x_TN * keep_TN)
-        return (grad_A * keep_scale(adapter.dropout_p)).to(dtype_A), grad_router
+        if needs_A and adapter.seed is None:
+            grad_A = (gradient.columns[:, :R].t() @ x_TN).to(dtype_A)
+        elif needs_A:
+            grad_A = x_TN.new_zeros(R, x_TN.shape[1])
+            for keep_TN, in_slot_TR in _slots(x_TN, adapter, routing.gate_ET):
+                grad_A += (gradient.columns[:, :R] * in_slot_TR).t() @ (x_TN * keep_TN)
+            grad_A = (grad_A * keep_scale(adapter.dropout_p)).to(dtype_A)
+        return grad_A, grad_B, grad_router
 
     def input_prefill(self, adapter: Adapter, routing: Routing, gradient: TorchHiddenGradient) -> Tensor:
         columns, R = gradient.columns, adapter.rank
@@ -183,21 +147,13 @@ class TorchPasses:
         return grad_x_TN
 
 
-def plain_prefill(
-    x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(y0 [T, M], balance loss []) of ``prefill``, from torch calls that autograd, vmap and exporters understand."""
-    y0_TM, balance_loss, _ = _prefill(x_TN, adapter, bias_M, base_output_TM, in_place=False)
-    return y0_TM, balance_loss
-
-
-def _prefill(
+def prefill(
     x_TN: Tensor, adapter: Adapter, bias_M: Tensor | None, base_output_TM: Tensor | None, *, in_place: bool
 ) -> tuple[Tensor, Tensor, Routing]:
     """``prefill`` of :class:`goat_kernels.passes.Passes`.
 
     ``in_place``: whether y0 may be written twice and constants kept for later calls, which only tensors of an ordinary
-    eager call without autograd allow.
+    eager call without autograd allow; without it these are torch calls that autograd, vmap and exporters understand.
     """
     R, E, R0 = adapter.rank, adapter.num_experts, adapter.residual_rank
     compute, stats = x_TN.dtype, stats_dtype(x_TN)
@@ -209,7 +165,8 @@ def _prefill(
         "residual": (adapter.residual_A, R0),
     }
     widths = [width for _, width in in_product.values()]
-    columns = _times_transposed(x_TN, [matrix for matrix, width in in_product.values() if width])
+    matrices = [matrix for matrix, width in in_product.values() if width]
+    columns = x_TN @ _stack(matrices, compute).t() if matrices else x_TN.new_empty(x_TN.shape[0], 0)
     hidden_TR, logits_TE, residual_hidden = columns.split(widths, dim=1)
     if not widths[1]:
         logits_TE = x_TN.to(stats) @ adapter.router.to(stats).t()
@@ -327,10 +284,3 @@ def _stack(matrices: list[Tensor], dtype: torch.dtype) -> Tensor:
     if len(matrices) == 1:
         return matrices[0].to(dtype)
     return torch.cat([matrix.to(dtype) for matrix in matrices])
-
-
-def _times_transposed(x_TN: Tensor, matrices: list[Tensor]) -> Tensor:
-    """x [matrices]^T as one product; [T, 0] for no matrix."""
-    if not matrices:
-        return x_TN.new_empty(x_TN.shape[0], 0)
-    return x_TN @ _stack(matrices, x_TN.dtype).t()

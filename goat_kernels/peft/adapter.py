@@ -28,10 +28,7 @@ def present_name(key: str) -> str:
 class GoatAdapter(AdapterModule):
     """One adapter on one layer of a PEFT model.
 
-    It is a module, and its parameters are called ``lora_A`` and ``lora_B``, because other libraries go by that: TRL
-    copies the parameters whose names contain ``.default.``, LoRA+ trains those with ``lora_B`` in their names faster,
-    and accelerate fetches offloaded tensors for a module that is called.
-
+    It is a module with parameters ``lora_A`` and ``lora_B`` because TRL, LoRA+ and accelerate's offloading go by that.
     It starts from ``tensors`` (name -> tensor); ``pending`` says that they are placeholders for values that are to be
     loaded, and ``may_start`` that the layer may start the adapter afresh where those never come.
     """

@@ -1,14 +1,12 @@
 """Is this the base model that the adapter was made on? A fingerprint of the adapted weights, saved with the adapter.
 
 Of each adapted weight W0 [M, N] the configuration keeps ``"MxN dtype hex"``: eight entries, evenly spread over the
-flattened weight, as float32. Values rather than a hash, because the same model is loaded in other dtypes: entries of
-two float weights must agree to the rounding of the coarser dtype, every one of them. Where one of the two weights is
-quantised (then it is the dequantised values that count), all entries together must agree to half of their norm: 4-bit
-rounding moves them by about a tenth, an unrelated model by 1.4 times their norm.
+flattened weight, as float32. The same model is loaded in other dtypes, so entries of two float weights must agree to
+the rounding of the coarser dtype. Where one of the two is quantised, all dequantised entries together must agree to
+half of their norm: 4-bit rounding moves them by about a tenth, an unrelated model by 1.4 times their norm.
 
-Not looked at, because reading them costs a transfer or a collective call: weights on the meta device, offloaded by
-accelerate, sharded by DeepSpeed or FSDP2; nor those whose quantisation cannot be undone. Taking a fingerprint reads
-eight numbers of a float weight, and dequantises a quantised one.
+Not looked at, because reading them costs a transfer or a collective call: weights on the meta device, offloaded or
+sharded ones; nor those whose quantisation cannot be undone.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def check_base_layer(base: nn.Module, name: str) -> None:
 def _instead_of_a_product(base: nn.Linear | Conv1D) -> str | None:
     """What a forward of transformers' own does instead of [..., N] -> [..., M], as Llama 4's router does; else None.
 
-    It is tried with an input and parameters on the meta device, so that nothing is computed, fetched or moved. Forwards
-    of others are not run before the model runs them: they may count, print, or refuse the meta device.
+    It is tried on the meta device, so that nothing is computed or moved. Forwards of others are not run before the
+    model runs them: they may count, print, or refuse the meta device.
     """
     own = isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward
     if not own or not type(base).__module__.startswith("transformers."):
@@ -143,10 +143,7 @@ def unpack(base: nn.Module) -> None:
 @contextlib.contextmanager
 def _fetched(base: nn.Module):
     """The parameters of ``base`` present in full, to be read: gathered from all of DeepSpeed's ranks, which all have to
-    come here, or fetched by accelerate's hook.
-
-    PEFT's gather_params_ctx asks whether transformers started DeepSpeed; the parameter itself knows better, and is
-    left alone where the caller gathered it already.
+    come here, or fetched by accelerate's hook. What the caller gathered already is left alone.
     """
     partitioned = [p for p in base.parameters() if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
     gathered = contextlib.nullcontext()

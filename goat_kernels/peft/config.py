@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 
 from goat_kernels import __version__
 from goat_kernels.peft.storage import check_adapter_folder, config_of_killed_save, has_weights
-from goat_kernels.settings import AdapterSettings, check_dropout, check_name, check_number, described, document_fields
+from goat_kernels.settings import AdapterSettings, check_name, check_number, described, document_fields
 
 #: Fields that say how to load, not what the adapter is, and a digest that only a finished file has: never saved here.
 _NOT_SAVED = ("other_base", "allow_pickle", "weights_sha256")
@@ -52,9 +52,7 @@ class GoatConfig(PeftConfig):
         "Names of the modules to adapt, a regular expression, or 'all-linear' for every linear layer but the output "
         "layer. By default PEFT's choice for LoRA on the model's architecture.",
     )
-    exclude_modules: list[str] | str | None = described(
-        None, "Names of modules, or a regular expression, that target_modules matches but that are left out."
-    )
+    exclude_modules: list[str] | str | None = described(None, "Names, or a regular expression, of modules left out.")
     scaling: str | float = _of_settings("scaling")
     eta: float = _of_settings("eta")
     rho: float = _of_settings("rho")
@@ -71,41 +69,27 @@ class GoatConfig(PeftConfig):
     balance_coefficient: float = _of_settings("balance_coefficient", default=1e-3)
     svd: str = _of_settings("svd")
     seed: int = _of_settings("seed")
-    init_weights: bool = described(
-        True, "False starts from small random A and B and a zero residual, for tests; True follows init."
-    )
-    modules_to_save: list[str] | None = described(
-        None, "Further modules to train and save with the adapter, such as a classification head."
-    )
-    layers_to_transform: list[int] | int | None = described(
-        None, "Indices of the layers to adapt; only with a list of target_modules."
-    )
-    layers_pattern: list[str] | str | None = described(
-        None, "Name of the model's list of layers, for layers_to_transform where PEFT cannot tell."
-    )
+    init_weights: bool = described(True, "False starts from small random A and B and no residual; True follows init.")
+    modules_to_save: list[str] | None = described(None, "Further modules to train and save, such as a new head.")
+    layers_to_transform: list[int] | int | None = described(None, "Indices of layers; needs a list of target_modules.")
+    layers_pattern: list[str] | str | None = described(None, "Name of the model's list of layers, for these indices.")
     rank_pattern: dict | None = described(dict, "Module name or regular expression -> r, where it differs.")
     alpha_pattern: dict | None = described(dict, "Module name or regular expression -> lora_alpha, where it differs.")
     initialised: bool = described(
         False,
-        "Written as true beside a saved adapter, whose tensors are then expected to be loaded: no SVD is run. Not to "
-        "be set by hand.",
+        "Written as true beside a saved adapter, whose tensors are then expected to be loaded. Not to be set by hand.",
     )
     base_weights: dict | None = described(
-        None,
-        "Fingerprint of the base weights that the adapter was made on (goat_kernels.peft.base_check), compared with "
-        "the model at loading. Filled in by itself.",
+        None, "Fingerprint of the base that the adapter was made on, compared at loading. Filled in by itself."
     )
     weights_sha256: str | None = described(None, "SHA-256 of the saved weights file. Filled in by itself.")
     goat_kernels_version: str | None = field(
         default=__version__, compare=False, metadata={"help": "Version that saved the adapter. Filled in by itself."}
     )
     other_base: str = described(
-        "refuse",
-        "For loading: 'refuse' a base model that the adapter was not made on, or 'warn' and load. Not saved.",
+        "refuse", "For loading: 'refuse' a base model that the adapter was not made on, or 'warn' and load. Not saved."
     )
-    allow_pickle: bool = described(
-        False, "For loading: whether a .bin file may be read, with weights_only=True. Not saved."
-    )
+    allow_pickle: bool = described(False, "For loading: read a .bin file, with weights_only=True. Not saved.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +102,7 @@ class GoatConfig(PeftConfig):
         self.alpha_pattern = self.alpha_pattern or {}
         if self.bias == "lora_only":  # as LoraConfig calls it
             self.bias = "goat_only"
-        check_dropout("lora_dropout", self.lora_dropout)
+        check_number("lora_dropout", self.lora_dropout, below=1)
         self.settings()
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             if not isinstance(pattern, dict):
@@ -129,7 +113,7 @@ class GoatConfig(PeftConfig):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"rank_pattern[{key!r}]: {error}") from None
         for key, alpha in self.alpha_pattern.items():
-            check_number(f"alpha_pattern[{key!r}]", alpha, minimum=0, exclusive=True)
+            check_number(f"alpha_pattern[{key!r}]", alpha, exclusive=True)
         check_name("bias", self.bias, ("none", "all", "goat_only"))
         check_name("other_base", self.other_base, ("refuse", "warn"))
         if not isinstance(self.allow_pickle, bool):
@@ -155,12 +139,9 @@ class GoatConfig(PeftConfig):
             )
 
     def settings(self, module_name: str | None = None, **changes) -> AdapterSettings:
-        """The hyper-parameters of one module's adapter.
+        """The hyper-parameters of one module's adapter, by rank_pattern and alpha_pattern; ``changes`` go before both.
 
-        Args:
-            module_name: the module's name in the model, matched against rank_pattern and alpha_pattern; None for the
-                config's own values.
-            changes: values in place of the config's.
+        Without ``module_name``, its name in the model, they are the configuration's own.
         """
         values = {name: getattr(self, name) for name in AdapterSettings.__dataclass_fields__ if name != "dropout"}
         values["dropout"] = self.lora_dropout
@@ -188,10 +169,8 @@ class GoatConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> GoatConfig:
         """Read ``adapter_config.json``, and check the weights beside it before any model is touched.
 
-        Args:
-            pretrained_model_name_or_path: a folder, or an id on the hub (whose weights are checked by PEFT alone).
-            subfolder: below it.
-            kwargs: ``other_base`` and ``allow_pickle``, and what ``hf_hub_download`` takes.
+        ``kwargs`` are ``other_base``, ``allow_pickle`` and what ``hf_hub_download`` takes. Of an id on the hub in place
+        of a folder, PEFT alone checks the weights.
 
         Raises:
             ValueError: weights that are damaged, do not fit, or are pickled without ``allow_pickle=True``; fields

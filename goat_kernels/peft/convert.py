@@ -1,10 +1,7 @@
 """Adapters of others as adapters of this package, and a plain LoRA that approximates one of this package.
 
-In come the GOAT-PEFT repository's adapters, and PEFT's LoRA and PiSSA as E = 1. Both publish a low-rank pair beside a
-base weight that may have been changed when training began (W0 - W_res). What was subtracted is in neither file. It
-becomes the frozen residual pair here, so the converted adapter sits on the unchanged W0; where it cannot be known,
-conversion is refused and the message says what is missing.
-
+In come the GOAT-PEFT repository's adapters, and PEFT's LoRA and PiSSA as E = 1. What their training subtracted from
+W0 is in neither file; it becomes the frozen residual pair here, and where it cannot be known, conversion is refused.
 Out goes a LoRA in which every token gets the same gates: an approximation, with its error.
 """
 
@@ -66,9 +63,7 @@ def from_goat_peft(
     """An adapter of the public code (github.com/Facico/GOAT-PEFT), whose folder lacks part of what it computes with.
 
     Its file has ``lora_A.<i>.weight`` [D, N], ``lora_B.<i>.weight`` [M, D] and ``lora_gating.weight`` [E, N] for each
-    module, and the experts once more below ``moe_layer``. The weights that it ran on, W0 - init_cof s B0 A0 from an SVD
-    of W0, it does not have; the SVD is run again here. Over a half-precision base the public code rounded that
-    difference, and this package does not.
+    module, and the experts once more below ``moe_layer``. The SVD of W0 behind what was subtracted is run again here.
 
     Args:
         folder: the adapter.
@@ -318,21 +313,14 @@ def export_approximate_lora(
     """Write the LoRA of rank R (+ R for the residual) with fixed gates g: sum_i g_i s_i B_i A_i - W_res. Approximate.
 
     Args:
-        model: with a GOAT adapter. It is unloaded to measure the LoRA in its place: what remains is the base model.
+        model: with the GOAT adapter ``adapter_name``. It is unloaded to measure the LoRA in its place.
         inputs: keyword arguments of ``model``'s forward; on its device. The error is that on these inputs alone.
-        folder: where to; must not exist unless ``overwrite``.
-        adapter_name: the adapter.
+        folder: where to; if it exists, FileExistsError, or with ``overwrite`` its files are replaced.
         gates: "mean", each module's mean gate over the tokens of ``inputs`` (padding counts); "uniform", 1/E.
-        overwrite: replace the adapter's files in an existing folder.
 
     Returns:
         The report, which is written beside the adapter (:data:`REPORT_FILE`): ``relative_error`` ||LoRA - GOAT|| /
-        ||GOAT|| of the model's first output, and ``relative_error_without_adapter``, the same of the base model, which
-        says what there was to approximate.
-
-    Raises:
-        ValueError: unknown gates, or an adapter that is not there.
-        FileExistsError: ``folder`` exists and ``overwrite`` is not set.
+        ||GOAT|| of the model's first output, and ``relative_error_without_adapter``, the same of the base model.
     """
     check_new(folder, overwrite)
     check_name("gates", gates, ("mean", "uniform"))

@@ -19,9 +19,9 @@ def hotswap_adapter(
 ) -> None:
     """Give the adapter ``adapter_name`` of ``model`` the values of the one saved at ``path``.
 
-    PEFT's function of this name takes plain LoRA alone. As there, the new adapter must adapt the same modules in the
-    same way; its tensors are copied into the old one's, so a compiled model and a captured CUDA graph stay valid. All
-    checks come first: a refused adapter leaves the model as it was. The balance coefficient stays the model's.
+    As with PEFT's function of this name for LoRA, the new adapter must adapt the same modules in the same way; its
+    tensors are copied into the old one's, so a compiled model and a captured CUDA graph stay valid. A refused adapter
+    leaves the model as it was. The balance coefficient stays the model's.
 
     Args:
         model: with a GOAT adapter of that name.
@@ -31,8 +31,7 @@ def hotswap_adapter(
         hub_options: ``revision``, ``token``, ``subfolder``, ``cache_dir`` for a hub id.
 
     Raises:
-        ValueError: no such adapter in the model, another method at ``path``, or an adapter that computes in another
-            way: other modules, shapes, experts, top_k, dropout, scaling or residual. The message names them.
+        ValueError: no such adapter in the model, another method at ``path``, or one that computes in another way.
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} is not in the model, which has {', '.join(model.peft_config)}")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from tqdm.auto import tqdm
 
 from goat_kernels.adapter import random_start, start_from_pair
-from goat_kernels.initialisation import InitialisationTask, initialise_adapters
+from goat_kernels.initialisation import initialise_adapter
 from goat_kernels.peft.adapter import present_name
 from goat_kernels.peft.base_check import check_base, fingerprint
 from goat_kernels.peft.base_layer import (
@@ -102,9 +102,8 @@ class GoatModel(BaseTuner):
                     peft_config.settings(name), *features(base), adapter_device(base), adapter_dtype(base)
                 )
             return
-        # An adapter that shares its configuration object with one that is there starts from that one's frozen pair: no
-        # SVD is run, and the pairs are the same bit for bit. TRL adds its reference adapter so, and copies the policy's
-        # parameters onto it, but not its buffers.
+        # An adapter that shares its configuration object with one that is there starts from that one's frozen pair, bit
+        # for bit. TRL adds its reference adapter so, and copies the policy's parameters onto it, but not its buffers.
         for name, layer in adapted.items():
             if self._twin not in layer.goat_adapter:
                 continue
@@ -112,19 +111,18 @@ class GoatModel(BaseTuner):
             there = twin.residual_A is not None and not twin.residual_A.is_meta and not twin.missing()
             if there and twin.settings == settings:  # the configuration may have been changed since then
                 self._initial[name] = start_from_pair(settings, twin.residual_A, twin.residual_B, twin.scaling)
-        tasks = [
-            InitialisationTask(
-                name=name,
-                shape=features(base)[::-1],
-                settings=peft_config.settings(name),
-                weight=functools.partial(_weight_for_initialisation, peft_config, model.get_submodule(name), name),
-                dtype=adapter_dtype(base),
-            )
+        left = {
+            name: (features(base), peft_config.settings(name))
             for name, base in targets.items()
             if not is_meta(base) and name not in self._initial
-        ]
-        for task, initial in initialise_adapters(tasks):
-            self._initial[task.name] = initial.named()
+        }
+        # Weights of one shape after another: a seed gives the routers that it has always given.
+        first: dict[tuple, int] = {}
+        names = sorted(left, key=lambda name: first.setdefault(left[name], len(first)))
+        for name in tqdm(names, desc="GOAT initialisation", unit="layer", disable=len(names) <= 4):
+            weight = _weight_for_initialisation(peft_config, model.get_submodule(name), name)
+            initial = initialise_adapter(weight, left[name][1], dtype=adapter_dtype(targets[name]), name=name)
+            self._initial[name] = initial.named()
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None

@@ -6,6 +6,7 @@ The checks come before a model is touched, and need no configuration object: wha
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from goat_kernels.files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, prepared_config_files, written_whole
+from goat_kernels.files import CONFIG_FILE, PICKLE_FILE, SAVING, WEIGHTS_FILE, written_whole
 from goat_kernels.peft.adapter import present_name
 from goat_kernels.settings import AdapterSettings
 
@@ -51,26 +52,15 @@ def has_weights(folder: Path) -> bool:
 
 
 def check_adapter_folder(
-    folder: Path,
-    settings_of: Callable[[str], AdapterSettings],
-    *,
-    weights_sha256: str | None,
-    allow_pickle: bool,
+    folder: Path, settings_of: Callable[[str], AdapterSettings], *, weights_sha256: str | None, allow_pickle: bool
 ) -> dict[str, tuple[int, int]]:
     """Raise unless the weights in ``folder`` are whole and fit the configuration; a folder without weights passes.
 
-    Checked are the file's header and length, its SHA-256 where the configuration has it (every adapter saved through
-    PEFT's ``save_pretrained`` does), and the dtypes and shapes of its tensors against r, num_experts and the patterns.
-
-    ``settings_of`` gives the hyper-parameters of a module by the configuration, ``weights_sha256`` is its digest of
-    the weights, if it has one, and ``allow_pickle`` says whether the caller asked for pickled files.
+    Checked are the file's header and length, its digest where the configuration has ``weights_sha256``, and the dtypes
+    and shapes of its tensors against what ``settings_of`` a module's name says. A pickled file needs ``allow_pickle``.
 
     Returns:
         Module name -> (out_features, in_features) of every adapted module in the file.
-
-    Raises:
-        ValueError: a damaged or changed file, one that does not fit the configuration, or a pickled one that nobody
-            asked for.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
@@ -116,7 +106,9 @@ def config_of_killed_save(folder: Path, weights_sha256: str | None) -> Path | No
     So it is after a save that was killed between renaming the weights and renaming the configuration; the digest says
     which configuration is the right one. None in every other case.
     """
-    prepared, weights = prepared_config_files(folder), folder / WEIGHTS_FILE
+    place, saves, weights = folder.absolute(), f"{SAVING}*.tmp", folder / WEIGHTS_FILE
+    further = f"{saves}/{glob.escape(place.name)}/{CONFIG_FILE}"  # a further adapter's, in a subfolder
+    prepared = [*place.glob(f"{saves}/{CONFIG_FILE}"), *place.parent.glob(further)]
     if not prepared or not weights.is_file():
         return None
     digest = sha256(weights)
@@ -177,15 +169,10 @@ class ConvertedAdapter:
     tensors: dict[str, Tensor]
 
     def save(self, folder: str | Path, *, overwrite: bool = False, notes: dict | None = None) -> None:
-        """Write an adapter folder, whole or not at all.
-
-        Args:
-            folder: where to; must not exist unless ``overwrite``.
-            overwrite: replace the adapter's files in an existing folder.
-            notes: name -> content of JSON files to write beside.
+        """Write an adapter folder, whole or not at all, with ``notes`` (name -> content) as JSON files beside.
 
         Raises:
-            FileExistsError: ``folder`` exists and ``overwrite`` is not set.
+            FileExistsError: ``folder`` exists and ``overwrite``, which replaces its files, is not set.
         """
         check_new(folder, overwrite)
         with written_whole(Path(folder)) as temporary:

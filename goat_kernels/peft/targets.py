@@ -4,10 +4,8 @@ A layer that the user named and GOAT cannot adapt is refused. Where "all-linear"
 named it, it is left out, with one warning that lists all of them. Then ``target_modules`` become the names of what is
 adapted, so that a saved adapter is loaded onto the same layers by PEFT's own rules.
 
-Experts of mixture-of-experts models are parameters rather than linear layers, and are named where they are left out.
 transformers 5 keeps the experts of a layer in stacked parameters, such as ``mlp.experts.gate_up_proj`` of shape
-[experts, 2 * intermediate, hidden]. PEFT's LoRA adapts them through ``target_parameters``, and turns names such as
-``gate_proj`` into these; GOAT adapts modules alone.
+[experts, 2 * intermediate, hidden]; GOAT adapts linear layers alone, and names the experts where it leaves them out.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from transformers.core_model_loading import WeightConverter
 from goat_kernels.initialisation import check_weight
 from goat_kernels.peft.base_layer import check_base_layer, check_foldable, features, is_meta, modules_outside_adapters
 from goat_kernels.peft.config import GoatConfig
-from goat_kernels.peft.weight_readers import Reader, weight_readers
+from goat_kernels.peft.weight_readers import weight_readers
 
 #: An adapter of so many numbers for each of its weight, and of more than a gigabyte, is a mistake or an attack.
 _MOST_PER_WEIGHT = 64
@@ -98,7 +96,7 @@ def _problems(config: GoatConfig, targets: dict[str, nn.Module], model: nn.Modul
         try:
             check_base_layer(base, name)
             if id(modules[name]) in readers:
-                _refuse_read_layer(config, name, readers[id(modules[name])])
+                _refuse_read_layer(config, name, *readers[id(modules[name])])
             if config.init_weights:
                 N, M = features(base)
                 check_weight(torch.empty(M, N, device="meta"), config.settings(name), name)  # the shape decides
@@ -107,16 +105,16 @@ def _problems(config: GoatConfig, targets: dict[str, nn.Module], model: nn.Modul
     return problems
 
 
-def _refuse_read_layer(config: GoatConfig, name: str, reader: Reader) -> None:
-    if reader.certain and not config.initialised:
+def _refuse_read_layer(config: GoatConfig, name: str, place: str, certain: bool) -> None:
+    if certain and not config.initialised:
         raise ValueError(
-            f"{reader.place} computes with the weight of {name} without calling it, so an adapter there has no effect; "
+            f"{place} computes with the weight of {name} without calling it, so an adapter there has no effect; "
             "name other modules in target_modules, or leave this one out with exclude_modules"
         )
     # Loaded adapters were made before this was refused; on some paths the layer may have been called, and trained.
-    certainly = "computes" if reader.certain else "seems to compute"
+    certainly = "computes" if certain else "seems to compute"
     warnings.warn(
-        f"{reader.place} {certainly} with the weight of {name} without calling it; where it does, an adapter there has "
+        f"{place} {certainly} with the weight of {name} without calling it; where it does, an adapter there has "
         "no effect: see whether its parameters get gradients, or leave the layer out (exclude_modules)",
         stacklevel=2,
     )
@@ -210,11 +208,9 @@ def _experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> weight of everything called an expert that is a parameter of its own; quantised weights included."""
     found = {}
     for owner_name, owner in modules_outside_adapters(model):
-        if isinstance(owner, BaseTunerLayer | nn.Linear | nn.Embedding):  # quantised linear layers are subclasses
-            continue
-        if type(owner).__module__.startswith("torch.nn."):
-            continue
-        if "expert" not in owner_name.lower() and "expert" not in type(owner).__name__.lower():
+        own = isinstance(owner, BaseTunerLayer | nn.Linear | nn.Embedding)  # quantised linear layers are subclasses
+        called = f"{owner_name} {type(owner).__name__}".lower()
+        if own or type(owner).__module__.startswith("torch.nn.") or "expert" not in called:
             continue
         for leaf, parameter in owner.named_parameters(recurse=False):
             if parameter.ndim >= 2 and not re.search("bias|scale|norm", leaf):
@@ -238,9 +234,8 @@ def _asked_for(config: GoatConfig, name: str, former: dict[str, set[str]]) -> bo
 def _former_names(model: nn.Module) -> dict[str, set[str]]:
     """A stacked parameter's last name -> those of the linear layers that checkpoints have in its place."""
     former = {"gate_up_proj": {"gate_proj", "up_proj"}}
-    if not isinstance(model, PreTrainedModel):
-        return former
-    for conversion in get_model_conversion_mapping(model) or ():
+    conversions = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else None
+    for conversion in conversions or ():
         if isinstance(conversion, WeightConverter):
             for target in conversion.target_patterns:
                 former.setdefault(_last_name(target), set()).update(map(_last_name, conversion.source_patterns))

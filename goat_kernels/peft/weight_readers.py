@@ -1,14 +1,10 @@
 """Which linear layers does a model compute with without calling them? An adapter there would have no effect.
 
-Mamba's fused kernels take ``self.out_proj.weight``, WavLM hands ``self.q_proj.weight`` to a functional attention, the
-mask head of DETR convolves with ``self.k_proj.weight``. The models' own code says so: an expression
+Mamba's fused kernels take ``self.out_proj.weight``, for example. The models' own code says so: an expression
 ``self.name.weight`` in a method of a module is such a read, unless it asks for no more than dtype, device or shape, or
 stands in a branch that the module's attributes rule out (``if self.pretraining_tp > 1``). Methods that initialise or
 load weights do not count. Code without source is taken to call its layers, and a weight that is read under another name
-(``proj = self.proj``) is not seen.
-
-torch.nn's own classes are left out: check_base_layer knows the output projection of nn.MultiheadAttention, and
-nn.TransformerEncoderLayer calls its layers where one of them has a hook, as every GOAT layer has.
+(``proj = self.proj``) is not seen. torch.nn's own classes are left out: check_base_layer and never_bypass know them.
 """
 
 from __future__ import annotations
@@ -19,9 +15,8 @@ import inspect
 import operator
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType
-from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -52,21 +47,14 @@ _NEVER_REACHED = {("DisentangledSelfAttention", "in_proj")}  # DeBERTa: query_st
 _Read = tuple[tuple[str, ...], tuple[tuple[ast.expr, bool], ...]]
 
 
-class Reader(NamedTuple):
-    """Where a model reads a layer's weight, such as ``"MambaMixer.forward"``.
+def weight_readers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, tuple[str, bool]]:
+    """id of a layer -> where ``model`` reads its weight, such as ``"MambaMixer.forward"``, and whether that is certain.
 
-    It is certain in transformers' code, on whose models the analysis was checked. In other code it may be wrong: the
-    method may never run, or the value may not reach the output.
+    Of ``layers`` alone, which are in it and may be adapted. It is certain in transformers' code, on whose models the
+    analysis was checked; in other code the method may never run, or the value may not reach the output.
     """
-
-    place: str
-    certain: bool
-
-
-def weight_readers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, Reader]:
-    """id of a layer -> where ``model`` reads its weight; of ``layers`` alone, which are in it and may be adapted."""
     wanted = {id(layer) for layer in layers}
-    found: dict[int, Reader] = {}
+    found: dict[int, tuple[str, bool]] = {}
     for _, module in modules_outside_adapters(model):
         if isinstance(module, BaseTunerLayer):
             continue
@@ -79,7 +67,7 @@ def weight_readers(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, R
                     continue
                 for layer in _resolve(module, path):
                     if id(layer) in wanted:
-                        found.setdefault(id(layer), Reader(f"{type(module).__name__}.{method}", certain))
+                        found.setdefault(id(layer), (f"{type(module).__name__}.{method}", certain))
     return found
 
 
@@ -112,12 +100,10 @@ def _reads(code: CodeType) -> tuple[list[_Read], bool]:
         definition = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
         return [], False
-    arguments = getattr(definition, "args", None)
-    first = (arguments.posonlyargs + arguments.args)[:1] if arguments else []
-    if not first:
+    if not isinstance(definition, ast.FunctionDef) or not code.co_argcount:
         return [], False
     found: list[_Read] = []
-    _collect(definition, first[0].arg, (), found)
+    _collect(definition, code.co_varnames[0], (), found)
     return found, "super()" in source
 
 
@@ -185,23 +171,14 @@ def _truth(test: ast.expr, module: nn.Module) -> bool | None:
         return None
 
 
-_COMPARISONS: dict[type, Callable] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-}
+_COMPARE = {"Eq": "eq", "NotEq": "ne", "Gt": "gt", "GtE": "ge", "Lt": "lt", "LtE": "le", "Is": "is_", "IsNot": "is_not"}
 
 
 def _value(node: ast.expr, module: nn.Module):
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        compare = _COMPARISONS[type(node.ops[0])]
+        compare = getattr(operator, _COMPARE[type(node.ops[0]).__name__])
         return compare(_value(node.left, module), _value(node.comparators[0], module))
     path = _path(node, "self")
     if not path or "[]" in path or "training" in path or "gradient_checkpointing" in path:

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
-from goat_problems import TRAINABLE, Outcome, Problem, evaluate, evaluate_oracle, make_problem, output_weights
+from goat_problems import (
+    TRAINABLE,
+    Outcome,
+    Problem,
+    evaluate,
+    evaluate_oracle,
+    make_problem,
+    output_weights,
+    selection_mismatch,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,7 +32,7 @@ from goat_kernels.backends import get_backend
 from goat_kernels.dropout import keep_scale
 from goat_kernels.functional import GoatOutput
 from goat_kernels.kernels.launch import observed
-from goat_kernels.numerics import SELECTION_GAP, TOLERANCES, selection_mismatch
+from goat_kernels.numerics import SELECTION_GAP, TOLERANCES
 from goat_kernels.passes import Routing
 from goat_kernels.reference import select_top_k
 

@@ -21,10 +21,9 @@ import hashlib, json, sys
 import torch
 torch.set_num_threads(int(sys.argv[1]))
 sys.path.insert(0, sys.argv[2])
-from goat_problems import evaluate, make_problem
+from goat_problems import evaluate, keep_mask, make_problem
 from triton_cases import goat_on
 from goat_kernels import GoatLinear
-from goat_kernels.dropout import keep_mask
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -26,6 +26,7 @@ from goat_problems import (
     evaluate_oracle,
     make_problem,
     output_weights,
+    selection_mismatch,
 )
 from torch.utils.checkpoint import checkpoint
 from triton_cases import (
@@ -45,7 +46,7 @@ from triton_cases import (
 from goat_kernels import GoatLinear, goat_linear
 from goat_kernels.functional import routed_linear
 from goat_kernels.kernels.passes import TritonPasses
-from goat_kernels.numerics import SELECTION_GAP, selection_mismatch
+from goat_kernels.numerics import SELECTION_GAP
 from goat_kernels.passes import Adapter
 from goat_kernels.reference import select_top_k
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from goat_problems import Problem, assert_close, make_problem
+from goat_problems import Problem, assert_close, make_problem, selection_mismatch
 from triton_cases import MANY_PROCESSORS, ONE_PROCESSOR, Recorder, audited, matmul_precision, routing
 
 from goat_kernels import goat_linear, goat_reference
 from goat_kernels.backends import resolve_backend
-from goat_kernels.numerics import SELECTION_GAP, TOLERANCES, relative_error, selection_mismatch
+from goat_kernels.numerics import SELECTION_GAP, TOLERANCES, relative_error
 from goat_kernels.reference import select_top_k
 
 pytestmark = pytest.mark.gpu

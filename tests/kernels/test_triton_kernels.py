@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from goat_problems import assert_close, assert_outcomes_agree, evaluate_oracle, make_problem
+from goat_problems import assert_close, assert_outcomes_agree, evaluate_oracle, keep_mask, make_problem
 from triton_cases import (
     FOUR_PROCESSORS,
     MANY_PROCESSORS,
@@ -30,7 +30,7 @@ from triton_cases import (
 )
 
 from goat_kernels.backends.torch_backend import TorchPasses
-from goat_kernels.dropout import _pair_bits, expert_slots, keep_mask, keep_scale
+from goat_kernels.dropout import _pair_bits, expert_slots, keep_scale
 from goat_kernels.kernels.configs import forced_target
 from goat_kernels.kernels.hidden_gradient import TritonHiddenGradient
 from goat_kernels.kernels.passes import TritonPasses

@@ -30,9 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import MANY_PROCESSORS, ONE_PROCESSOR, Recorder, audited, goat_on, matmul_precision, moved, run_triton
 
 import goat_kernels
-from goat_kernels import GoatLinear, available_backends, goat_linear
-from goat_kernels.backends import resolve_backend, triton_backend, why_not_auto
-from goat_kernels.backends.triton_backend import TritonBackend
+from goat_kernels import GoatLinear, available_backends, backends, goat_linear
+from goat_kernels.backends import resolve_backend, why_not_auto
 from goat_kernels.forward_backward import Layer
 from goat_kernels.functional import routed_linear
 from goat_kernels.kernels.configs import KNOWN_TARGETS, invalid_reason
@@ -366,9 +365,9 @@ def test_auto_never_picks_the_interpreter(monkeypatch):
 def test_auto_never_picks_the_interpreter_on_a_gpu_either(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(TritonBackend, "unavailable_reason", lambda self: None)
+    monkeypatch.setattr(backends, "triton_unavailable", lambda: None)
     for interpreted, picked in ((True, False), (False, True)):
-        monkeypatch.setattr(triton_backend, "_interpreted", lambda interpreted=interpreted: interpreted)
+        monkeypatch.setattr(backends, "_interpreted", lambda interpreted=interpreted: interpreted)
         assert (why_not_auto("triton", gpu, F32) is None) == picked
 
 
@@ -377,7 +376,7 @@ def test_a_machine_whose_gpus_are_all_too_old_has_no_triton_backend(capabilities
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
-    monkeypatch.setattr(triton_backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(backends, "_interpreted", lambda: False)
     reason = available_backends()["triton"]
     assert (reason is None) if (8, 0) in capabilities else ("older than NVIDIA's Ampere" in reason)
     assert available_backends()["torch"] is None

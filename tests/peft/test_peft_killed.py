@@ -170,7 +170,7 @@ def test_the_configuration_of_a_killed_save_is_found_and_removed_when_it_is_of_n
 
 def test_weights_that_no_prepared_configuration_belongs_to_are_refused(tmp_path):
     folder = killed_between_weights_and_configuration(tmp_path)
-    (left,) = {path.parent for path in adapter_files.prepared_config_files(folder)}
+    (left,) = {path.parent for path in folder.glob(f"{adapter_files.SAVING}*.tmp/adapter_config.json")}
     fields = json.loads((left / "adapter_config.json").read_text())
     (left / "adapter_config.json").write_text(json.dumps(fields | {"weights_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="SHA-256 differs"):

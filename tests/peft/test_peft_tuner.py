@@ -43,6 +43,12 @@ def perturb(model: nn.Module, adapter: str = "default") -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.mark.parametrize(("names", "shown"), [(["q_proj", "k_proj", "v_proj"], True), (["q_proj"], False)])
+def test_more_than_a_few_weights_show_a_progress_bar(names, shown, capsys):
+    get_peft_model(tiny_llama(), config(target_modules=names))
+    assert ("GOAT initialisation" in capsys.readouterr().err) == shown
+
+
 # --- the forward --------------------------------------------------------------------------------------------------
 
 

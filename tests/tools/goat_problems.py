@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from goat_kernels import goat_linear, goat_reference
+from goat_kernels.dropout import keep_masks
 from goat_kernels.numerics import TOLERANCES, relative_error
+from goat_kernels.reference import select_top_k
 
 #: The tensors that can get a gradient.
 TRAINABLE = ("x", "weight", "bias", "lora_A", "lora_B", "router")
@@ -233,3 +235,30 @@ def assert_outcomes_identical(first: Outcome, second: Outcome) -> None:
 def run_goat(problem: Problem, **options) -> Outcome:
     """:func:`evaluate` of ``goat_linear`` on the torch backend."""
     return evaluate(goat_linear, problem, backend="torch", **options)
+
+
+def selection_mismatch(logits: Tensor, selection: Tensor, top_k: int) -> float:
+    """The largest relative gap by which ``selection`` misses the exact top K of ``logits``; 0 where it is exact.
+
+    Args:
+        logits: [T, E] in high precision.
+        selection: bool [T, E] with ``top_k`` True in each row.
+        top_k: K.
+
+    Returns:
+        max over tokens of (smallest logit that should have been chosen and was not - largest that was chosen and
+        should not have been) / max |logit|; compare it with ``goat_kernels.numerics.SELECTION_GAP``.
+    """
+    exact = select_top_k(logits, top_k)
+    missed, wrong = exact & ~selection, selection & ~exact
+    rows = missed.any(dim=-1)
+    if not bool(rows.any()):
+        return 0.0
+    lost = logits.masked_fill(~missed, float("-inf")).amax(dim=-1)[rows]
+    gained = logits.masked_fill(~wrong, float("inf")).amin(dim=-1)[rows]
+    return float(((lost - gained) / logits.abs().amax(dim=-1)[rows]).max())
+
+
+def keep_mask(seed: Tensor, T: int, N: int, slot: int, dropout_p: float) -> Tensor:
+    """The mask of one slot, bool [T, N]; see :func:`goat_kernels.dropout.keep_masks`."""
+    return list(keep_masks(seed, T, N, slot + 1, dropout_p))[slot]

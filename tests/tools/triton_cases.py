@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from goat_problems import Outcome, Problem, assert_outcomes_agree, evaluate
+from goat_problems import Outcome, Problem, assert_outcomes_agree, evaluate, selection_mismatch
 from torch import Tensor
 
 from goat_kernels import goat_linear
@@ -29,7 +29,7 @@ from goat_kernels.kernels.common import INTERPRETED, LOW_PART_SCALE, route
 from goat_kernels.kernels.configs import Target, forced_target, forced_tile
 from goat_kernels.kernels.launch import Launch, observed
 from goat_kernels.kernels.tiles import Tile
-from goat_kernels.numerics import SELECTION_GAP, relative_error, selection_mismatch
+from goat_kernels.numerics import SELECTION_GAP, relative_error
 from goat_kernels.reference import select_top_k
 
 #: One multiprocessor is full at any size, so the fused kernels run; no GPU has so many that a few rows fill it; with
