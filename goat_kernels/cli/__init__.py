@@ -33,17 +33,17 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(message)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+def build_parser(asked: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command line, with the options of the subcommand ``asked`` for alone: others stay unloaded."""
     parser = _Parser(prog="goat-kernels", description="Fine-tune with GOAT, a mixture of low-rank experts.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"goat_kernels.cli.{name}")
-        subparser = subparsers.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run)
+        subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == asked:
+            module = importlib.import_module(f"goat_kernels.cli.{name}")
+            subparser.description = module.__doc__
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
     return parser
 
 
@@ -54,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; ``sys.argv[1:]`` by default.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    name = " ".join(["goat-kernels", *(argument for argument in argv[:1] if argument in COMMANDS)])
+    asked = argv[0] if argv and argv[0] in COMMANDS else None
+    name = "goat-kernels" if asked is None else f"goat-kernels {asked}"
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser(asked).parse_args(argv)
         return arguments.run(arguments)
     except CommandError as error:
         print(f"{name}: error: {error}", file=sys.stderr)

@@ -43,7 +43,7 @@ def finetune(*arguments: str) -> int:
 
 
 def options(*arguments: str):
-    return settle(vars(build_parser().parse_args(["finetune", *arguments])))
+    return settle(vars(build_parser("finetune").parse_args(["finetune", *arguments])))
 
 
 def adapter_json(method: str = "goat") -> dict:
