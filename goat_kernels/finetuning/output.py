@@ -1,7 +1,18 @@
-"""The output folder (docs/finetune.md): may a run write to it, and what of an earlier one does it remove."""
+"""The output folder: whether a run may write to it, and what of an earlier run is removed from it.
+
+::
+
+    run.json                   the options of the run
+    <method>/checkpoints/      while the method trains
+    <method>/adapter/          the trained adapter; model/ for head and full
+    <method>/trained.json      the record of the training, written when the adapter is complete
+    <method>/result.json       written when the method is done
+    results.json, results.png  written at the end
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -43,6 +54,14 @@ def check_output(root: Path, options: FinetuneOptions) -> None:
     if root.exists() and not root.is_dir():
         raise CommandError(f"--output {str(root)!r} is a file; it needs a folder, or a name that is free")
     ours = (root / RUN_FILE).is_file()
+    if ours and (options.resume or options.overwrite):
+        for path in _paths(root):
+            found, needed = ("folder" if path.is_dir() else "file"), _kind(path, root)
+            if needed is not None and found != needed and not path.is_symlink():
+                raise CommandError(
+                    f"--output: {str(path)!r} is a {found}, and this command writes a {needed} of that name; it needs "
+                    "another name"
+                )
     if options.resume:
         if not ours:
             raise CommandError(f"--resume: --output {str(root)!r} holds no run to go on with")
@@ -67,21 +86,29 @@ def check_output(root: Path, options: FinetuneOptions) -> None:
 
 
 def claim_output(root: Path, options: FinetuneOptions) -> None:
-    """Make the folder this run's: with --overwrite what an earlier run wrote is removed and what else is there stays,
-    which a line says; resumed, what a killed run half wrote is removed. CommandError where nothing can be written."""
+    """Make the folder this run's.
+
+    With --overwrite what an earlier run wrote is removed and what else is there stays, which a line says; resumed, what
+    a killed run half wrote is removed.
+
+    Raises:
+        CommandError: nothing can be written there.
+    """
     try:
         if options.resume or options.overwrite:
+            kept = [str(path.relative_to(root)) for path in _foreign(root)]
             for path in _paths(root):
                 half_written = any(map(_TEMPORARY.fullmatch, path.relative_to(root).parts))
-                if not _is_ours(path, root) or not (options.overwrite or half_written):
+                if _kind(path, root) is None or not (options.overwrite or half_written):
                     continue
-                if not _is_folder(path):
+                if path.is_symlink() or not path.is_dir():
                     path.unlink()
-                elif not any(path.iterdir()):  # otherwise something in it is not ours
-                    path.rmdir()
+                else:
+                    with contextlib.suppress(OSError):  # not empty: something in it is not ours
+                        path.rmdir()
         if options.resume:
             return
-        if options.overwrite and (kept := [str(path.relative_to(root)) for path in _foreign(root)]):
+        if options.overwrite and kept:
             more = f" and {len(kept) - 5} more" if len(kept) > 5 else ""
             print(f"kept in {root}, because this command did not write it: {', '.join(kept[:5])}{more}")
         root.mkdir(parents=True, exist_ok=True)
@@ -127,22 +154,17 @@ def _paths(root: Path) -> list[Path]:
     return [Path(folder, name) for folder, folders, files in walk for name in (*files, *folders)]
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
 def _foreign(root: Path) -> list[Path]:
     """Files and links in the folder that this command did not write."""
-    files = [path for path in _paths(root) if not _is_folder(path) and not _is_ours(path, root)]
+    files = [path for path in _paths(root) if (path.is_symlink() or not path.is_dir()) and _kind(path, root) is None]
     return sorted(files, key=lambda path: (len(path.parts), path))
 
 
-def _is_ours(path: Path, root: Path) -> bool:
-    """Whether this command writes a folder or file, or for a link either, under that name, complete or temporary."""
+def _kind(path: Path, root: Path) -> str | None:
+    """ "file" or "folder", whichever this command writes under that name, complete or temporary; None where neither."""
     parts = []
     for part in path.relative_to(root).parts:
         temporary = _TEMPORARY.fullmatch(part)
         parts += [part] if temporary is None else [temporary["name"]] * (temporary["saving"] is None)
     name = "/".join(parts)
-    file, folder = _FILES.fullmatch(name) is not None, _FOLDERS.fullmatch(name) is not None
-    return file or folder if path.is_symlink() else folder if path.is_dir() else file
+    return "file" if _FILES.fullmatch(name) else "folder" if _FOLDERS.fullmatch(name) else None

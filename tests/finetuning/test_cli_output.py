@@ -102,16 +102,22 @@ def test_resuming_removes_what_the_command_half_wrote_and_nothing_else(tiny_demo
     assert [path for path in half if path.exists()] == []
 
 
-@pytest.mark.parametrize("note", ["results.json/note.txt", "head/result.json/note.txt", "head"])
-def test_another_thing_under_a_name_of_the_commands_is_not_removed(note, tiny_demo, capsys):
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+@pytest.mark.parametrize(
+    ("note", "part"),
+    [
+        ("results.json/note.txt", "results.json' is a folder, and this command writes a file of that name"),
+        ("head/result.json/note.txt", "result.json' is a folder, and this command writes a file"),
+        ("lora", "lora' is a file, and this command writes a folder of that name"),
+    ],
+)
+def test_another_thing_under_a_name_of_the_commands_is_refused_before_training(note, part, option, tiny_demo, capsys):
     write("goat-output/run.json", json.dumps({"options": {}}))
     path = write(f"goat-output/{note}")
-    assert finetune("--methods", "head", "--overwrite") == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        "a file could not be read or written" in message and f"goat-output/{note.removesuffix('/note.txt')}" in message
-    )
-    assert path.read_text() == "mine"
+    before = files("goat-output")
+    assert finetune("--methods", "head", option) == 2
+    assert part in capsys.readouterr().err.strip().splitlines()[-1]
+    assert path.read_text() == "mine" and files("goat-output") == before
 
 
 @pytest.mark.long
