@@ -66,3 +66,6 @@ SCALING_RULES: dict[str, Callable[[int, int, float, float, torch.Tensor | None],
     "lora": lambda N, D, eta, lora_alpha, segment_sums: lora_alpha / D,
     "rslora": lambda N, D, eta, lora_alpha, segment_sums: lora_alpha / math.sqrt(D),
 }
+
+#: Scaling rules that give one number per expert, from singular values; the others give one float.
+PER_EXPERT_SCALINGS = ("goat_s",)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from goat_kernels.rules import INIT_RULES, SCALING_RULES, SEGMENT_RULES, ZERO_RULES
+from goat_kernels.rules import INIT_RULES, PER_EXPERT_SCALINGS, SCALING_RULES, SEGMENT_RULES, ZERO_RULES
 
 RESIDUAL_FORMS = ("path", "fold")
 
@@ -111,7 +111,7 @@ class AdapterSettings:
     @property
     def per_expert_scaling(self) -> bool:
         """Whether s is one number per expert rather than one for all."""
-        return self.scaling == "goat_s"
+        return self.scaling in PER_EXPERT_SCALINGS
 
     @property
     def w_res_coefficient(self) -> float:

@@ -228,10 +228,17 @@ def cases(*, everything: bool) -> list[Case]:
 
 def compile_all(chosen: Iterable[Case]) -> Iterator[tuple[Case, dict | BaseException]]:
     """Compile cases of :func:`cases` on all processors; each as it is done with the compiler's account or its error."""
+    crashed: list[Case] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(compile_case, case): case for case in chosen}
         for done in as_completed(futures):
             result = done.exception() or done.result()
-            if isinstance(result, BrokenProcessPool):
-                result = RuntimeError("the compiler crashed, on this kernel or on another one that says so")
-            yield futures[done], result
+            if isinstance(result, BrokenProcessPool):  # this case crashed the compiler, or another one did
+                crashed.append(futures[done])
+            else:
+                yield futures[done], result
+    for case in crashed:  # each in a process of its own
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            error = (done := pool.submit(compile_case, case)).exception()
+            crash = RuntimeError("the compiler crashed") if isinstance(error, BrokenProcessPool) else None
+            yield case, crash or error or done.result()

@@ -31,7 +31,8 @@ def hotswap_adapter(
         hub_options: ``revision``, ``token``, ``subfolder``, ``cache_dir`` for a hub id.
 
     Raises:
-        ValueError: no such adapter in the model, another method at ``path``, or one that computes in another way.
+        ValueError: no such adapter in the model, another method at ``path``, or an adapter of other modules, shapes,
+            experts, top_k, dropout, scaling or residual, which the message names.
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} is not in the model, which has {', '.join(model.peft_config)}")

@@ -3,9 +3,10 @@
 PEFT writes into the folder that it is given and offers a tuner no place to step in, so a disk that fills up leaves half
 a file where a whole one was. A ``PeftModel`` that takes a :class:`GoatModel` as its ``base_model`` therefore becomes an
 object of a subclass under the same name, which saves into a temporary folder first. It is met through torch's hook on
-module registration: nothing else that PEFT calls before it writes knows the model and the folder. No class of PEFT is
-changed, and models with other adapters are not affected. Trainer's checkpoints go through it too, transformers' own
-``model.save_pretrained`` does not.
+module registration: nothing else that PEFT calls before it writes knows the model and the folder, and without it
+``test_peft_faults::test_a_full_disk_leaves_the_old_adapter`` and the tests of ``test_peft_killed`` fail. No class of
+PEFT is changed, and models with other adapters are not affected. Trainer's checkpoints go through it too,
+transformers' own ``model.save_pretrained`` does not.
 """
 
 from __future__ import annotations

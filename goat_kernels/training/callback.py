@@ -150,7 +150,9 @@ def _trainer_that_calls(callback: GoatCallback) -> Trainer | None:
     """The trainer whose event ``callback`` is handling, found among the callers; None where something else calls.
 
     Trainer hands callbacks no way to itself or to its list of callbacks, and it tells them of no exception. Without the
-    trainer the entries reach the history and later callbacks alone.
+    trainer the entries reach the history and later callbacks alone, and `test_training_report::test_reaches_report_to`,
+    `::test_every_callback_reads_the_entries` and
+    `test_training_balance::test_an_exception_in_training_leaves_no_scale_behind` fail.
     """
     frame = sys._getframe(1)
     while frame is not None:

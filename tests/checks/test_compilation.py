@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from goat_kernels.checks import compilation
 from goat_kernels.checks.compilation import Case, fault_of, layers, record
 from goat_kernels.checks.problem import LayerCase
 from goat_kernels.kernels.configs import KNOWN_TARGETS
@@ -179,3 +180,16 @@ def test_all_covers_the_ranks_of_the_short_list():
 def test_a_case_names_one_launch():
     case = Case("sm_90", LayerCase(8192, 256, 256), 1)
     assert record(case.layer, case.target)[case.index].name == "fused_forward"
+
+
+def _crashing(case: str) -> dict:
+    if case == "crashes":
+        os._exit(1)
+    return {"kernel": case}
+
+
+def test_a_crash_of_the_compiler_is_told_of_the_kernel_that_crashed_it(monkeypatch):
+    monkeypatch.setattr(compilation, "compile_case", _crashing)
+    found = dict(compilation.compile_all(["first", "crashes", "second", "third"]))
+    assert str(found.pop("crashes")) == "the compiler crashed"
+    assert found == {name: {"kernel": name} for name in ("first", "second", "third")}

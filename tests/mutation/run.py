@@ -1,6 +1,6 @@
 """Run the mutation check: put each deliberate fault into a copy of the package and see which test notices.
 
-    python tests/mutation/run.py                    all of them; about ten minutes on one core
+    python tests/mutation/run.py                    all of them; about 25 minutes
     python tests/mutation/run.py scaling dropout    those whose names contain one of these words
     python tests/mutation/run.py --list             what there is
 
